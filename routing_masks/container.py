@@ -1,0 +1,89 @@
+"""RoutingMasks <-> safetensors bytes: tensors `rows` and `valid`, the small fields in `__metadata__`."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from routing_masks.codec import get_codec
+from routing_masks.errors import ContainerError, RoutingMaskError
+from routing_masks.geometry import RoutingGeometry
+from routing_masks.masks import RoutingMasks
+
+FORMAT = "routing_masks"
+FORMAT_VERSION = "1"
+
+
+def to_bytes(masks: RoutingMasks) -> bytes:
+    """Masks as an ordinary safetensors file, which any tool that knows safetensors can open."""
+    geometry = masks.geometry
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "codec": masks.codec,
+        "geometry": _dense_json([geometry.num_layers, geometry.num_experts, geometry.top_k, geometry.moe_layers]),
+        "start": str(masks.start),
+        "token_digest": masks.token_digest,
+        "weight_versions": _dense_json(masks.weight_versions),
+    }
+    tensors = {"rows": masks.rows.cpu().contiguous(), "valid": masks.valid.cpu().contiguous()}
+    return safetensors.torch.save(tensors, metadata)
+
+
+def from_bytes(data: bytes) -> RoutingMasks:
+    """Read masks written by `to_bytes`, and check that the valid rows are rows that the codec can have written.
+
+    Raises:
+        ContainerError: truncated or foreign bytes, a format version that this code does not know, or corrupted rows.
+    """
+    try:
+        tensors = safetensors.torch.load(data)
+        metadata = _metadata(data)
+    except (SafetensorError, ValueError, struct.error) as error:
+        raise ContainerError(
+            f"these {len(data)} bytes are not a whole safetensors file ({error}): truncated in transfer, or foreign"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise ContainerError(
+            f"a safetensors file of format {metadata.get('format')!r} with tensors {sorted(tensors)}, not {FORMAT!r}"
+        )
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise ContainerError(
+            f"format version {metadata.get('format_version')!r}: this version of routing_masks reads version"
+            f" {FORMAT_VERSION!r}; use the same release at both ends"
+        )
+    try:
+        num_layers, num_experts, top_k, moe_layers = json.loads(metadata["geometry"])
+        masks = RoutingMasks(
+            rows=tensors["rows"],
+            valid=tensors["valid"],
+            start=int(metadata["start"]),
+            geometry=RoutingGeometry(num_layers, tuple(moe_layers), num_experts, top_k),
+            codec=metadata["codec"],
+            weight_versions=tuple((int(position), str(version)) for position, version in _runs(metadata)),
+            token_digest=metadata["token_digest"],
+        )
+        get_codec(masks.codec).check_rows(masks.rows[masks.valid], masks.geometry)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ContainerError(f"a {FORMAT} file lacks or garbles a field: {error!r}; it was written wrongly") from error
+    except RoutingMaskError as error:
+        raise ContainerError(f"a {FORMAT} file contradicts itself: {error}") from error
+    return masks
+
+
+def _metadata(data: bytes) -> Mapping[str, str]:
+    # safetensors offers the metadata of files by path only; the layout is 8 bytes of length, then JSON.
+    (length,) = struct.unpack_from("<Q", data)
+    return json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+
+
+def _runs(metadata: Mapping[str, str]) -> list[list]:
+    return json.loads(metadata["weight_versions"])
+
+
+def _dense_json(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"))

@@ -1,0 +1,118 @@
+"""Which decoder layers of a model route tokens, and among how many experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from routing_masks.errors import GeometryError, GeometryMismatchError
+from routing_masks.hf_layers import config_reader, routed_layers
+
+_NUM_EXPERTS_KEYS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "moe_k")
+
+
+@dataclass(frozen=True)
+class RoutingGeometry:
+    """Shape of one token's routes.
+
+    Attributes:
+        num_layers: decoder layers of the model, dense ones included, MTP layers excluded.
+        moe_layers: 0-based indices of the decoder layers with a router, ascending. Masks store these layers only;
+            a layer's place in this tuple is its *slot*.
+        num_experts: routed experts per MoE layer (logical experts: before any placement of replicas).
+        top_k: experts chosen per token, shared experts excluded.
+    """
+
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    top_k: int
+
+    def __post_init__(self) -> None:
+        layers = tuple(int(layer) for layer in self.moe_layers)
+        object.__setattr__(self, "moe_layers", layers)
+        if not layers:
+            raise GeometryError(
+                f"no decoder layer of this model routes tokens (0 of {self.num_layers}): routes exist only in"
+                " mixture-of-experts models; turn capture and replay off for a dense model"
+            )
+        if list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= self.num_layers:
+            raise GeometryError(
+                f"moe_layers {layers} must be ascending, distinct and within [0, {self.num_layers}) decoder layers"
+            )
+        if not 1 <= self.top_k <= self.num_experts:
+            raise GeometryError(f"top_k is {self.top_k}, but must be between 1 and num_experts {self.num_experts}")
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Number of layers that masks store."""
+        return len(self.moe_layers)
+
+    def slot_of(self, layer: int) -> int:
+        """Place of decoder layer `layer` (0-based) among the stored layers.
+
+        Raises:
+            GeometryMismatchError: if that layer has no router in this geometry.
+        """
+        try:
+            return self.moe_layers.index(layer)
+        except ValueError:
+            raise GeometryMismatchError(
+                f"decoder layer {layer} has no routes here: the routed layers are {self.moe_layers}"
+            ) from None
+
+    def require_same(self, other: RoutingGeometry, ours: str, theirs: str) -> None:
+        """Raise GeometryMismatchError unless `other` is this geometry; `ours` and `theirs` name the two sides."""
+        if self == other:
+            return
+        differences = [
+            f"{ours} has {mine} {what}, {theirs} has {yours}"
+            for what, mine, yours in (
+                ("decoder layers", self.num_layers, other.num_layers),
+                ("MoE layers", self.num_moe_layers, other.num_moe_layers),
+                ("experts", self.num_experts, other.num_experts),
+                ("experts per token (top-k)", self.top_k, other.top_k),
+            )
+            if mine != yours
+        ]
+        only_ours = sorted(set(self.moe_layers) - set(other.moe_layers))
+        only_theirs = sorted(set(other.moe_layers) - set(self.moe_layers))
+        if only_ours:
+            differences.append(f"decoder layers {only_ours} route in {ours} but not in {theirs}")
+        if only_theirs:
+            differences.append(f"decoder layers {only_theirs} route in {theirs} but not in {ours}")
+        raise GeometryMismatchError(
+            "; ".join(differences) + ". Use masks that were recorded with the same model architecture."
+        )
+
+    @classmethod
+    def from_hf_config(cls, config: Any) -> RoutingGeometry:
+        """Geometry of a Hugging Face model configuration (an object or its dictionary, text part of a composite one).
+
+        Raises:
+            GeometryError: a dense model, routing that is not learned (hash routing), a configuration that lacks a
+                needed field, or one whose fields disagree about which layers route.
+        """
+        get = config_reader(config)
+        num_layers = get("num_hidden_layers")
+        if num_layers is None:
+            num_layers = get("num_layers")
+        if num_layers is None:
+            raise GeometryError("the configuration has no num_hidden_layers: pass the text model's configuration")
+        num_experts = _first(get, _NUM_EXPERTS_KEYS)
+        top_k = _first(get, _TOP_K_KEYS)
+        if not num_experts or not top_k:
+            raise GeometryError(
+                f"this looks like a dense model ({get('model_type') or 'model_type unknown'}): none of"
+                f" {', '.join(_NUM_EXPERTS_KEYS)} with one of {', '.join(_TOP_K_KEYS)} is set in its configuration;"
+                " turn capture and replay off for a dense model"
+            )
+        return cls(int(num_layers), routed_layers(get, int(num_layers)), int(num_experts), int(top_k))
+
+
+def _first(get: Any, keys: tuple[str, ...]) -> int | None:
+    found = {key: value for key in keys if isinstance(value := get(key), int)}
+    if len(set(found.values())) > 1:
+        raise GeometryError(f"the configuration contradicts itself: {found} should be one number")
+    return next(iter(found.values()), None)
