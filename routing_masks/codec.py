@@ -46,10 +46,11 @@ class Codec(ABC):
             )
         if indices.device.type == "cpu":
             check_indices(indices, geometry)
-        return self._pack(indices, geometry)
+        return self.pack_unchecked(indices, geometry)
 
     @abstractmethod
-    def _pack(self, indices: Tensor, geometry: RoutingGeometry) -> Tensor: ...
+    def pack_unchecked(self, indices: Tensor, geometry: RoutingGeometry) -> Tensor:
+        """`pack` without looking at shape and values: no host sync on any device, undefined rows for illegal input."""
 
     @abstractmethod
     def unpack_layer(self, rows: Tensor, geometry: RoutingGeometry, slot: int) -> Tensor:
@@ -74,8 +75,9 @@ class Codec(ABC):
         width = self.row_bytes(geometry)
         if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != width:
             raise GeometryMismatchError(
-                f"rows of {rows.dtype} {tuple(rows.shape)} do not fit: codec {self.name!r} writes uint8 [tokens, {width}]"
-                f" for {geometry.num_moe_layers} MoE layers of {geometry.top_k} of {geometry.num_experts} experts"
+                f"rows of {rows.dtype} {tuple(rows.shape)} do not fit: codec {self.name!r} writes uint8 [tokens,"
+                f" {width}] for {geometry.num_moe_layers} MoE layers of {geometry.top_k} of {geometry.num_experts}"
+                " experts"
             )
 
     def check_rows(self, rows: Tensor, geometry: RoutingGeometry) -> None:
@@ -86,10 +88,12 @@ class Codec(ABC):
         """
         indices = self.unpack_indices(rows, geometry)
         check_indices(indices, geometry)
-        different = (self._pack(indices, geometry) != rows).any(-1)
+        different = (self.pack_unchecked(indices, geometry) != rows).any(-1)
         if different.any():
             token = int(different.nonzero()[0])
-            raise MaskValueError(f"row of token {token} has bits set beyond its top-k or its last layer: corrupted rows")
+            raise MaskValueError(
+                f"row of token {token} has bits set beyond its top-k or its last layer: corrupted rows"
+            )
 
 
 class BitsetCodec(Codec):
@@ -101,7 +105,7 @@ class BitsetCodec(Codec):
     def bits_per_layer(self, geometry: RoutingGeometry) -> int:
         return geometry.num_experts
 
-    def _pack(self, indices: Tensor, geometry: RoutingGeometry) -> Tensor:
+    def pack_unchecked(self, indices: Tensor, geometry: RoutingGeometry) -> Tensor:
         return reference.pack_bitset(indices, geometry.num_experts)
 
     def unpack_layer(self, rows: Tensor, geometry: RoutingGeometry, slot: int) -> Tensor:
@@ -123,7 +127,7 @@ class OrderedCodec(Codec):
     def _bits_per_index(self, geometry: RoutingGeometry) -> int:
         return (geometry.num_experts - 1).bit_length()
 
-    def _pack(self, indices: Tensor, geometry: RoutingGeometry) -> Tensor:
+    def pack_unchecked(self, indices: Tensor, geometry: RoutingGeometry) -> Tensor:
         return reference.pack_ordered(indices, self._bits_per_index(geometry))
 
     def unpack_layer(self, rows: Tensor, geometry: RoutingGeometry, slot: int) -> Tensor:

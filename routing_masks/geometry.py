@@ -6,10 +6,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from routing_masks.errors import GeometryError, GeometryMismatchError
-from routing_masks.hf_layers import config_reader, routed_layers
+from routing_masks.hf_layers import Reader, config_reader, routed_layers
 
+_NUM_LAYERS_KEYS = ("num_hidden_layers", "num_layers")
 _NUM_EXPERTS_KEYS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
-_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_topk", "moe_top_k", "moe_k")
+_TOP_K_KEYS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+)
 
 
 @dataclass(frozen=True)
@@ -95,11 +104,14 @@ class RoutingGeometry:
                 needed field, or one whose fields disagree about which layers route.
         """
         get = config_reader(config)
-        num_layers = get("num_hidden_layers")
-        if num_layers is None:
-            num_layers = get("num_layers")
-        if num_layers is None:
+        num_layers = _first(get, _NUM_LAYERS_KEYS) or len(get("layers_block_type") or ())
+        if not num_layers:
             raise GeometryError("the configuration has no num_hidden_layers: pass the text model's configuration")
+        if get("zero_expert_num"):
+            raise GeometryError(
+                f"the router of this model also chooses among {get('zero_expert_num')} experts without weights"
+                " (zero_expert_num); routing replay does not cover such models"
+            )
         num_experts = _first(get, _NUM_EXPERTS_KEYS)
         top_k = _first(get, _TOP_K_KEYS)
         if not num_experts or not top_k:
@@ -108,10 +120,10 @@ class RoutingGeometry:
                 f" {', '.join(_NUM_EXPERTS_KEYS)} with one of {', '.join(_TOP_K_KEYS)} is set in its configuration;"
                 " turn capture and replay off for a dense model"
             )
-        return cls(int(num_layers), routed_layers(get, int(num_layers)), int(num_experts), int(top_k))
+        return cls(num_layers, routed_layers(get, num_layers), num_experts, top_k)
 
 
-def _first(get: Any, keys: tuple[str, ...]) -> int | None:
+def _first(get: Reader, keys: tuple[str, ...]) -> int | None:
     found = {key: value for key in keys if isinstance(value := get(key), int)}
     if len(set(found.values())) > 1:
         raise GeometryError(f"the configuration contradicts itself: {found} should be one number")

@@ -29,7 +29,7 @@ def routed_layers(get: Reader, num_layers: int) -> tuple[int, ...]:
         GeometryError: two rules disagree, a per-layer list has another length than the model, or layers route by a
             hash of the token id, which leaves nothing to record.
     """
-    hash_layers = get("num_hash_layers") or get("n_hash_layers")
+    hash_layers = get("num_hash_layers") or get("n_hash_layers") or list(get("mlp_layer_types") or ()).count("hash_moe")
     if hash_layers:
         raise GeometryError(
             f"{hash_layers} layers of this model route by a hash of the token id, not by a learned router; routing"
@@ -133,6 +133,22 @@ def _hybrid_override_pattern(get: Reader, num_layers: int) -> tuple[int, ...] | 
     return _per_layer("hybrid_override_pattern", pattern, num_layers, lambda letter: letter == "E")
 
 
+def _layers_block_type(get: Reader, num_layers: int) -> tuple[int, ...] | None:
+    """Nemotron-H as Transformers 5 saves it. Jamba and Granite list their attention kinds here, not their experts."""
+    kinds = get("layers_block_type")
+    if kinds is None or not {"moe", "mlp"} & set(kinds):
+        return None
+    return _per_layer("layers_block_type", kinds, num_layers, lambda kind: kind == "moe")
+
+
+def _enable_moe_block(get: Reader, num_layers: int) -> tuple[int, ...] | None:
+    """Gemma 4: every layer has experts, or none."""
+    enabled = get("enable_moe_block")
+    if enabled is None:
+        return None
+    return tuple(range(num_layers)) if enabled else ()
+
+
 _RULES = (
     _mlp_layer_types,
     _moe_layer_freq,
@@ -143,4 +159,6 @@ _RULES = (
     _num_dense_layers,
     _expert_layer_period,
     _hybrid_override_pattern,
+    _layers_block_type,
+    _enable_moe_block,
 )

@@ -18,12 +18,13 @@ def pack_bits(bits: Tensor) -> Tensor:
     num_rows, num_bits = bits.shape
     num_bytes = (num_bits + 7) // 8
     packed = torch.empty((num_rows, num_bytes), dtype=torch.uint8, device=bits.device)
-    places = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=bits.device)
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    places = torch.ones_like(shifts) << shifts
     for first in range(0, num_rows, _ROWS_AT_ONCE):
         part = bits[first : first + _ROWS_AT_ONCE]
         full = part.new_zeros((part.shape[0], num_bytes * 8))
         full[:, :num_bits] = part
-        packed[first : first + _ROWS_AT_ONCE] = (full.view(-1, num_bytes, 8) * places).sum(-1, dtype=torch.uint8)
+        packed[first : first + _ROWS_AT_ONCE] = (full.view(len(part), num_bytes, 8) * places).sum(-1, dtype=torch.uint8)
     return packed
 
 

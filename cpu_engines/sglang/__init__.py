@@ -1,0 +1,1 @@
+"""SGLang's real server without a GPU."""

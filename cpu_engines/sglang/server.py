@@ -1,0 +1,170 @@
+"""Start SGLang's real HTTP server on the CPU, wait for it, use it, and leave nothing of it behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+STAND_INS = Path(__file__).parent / "stand_ins"
+_REPOSITORY = Path(__file__).parents[2]
+
+CPU_FLAGS = (
+    "--device=cpu",
+    "--attention-backend=torch_native",
+    "--sampling-backend=pytorch",
+    "--disable-cuda-graph",
+    "--mem-fraction-static=0.05",
+    "--log-level=info",
+)
+
+
+class ServerDiedError(RuntimeError):
+    """The server ended, or did not answer in time; `status` is its exit status, None if it still ran."""
+
+    def __init__(self, message: str, status: int | None, log: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.log = log
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: `url` without a trailing slash, `pid` of its main process, `log_file` of its output."""
+
+    url: str
+    pid: int
+    log_file: Path
+
+    def log(self) -> str:
+        """What the server has printed so far."""
+        return self.log_file.read_text(errors="replace")
+
+    def post(self, path: str, body: Mapping[str, Any], timeout: float = 120.0) -> Any:
+        """POST a JSON body; the answer as JSON.
+
+        Raises:
+            urllib.error.HTTPError: the server refused the request.
+        """
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return json.load(answer)
+
+    def generate(self, input_ids: Sequence[int], max_new_tokens: int, **fields: Any) -> dict[str, Any]:
+        """One `/generate` request over token ids; `sampling_params` among the fields adds to `max_new_tokens`."""
+        sampling = {"max_new_tokens": max_new_tokens, **fields.pop("sampling_params", {})}
+        return self.post("/generate", {"input_ids": list(input_ids), "sampling_params": sampling, **fields})
+
+
+@contextlib.contextmanager
+def serve(
+    model_path: str | os.PathLike[str],
+    *flags: str,
+    environment: Mapping[str, str] | None = None,
+    timeout_s: float = 300.0,
+    command: Sequence[str] = (sys.executable, "-m", "sglang.launch_server"),
+) -> Iterator[Server]:
+    """A server for the length of a `with` block, in a process of its own, on a free loopback port.
+
+    Args:
+        flags: added to `CPU_FLAGS`.
+        environment: added to this process's environment.
+        command: what starts the server; the flags follow it.
+
+    Raises:
+        ServerDiedError: the server ended before it could answer, or did not answer within `timeout_s` seconds; with the
+            end of its log.
+    """
+    with tempfile.TemporaryDirectory(prefix="sglang-cpu-") as folder:
+        log_file = Path(folder) / "server.log"
+        port = _free_port()
+        with log_file.open("wb") as output:
+            process = subprocess.Popen(
+                [*command, "--model-path", os.fspath(model_path), "--port", str(port), *CPU_FLAGS, *flags],
+                env=cpu_environment(environment),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=_end_with_parent,
+            )
+        server = Server(f"http://127.0.0.1:{port}", process.pid, log_file)
+        try:
+            _wait_until_ready(server, process, timeout_s)
+            yield server
+        finally:
+            _end(process)
+
+
+def cpu_environment(added: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment, with what lets SGLang run on the CPU."""
+    paths = [str(STAND_INS), str(_REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "SGLANG_EXTERNAL_MODEL_PACKAGE": "examples.sglang_models",
+        **(added or {}),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _end_with_parent() -> None:
+    # A test run that is killed must not leave a server: the kernel then ends it. 1 is PR_SET_PDEATHSIG.
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _wait_until_ready(server: Server, process: subprocess.Popen[bytes], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if (status := process.poll()) is not None:
+            raise _died(f"SGLang ended with status {status} before it could answer", status, server)
+        with contextlib.suppress(OSError), urllib.request.urlopen(server.url + "/health", timeout=10):
+            return
+        time.sleep(0.5)
+    raise _died(f"SGLang did not answer within {timeout_s:.0f} s", None, server)
+
+
+def _died(message: str, status: int | None, server: Server) -> ServerDiedError:
+    log = server.log()
+    return ServerDiedError(f"{message}. The end of its log:\n" + "\n".join(log.splitlines()[-30:]), status, log)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    family = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        family = [*parent.children(recursive=True), parent]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.terminate()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    for member in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(alive, timeout=10)
+    process.wait()

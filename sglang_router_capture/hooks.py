@@ -1,0 +1,198 @@
+"""The hooks, by the seam that each stands on. SGLang's `HookRegistry` gives their calling conventions."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from routing_masks import RoutingGeometry, RoutingMaskError, choose_codec
+from sglang_router_capture import options, response, seams, support
+from sglang_router_capture.options import CaptureOptions
+from sglang_router_capture.recorder import Recorder
+
+logger = logging.getLogger(__name__)
+
+
+def stop(error: Exception) -> NoReturn:
+    """Leave this process with `error` as its message: SGLang swallows a plugin's ordinary exceptions."""
+    raise SystemExit(f"router capture: {error}") from error
+
+
+def after_add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
+    """Our flags join the server's."""
+    options.add_arguments(parser)
+
+
+def after_from_cli_args(result: Any, cls: type, args: argparse.Namespace) -> None:
+    """The command line is parsed: hand our part of it to this process and its children."""
+    try:
+        chosen = options.from_arguments(args)
+    except RoutingMaskError as error:
+        stop(error)
+    if chosen is not None:
+        chosen.export()
+
+
+def around_resolve_once(original: Callable[[Any], None], server_args: Any) -> None:
+    """Ask SGLang for routes, which keeps fused routers out of its choice of kernels; then refuse what cannot be."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    if _options_of_this_process() is None:
+        return original(server_args)
+    if not getattr(server_args, "_resolution_finished", False):
+        server_args.enable_return_routed_experts = True
+    original(server_args)
+    try:
+        seams.require_applied(HookRegistry._patched)
+        support.require_supported_config(resolving_view(server_args))
+    except (seams.SeamError, RoutingMaskError) as error:
+        stop(error)
+
+
+def around_create(
+    original: Callable[..., Any],
+    *,
+    model: Any,
+    model_config: Any,
+    num_tokens: int,
+    max_running_requests: int,
+    device: str,
+) -> Any:
+    """Our recorder in the place of upstream's capturer."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+    from sglang.srt.runtime_context import get_schedule
+
+    chosen = _options_of_this_process()
+    if chosen is None:
+        return original(
+            model=model,
+            model_config=model_config,
+            num_tokens=num_tokens,
+            max_running_requests=max_running_requests,
+            device=device,
+        )
+    try:
+        seams.require_applied(HookRegistry._patched)
+        geometry = RoutingGeometry.from_hf_config(model_config.hf_text_config)
+        support.require_reporting_routers(model, geometry)
+        codec = choose_codec(chosen.effective_codec, geometry)
+    except (seams.SeamError, RoutingMaskError) as error:
+        stop(error)
+    recorder = Recorder(
+        geometry,
+        codec,
+        num_slots=num_tokens,
+        max_tokens_per_pass=_max_tokens_per_pass(
+            get_schedule(), model_config.context_len, max_running_requests, num_tokens
+        ),
+        num_fused_shared_experts=model.shared_experts_config.num_fused_shared_experts,
+        device=device,
+    )
+    logger.info(
+        "router capture is on: format %s, codec %s, %d MoE layers of %d of %d experts, %d bytes per token, %d KV slots"
+        " (%.1f MB)",
+        chosen.format,
+        codec.name,
+        geometry.num_moe_layers,
+        geometry.top_k,
+        geometry.num_experts,
+        codec.row_bytes(geometry),
+        num_tokens,
+        num_tokens * codec.row_bytes(geometry) / 1e6,
+    )
+    return recorder
+
+
+def after_init_routed_experts_capturer(result: None, model_runner: Any) -> None:
+    """The KV pool exists: the recorder follows its allocator."""
+    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
+
+    recorder = get_global_experts_capturer()
+    if model_runner.is_draft_worker or not isinstance(recorder, Recorder):
+        return
+    try:
+        support.require_supported_allocator(model_runner.token_to_kv_pool_allocator)
+    except RoutingMaskError as error:
+        stop(error)
+    recorder.follow(model_runner.token_to_kv_pool_allocator)
+
+
+def after_alloc(slots: Any, allocator: Any, *args: Any, **kwargs: Any) -> None:
+    """A KV allocator handed out slots, whichever of its methods was called."""
+    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
+
+    recorder = get_global_experts_capturer()
+    if isinstance(recorder, Recorder):
+        recorder.slots_allocated(allocator, slots)
+
+
+def around_collect(original: Callable[[Any, Any], None], processor: Any, req: Any) -> None:
+    """A request that asked for its routes is done and still holds its KV slots."""
+    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
+
+    recorder = get_global_experts_capturer()
+    chosen = _options_of_this_process()
+    if chosen is None or chosen.format == "sglang" or not isinstance(recorder, Recorder):
+        return original(processor, req)
+    if req.return_routed_experts:
+        response.collect(recorder, req, processor.req_to_token_pool)
+
+
+def after_get_output_streamer_class(streamer_class: type, scheduler: Any) -> type | None:
+    """A streamer that adds each finished request's handle to its meta_info."""
+    chosen = _options_of_this_process()
+    if chosen is None or chosen.format == "sglang":
+        return None
+    inherited = streamer_class.build_additional_customized_info
+
+    class RoutingMasksStreamer(streamer_class):  # type: ignore[valid-type, misc]
+        """SGLang's output streamer, with `meta_info["routing_masks"]`: a list that holds the request's handle."""
+
+        __slots__ = ()
+        has_additional_customized_info = True
+
+        def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list]:
+            info = inherited(self, reqs)
+            found = [response.handles(req) for req in reqs]
+            return {**info, response.META_INFO_KEY: found} if any(found) else info
+
+    return RoutingMasksStreamer
+
+
+def _options_of_this_process() -> CaptureOptions | None:
+    try:
+        return CaptureOptions.from_environment()
+    except RoutingMaskError as error:
+        stop(error)
+
+
+def _max_tokens_per_pass(schedule: Any, context_len: int, max_running_requests: int, num_slots: int) -> int:
+    chunk = schedule.chunked_prefill_size
+    # Without chunks a pass takes prompts until the budget is used up, so the last of them may overshoot it.
+    prefill = chunk if chunk is not None and chunk > 0 else schedule.max_prefill_tokens + context_len
+    # A mixed batch carries the running requests' tokens with a chunk.
+    return min(num_slots, prefill + max_running_requests)
+
+
+HOOKS: dict[str, tuple[Callable[..., Any], str]] = {
+    "server_args.ServerArgs.add_cli_args": (after_add_cli_args, "AFTER"),
+    "server_args.ServerArgs.from_cli_args": (after_from_cli_args, "AFTER"),
+    "server_args.ServerArgs.resolve_once": (around_resolve_once, "AROUND"),
+    "state_capturer.routed_experts.RoutedExpertsCapturer.create": (around_create, "AROUND"),
+    "model_executor.model_runner.ModelRunner.init_routed_experts_capturer": (
+        after_init_routed_experts_capturer,
+        "AFTER",
+    ),
+    "mem_cache.allocator.token.TokenToKVPoolAllocator.alloc": (after_alloc, "AFTER"),
+    "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc": (after_alloc, "AFTER"),
+    "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_extend": (after_alloc, "AFTER"),
+    "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_decode": (after_alloc, "AFTER"),
+    "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor._maybe_collect_routed_experts": (
+        around_collect,
+        "AROUND",
+    ),
+    "managers.scheduler.Scheduler.get_output_streamer_class": (after_get_output_streamer_class, "AFTER"),
+}

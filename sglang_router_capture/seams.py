@@ -1,0 +1,219 @@
+"""The ledger: every SGLang name that we touch, what we expect of it, why, and when the entry can go.
+
+Tested with SGLang 0.5.23. `check` compares the ledger with the installed SGLang before anything is hooked.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import pkgutil
+from dataclasses import dataclass
+from typing import Any
+
+TESTED_VERSIONS = ("0.5.23",)
+_PREFIX = "sglang.srt."
+
+
+class SeamError(RuntimeError):
+    """The installed SGLang is not the one that the hooks were written for."""
+
+
+@dataclass(frozen=True)
+class Seam:
+    """One upstream name.
+
+    Attributes:
+        path: dotted path below `sglang.srt`.
+        parameters: names of its parameters in order; None for a class or a plain value, where existence is checked.
+        hooked: whether a hook is put there; the others are called or replaced.
+        why: what we need it for.
+        until: what would make the entry unnecessary.
+    """
+
+    path: str
+    parameters: tuple[str, ...] | None
+    hooked: bool
+    why: str
+    until: str
+
+    @property
+    def target(self) -> str:
+        """Full dotted path."""
+        return _PREFIX + self.path
+
+
+_FLAGS = "SGLang lets plugins declare server flags"
+_CAPTURER = "SGLang lets plugins provide the experts capturer"
+_ALLOCATIONS = "SGLang's KV allocators announce the slots that they hand out"
+_STABLE = "never: this is the interface that a capturer stands in for"
+
+SEAMS = (
+    Seam("server_args.ServerArgs.add_cli_args", ("parser",), True, "our flags on the command line", _FLAGS),
+    Seam("server_args.ServerArgs.from_cli_args", ("cls", "args"), True, "read our flags", _FLAGS),
+    Seam(
+        "server_args.ServerArgs.resolve_once",
+        ("self",),
+        True,
+        "turn on what keeps fused routers away, and refuse what cannot be captured",
+        _FLAGS,
+    ),
+    Seam(
+        "state_capturer.routed_experts.RoutedExpertsCapturer.create",
+        ("model", "model_config", "num_tokens", "max_running_requests", "device"),
+        True,
+        "put our recorder where upstream puts its capturer",
+        _CAPTURER,
+    ),
+    Seam(
+        "model_executor.model_runner.ModelRunner.init_routed_experts_capturer",
+        ("self",),
+        True,
+        "tell the recorder which KV allocator to follow",
+        _CAPTURER,
+    ),
+    Seam(
+        "mem_cache.allocator.token.TokenToKVPoolAllocator.alloc",
+        ("self", "need_size"),
+        True,
+        "a slot handed out has a new occupant",
+        _ALLOCATIONS,
+    ),
+    Seam(
+        "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc",
+        ("self", "need_size"),
+        True,
+        "the same for whole pages",
+        _ALLOCATIONS,
+    ),
+    Seam(
+        "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_extend",
+        (
+            "self",
+            "prefix_lens",
+            "prefix_lens_cpu",
+            "seq_lens",
+            "seq_lens_cpu",
+            "last_loc",
+            "extend_num_tokens",
+            "num_new_pages",
+        ),
+        True,
+        "the same for a prefill with pages",
+        _ALLOCATIONS,
+    ),
+    Seam(
+        "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_decode",
+        ("self", "seq_lens", "seq_lens_cpu", "last_loc"),
+        True,
+        "the same for a decode step with pages",
+        _ALLOCATIONS,
+    ),
+    Seam(
+        "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor._maybe_collect_routed_experts",
+        ("self", "req"),
+        True,
+        "a finished request still holds its KV slots here",
+        "SGLang calls the capturer with the request and not with its pool index",
+    ),
+    Seam(
+        "managers.scheduler.Scheduler.get_output_streamer_class",
+        ("self",),
+        True,
+        "our streamer adds routing_masks to meta_info",
+        "SGLang takes plugins' meta_info fields without a subclass",
+    ),
+    Seam(
+        "managers.scheduler_components.output_streamer.SchedulerOutputStreamer.build_additional_customized_info",
+        ("self", "reqs"),
+        False,
+        "upstream's own extension point for meta_info, which our streamer overrides",
+        _STABLE,
+    ),
+    Seam(
+        "state_capturer.base.BaseTopkCapturer.on_forward_end",
+        ("self", "forward_batch", "can_run_graph", "cuda_graph_batch", "no_copy_to_cpu"),
+        False,
+        "overridden by the recorder",
+        _STABLE,
+    ),
+    Seam(
+        "state_capturer.base.BaseTopkCapturer.get_topk",
+        ("self", "req_pool_idx", "seqlen", "req_to_token_pool", "start_len"),
+        False,
+        "overridden by the recorder",
+        _STABLE,
+    ),
+    Seam(
+        "state_capturer.routed_experts.RoutedExpertsCapturer.capture",
+        ("self", "layer_id", "topk_indices"),
+        False,
+        "kept by the recorder: shared experts and scattered tokens are upstream's knowledge",
+        _STABLE,
+    ),
+    Seam(
+        "state_capturer.base.TopkCaptureOutput.map_device_tensors",
+        ("self", "fn"),
+        False,
+        "PassRecord stands in for this class",
+        _STABLE,
+    ),
+    Seam(
+        "state_capturer.base.TopkCaptureOutput.finalize", ("self",), False, "PassRecord stands in for this class", _STABLE
+    ),
+    Seam("layers.moe.topk.TopK", None, False, "find the live routers, and see whether they report", _CAPTURER),
+    Seam("layers.moe.hash_topk.HashTopK", None, False, "refuse routing that is not learned", _CAPTURER),
+    Seam("layers.moe.topk.TopKOutputFormat.BYPASSED", None, False, "refuse routers fused into the experts", _CAPTURER),
+    Seam("layers.moe.topk.TopKOutputFormat.TRITON_KERNEL", None, False, "refuse a backend without ids", _CAPTURER),
+    Seam("arg_groups.overrides.resolving_view", ("server_args",), False, "read the resolved server configuration", _FLAGS),
+    Seam("runtime_context.get_serving", (), False, "the weight version that the scheduler serves", _CAPTURER),
+    Seam("runtime_context.get_schedule", (), False, "tokens that one forward pass may have", _CAPTURER),
+    Seam("plugins.hook_registry.HookRegistry._patched", None, False, "see that our hooks were applied", _FLAGS),
+)
+
+
+def check(seams: tuple[Seam, ...] = SEAMS) -> None:
+    """Compare the ledger with the installed SGLang.
+
+    Raises:
+        SeamError: naming the first seam that differs, what was expected and what was found.
+    """
+    for seam in seams:
+        try:
+            found = pkgutil.resolve_name(seam.target)
+        except (ImportError, AttributeError) as error:
+            raise SeamError(_message(seam, f"nothing of that name ({error})")) from error
+        if seam.parameters is None:
+            continue
+        names = _parameter_names(found)
+        if names != _without_receiver(seam.parameters):
+            raise SeamError(_message(seam, f"parameters ({', '.join(names)})"))
+
+
+def require_applied(applied: set[str], seams: tuple[Seam, ...] = SEAMS) -> None:
+    """Raise SeamError unless SGLang applied the hook of every hooked seam: it logs and swallows what goes wrong there.
+
+    Args:
+        applied: dotted paths that `HookRegistry` patched.
+    """
+    for seam in seams:
+        if seam.hooked and seam.target not in applied:
+            raise SeamError(_message(seam, "SGLang did not apply the hook; its log above says why"))
+
+
+def _parameter_names(found: Any) -> tuple[str, ...]:
+    return _without_receiver(tuple(inspect.signature(found).parameters))
+
+
+def _without_receiver(names: tuple[str, ...]) -> tuple[str, ...]:
+    # A bound classmethod does not show its receiver, a plain function in a class does.
+    return names[1:] if names and names[0] in ("self", "cls") else names
+
+
+def _message(seam: Seam, found: str) -> str:
+    expected = "that name" if seam.parameters is None else f"parameters ({', '.join(_without_receiver(seam.parameters))})"
+    return (
+        f"router capture cannot hook the installed SGLang {importlib.metadata.version('sglang')}: {seam.target}:"
+        f" expected {expected}, found {found}. It is needed to {seam.why}. Tested with SGLang"
+        f" {', '.join(TESTED_VERSIONS)}; install one of these, or start the server without router capture."
+    )

@@ -1,0 +1,54 @@
+"""Staging: where the MoE layers of one forward pass leave their top-k ids, on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from routing_masks import GeometryMismatchError, RoutingGeometry
+
+_UNWRITTEN = -1
+
+
+class Staging:
+    """Device buffer `int16 [max_tokens, L, K + shared]`, unwritten entries negative.
+
+    The layers write inside CUDA graphs, so the buffer's address never changes. After each pass the rows that were read
+    are set back to unwritten: a layer that reports nothing in the next pass then shows, and does not leave the routes
+    of earlier tokens.
+
+    Stands where `sglang.srt.state_capturer.base.BaseDeviceCache` stood; `buffer` and `capture` are the names by which
+    upstream's capturer uses it.
+    """
+
+    def __init__(self, geometry: RoutingGeometry, max_tokens: int, num_shared_experts: int, device: str) -> None:
+        width = geometry.top_k + num_shared_experts
+        self.buffer = torch.full(
+            (max_tokens, geometry.num_moe_layers, width), _UNWRITTEN, dtype=torch.int16, device=device
+        )
+        self._geometry = geometry
+        self._slot_of = {layer: slot for slot, layer in enumerate(geometry.moe_layers)}
+
+    def capture(self, layer_id: int, topk_indices: Tensor) -> None:
+        """Take one layer's ids `int [tokens, K + shared]`; `layer_id` is the 0-based decoder layer."""
+        if layer_id not in self._slot_of:
+            raise GeometryMismatchError(
+                f"decoder layer {layer_id} routes in the running model, but by its configuration only layers"
+                f" {self._geometry.moe_layers} do: routes of this model cannot be attributed to layers"
+            )
+        self.buffer[: topk_indices.shape[0], self._slot_of[layer_id]] = topk_indices
+
+    def take(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Routes of the pass's tokens [first, last), and set the buffer back. No host sync.
+
+        Returns:
+            `(indices int16 [n, L, K], complete bool [n])`: where a layer reported no expert or one out of range,
+            `complete` is False and the indices are those of some legal row.
+        """
+        top_k, num_experts = self._geometry.top_k, self._geometry.num_experts
+        taken = self.buffer[first:last, :, :top_k]
+        complete = ((taken >= 0) & (taken < num_experts)).flatten(1).all(1)
+        legal = torch.arange(top_k, dtype=torch.int16, device=taken.device)
+        indices = torch.where(complete[:, None, None], taken, legal)
+        self.buffer[first:last] = _UNWRITTEN
+        return indices, complete
