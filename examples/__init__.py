@@ -1,0 +1,1 @@
+"""Examples: a small mixture-of-experts model, its task, and programs that use them."""
