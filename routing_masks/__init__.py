@@ -1,5 +1,6 @@
 """What rollout and trainer exchange: the routes of each token, packed, checked and tied to their tokens."""
 
+from routing_masks.answer import masks_from_meta_info
 from routing_masks.codec import CODEC_NAMES, Codec, choose_codec, get_codec
 from routing_masks.container import from_bytes, to_bytes
 from routing_masks.digest import token_digest
@@ -30,6 +31,7 @@ __all__ = [
     "from_bytes",
     "get_codec",
     "load",
+    "masks_from_meta_info",
     "to_bytes",
     "token_digest",
 ]

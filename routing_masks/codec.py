@@ -166,7 +166,7 @@ def check_indices(indices: Tensor, geometry: RoutingGeometry) -> None:
     Raises:
         MaskValueError: naming the first token and decoder layer that are wrong.
     """
-    if indices.dtype not in _SIGNED_SAFE:
+    if indices.dtype not in _COMPARABLE:
         indices = indices.to(torch.int64)
     outside = ((indices < 0) | (indices >= geometry.num_experts)).any(-1)
     if outside.any():
@@ -185,5 +185,5 @@ def check_indices(indices: Tensor, geometry: RoutingGeometry) -> None:
         )
 
 
-# Comparison and sort are not implemented for torch's wider unsigned integers.
-_SIGNED_SAFE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# Others either wrap a number of experts above their range when compared with it (uint8), or cannot be sorted (uint16).
+_COMPARABLE = (torch.int16, torch.int32, torch.int64)

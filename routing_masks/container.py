@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import struct
+import zlib
 from collections.abc import Mapping
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 
 from routing_masks.codec import get_codec
@@ -31,6 +33,7 @@ def to_bytes(masks: RoutingMasks) -> bytes:
         "weight_versions": _dense_json(masks.weight_versions),
     }
     tensors = {"rows": masks.rows.cpu().contiguous(), "valid": masks.valid.cpu().contiguous()}
+    metadata["crc32"] = _checksum(tensors, metadata)
     return safetensors.torch.save(tensors, metadata)
 
 
@@ -68,11 +71,25 @@ def from_bytes(data: bytes) -> RoutingMasks:
             token_digest=metadata["token_digest"],
         )
         get_codec(masks.codec).check_rows(masks.rows[masks.valid], masks.geometry)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ContainerError(f"a {FORMAT} file lacks or garbles a field: {error!r}; it was written wrongly") from error
     except RoutingMaskError as error:
         raise ContainerError(f"a {FORMAT} file contradicts itself: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ContainerError(f"a {FORMAT} file lacks or garbles a field: {error!r}; it was written wrongly") from error
+    if metadata.get("crc32") != (found := _checksum(tensors, metadata)):
+        raise ContainerError(
+            f"masks were written with CRC-32 {metadata.get('crc32')}, those read have {found}: corrupted in transfer or"
+            " on disk"
+        )
     return masks
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    # Most flipped bits of a packed row give another legal row, so the codec alone cannot see them.
+    fields = sorted((key, value) for key, value in metadata.items() if key != "crc32")
+    checksum = zlib.crc32(_dense_json(fields).encode())
+    for name in ("rows", "valid"):
+        checksum = zlib.crc32(tensors[name].numpy().tobytes(), checksum)
+    return f"{checksum:08x}"
 
 
 def _metadata(data: bytes) -> Mapping[str, str]:

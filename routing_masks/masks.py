@@ -134,7 +134,7 @@ class RoutingMasks:
         Raises:
             TokenMismatchError: a part was recorded for other tokens.
             GeometryMismatchError: parts of different models or codecs.
-            RoutingMaskError: no part, a gap or an overlap.
+            RoutingMaskError: no part, a gap, an overlap, or rows of unknown weights after rows of known ones.
         """
         if not parts:
             raise RoutingMaskError("no masks to join")
@@ -150,9 +150,16 @@ class RoutingMasks:
                     " ask for each delta with routed_experts_start_len at the end of the masks before it"
                 )
         runs: list[tuple[int, str]] = []
-        for position, version in (run for part in parts for run in part.weight_versions):
-            if not runs or runs[-1][1] != version:
-                runs.append((position, version))
+        for number, part in enumerate(parts):
+            stated_from = part.weight_versions[0][0] if part.weight_versions else part.end
+            if runs and bool(part.valid[: stated_from - part.start].any()):
+                raise RoutingMaskError(
+                    f"part {number} does not say which weights computed its valid rows before position {stated_from},"
+                    " but parts before it do: joined, those rows would seem to be theirs"
+                )
+            for position, version in part.weight_versions:
+                if not runs or runs[-1][1] != version:
+                    runs.append((position, version))
         return replace(
             first,
             rows=torch.cat([part.rows for part in parts]),

@@ -141,14 +141,14 @@ def around_collect(original: Callable[[Any, Any], None], processor: Any, req: An
         response.collect(recorder, req, processor.req_to_token_pool)
 
 
-def after_get_output_streamer_class(streamer_class: type, scheduler: Any) -> type | None:
+def after_get_output_streamer_class(streamer_class: Any, scheduler: Any) -> type | None:
     """A streamer that adds each finished request's handle to its meta_info."""
     chosen = _options_of_this_process()
     if chosen is None or chosen.format == "sglang":
         return None
     inherited = streamer_class.build_additional_customized_info
 
-    class RoutingMasksStreamer(streamer_class):  # type: ignore[valid-type, misc]
+    class RoutingMasksStreamer(streamer_class):
         """SGLang's output streamer, with `meta_info["routing_masks"]`: a list that holds the request's handle."""
 
         __slots__ = ()
@@ -177,6 +177,8 @@ def _max_tokens_per_pass(schedule: Any, context_len: int, max_running_requests: 
     return min(num_slots, prefill + max_running_requests)
 
 
+_PROCESSOR = "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+
 HOOKS: dict[str, tuple[Callable[..., Any], str]] = {
     "server_args.ServerArgs.add_cli_args": (after_add_cli_args, "AFTER"),
     "server_args.ServerArgs.from_cli_args": (after_from_cli_args, "AFTER"),
@@ -190,9 +192,6 @@ HOOKS: dict[str, tuple[Callable[..., Any], str]] = {
     "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc": (after_alloc, "AFTER"),
     "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_extend": (after_alloc, "AFTER"),
     "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_decode": (after_alloc, "AFTER"),
-    "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor._maybe_collect_routed_experts": (
-        around_collect,
-        "AROUND",
-    ),
+    f"{_PROCESSOR}._maybe_collect_routed_experts": (around_collect, "AROUND"),
     "managers.scheduler.Scheduler.get_output_streamer_class": (after_get_output_streamer_class, "AFTER"),
 }

@@ -159,13 +159,19 @@ SEAMS = (
         _STABLE,
     ),
     Seam(
-        "state_capturer.base.TopkCaptureOutput.finalize", ("self",), False, "PassRecord stands in for this class", _STABLE
+        "state_capturer.base.TopkCaptureOutput.finalize",
+        ("self",),
+        False,
+        "PassRecord stands in for this class",
+        _STABLE,
     ),
     Seam("layers.moe.topk.TopK", None, False, "find the live routers, and see whether they report", _CAPTURER),
     Seam("layers.moe.hash_topk.HashTopK", None, False, "refuse routing that is not learned", _CAPTURER),
     Seam("layers.moe.topk.TopKOutputFormat.BYPASSED", None, False, "refuse routers fused into the experts", _CAPTURER),
     Seam("layers.moe.topk.TopKOutputFormat.TRITON_KERNEL", None, False, "refuse a backend without ids", _CAPTURER),
-    Seam("arg_groups.overrides.resolving_view", ("server_args",), False, "read the resolved server configuration", _FLAGS),
+    Seam(
+        "arg_groups.overrides.resolving_view", ("server_args",), False, "read the resolved server configuration", _FLAGS
+    ),
     Seam("runtime_context.get_serving", (), False, "the weight version that the scheduler serves", _CAPTURER),
     Seam("runtime_context.get_schedule", (), False, "tokens that one forward pass may have", _CAPTURER),
     Seam("plugins.hook_registry.HookRegistry._patched", None, False, "see that our hooks were applied", _FLAGS),
@@ -211,7 +217,9 @@ def _without_receiver(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _message(seam: Seam, found: str) -> str:
-    expected = "that name" if seam.parameters is None else f"parameters ({', '.join(_without_receiver(seam.parameters))})"
+    expected = (
+        "that name" if seam.parameters is None else f"parameters ({', '.join(_without_receiver(seam.parameters))})"
+    )
     return (
         f"router capture cannot hook the installed SGLang {importlib.metadata.version('sglang')}: {seam.target}:"
         f" expected {expected}, found {found}. It is needed to {seam.why}. Tested with SGLang"

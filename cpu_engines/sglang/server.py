@@ -80,13 +80,15 @@ def serve(
     environment: Mapping[str, str] | None = None,
     timeout_s: float = 300.0,
     command: Sequence[str] = (sys.executable, "-m", "sglang.launch_server"),
+    cpu: bool = True,
 ) -> Iterator[Server]:
     """A server for the length of a `with` block, in a process of its own, on a free loopback port.
 
     Args:
-        flags: added to `CPU_FLAGS`.
+        flags: added to `CPU_FLAGS` on the CPU, alone otherwise.
         environment: added to this process's environment.
         command: what starts the server; the flags follow it.
+        cpu: False leaves the device and its kernels to SGLang, for a machine with a GPU.
 
     Raises:
         ServerDiedError: the server ended before it could answer, or did not answer within `timeout_s` seconds; with the
@@ -95,10 +97,11 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="sglang-cpu-") as folder:
         log_file = Path(folder) / "server.log"
         port = _free_port()
+        base_flags = CPU_FLAGS if cpu else ()
         with log_file.open("wb") as output:
             process = subprocess.Popen(
-                [*command, "--model-path", os.fspath(model_path), "--port", str(port), *CPU_FLAGS, *flags],
-                env=cpu_environment(environment),
+                [*command, "--model-path", os.fspath(model_path), "--port", str(port), *base_flags, *flags],
+                env=cpu_environment(environment) if cpu else base_environment(environment),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -114,11 +117,16 @@ def serve(
 
 def cpu_environment(added: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment, with what lets SGLang run on the CPU."""
-    paths = [str(STAND_INS), str(_REPOSITORY), os.environ.get("PYTHONPATH", "")]
+    base = base_environment()
+    paths = os.pathsep.join([str(STAND_INS), base["PYTHONPATH"]])
+    return {**base, "SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": paths, **(added or {})}
+
+
+def base_environment(added: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment, with what the examples' models need on every device."""
     return {
         **os.environ,
-        "SGLANG_USE_CPU_ENGINE": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(_REPOSITORY), os.environ.get("PYTHONPATH", "")])),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",

@@ -19,7 +19,7 @@ def load(handle: Mapping[str, Any]) -> RoutingMasks:
         ContainerError: not a handle, or one of a store that this version does not know.
     """
     name = handle.get("store") if isinstance(handle, Mapping) else None
-    if name not in _STORES:
+    if not isinstance(name, str) or name not in _STORES:
         raise ContainerError(
             f"not a handle of a known store ({', '.join(_STORES)}): {str(handle)[:80]!r}; pass"
             ' meta_info["routing_masks"] of the answer as it is'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,6 +26,6 @@ def get(handle: Mapping[str, Any]) -> RoutingMasks:
     """
     try:
         data = base64.b64decode(handle["data"], validate=True)
-    except (KeyError, TypeError, binascii.Error) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ContainerError(f"an inline handle whose data is not base64 text: {error!r}") from error
     return container.from_bytes(data)

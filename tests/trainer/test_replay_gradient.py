@@ -9,50 +9,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from examples.megatron_logprobs import token_logprobs
 from megatron_router_replay import attach
 from routing_masks.masks import RoutingMasks
 from tests.trainer.batches import random_batch
-
-
-class _LayerProbe:
-    """Input, output, gradient of the output, and router logits of one live MoE layer."""
-
-    def __init__(self, mlp: torch.nn.Module) -> None:
-        self.mlp = mlp
-        self.handles = [mlp.register_forward_hook(self._keep), mlp.router.register_forward_hook(self._keep_map)]
-        gating = mlp.router.gating
-
-        def keep_logits(hidden: Tensor) -> Tensor:
-            self.logits = gating(hidden)
-            self.logits.retain_grad()
-            return self.logits
-
-        mlp.router.gating = keep_logits
-
-    def _keep(self, module, args, output) -> None:
-        self.input = args[0].detach().reshape(-1, args[0].shape[-1]).double()
-        self.output = output[0]
-        self.output.retain_grad()
-
-    def _keep_map(self, module, args, output) -> None:
-        self.probs, self.map = (value.detach() for value in output)
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-        del self.mlp.router.gating
-
-
-def _expert_outputs(mlp: torch.nn.Module, hidden: Tensor) -> Tensor:
-    """SwiGLU of every expert for every row, float64 ``[rows, E, H]``."""
-    outputs = []
-    for expert in mlp.experts.local_experts:
-        gate, up = (hidden @ expert.linear_fc1.weight.detach().double().T).chunk(2, dim=-1)
-        outputs.append((gate * gate.sigmoid() * up) @ expert.linear_fc2.weight.detach().double().T)
-    return torch.stack(outputs, dim=1)
+from tests.trainer.router_gradient import LayerProbe, assert_gradient_is_the_formula
 
 
 @pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
@@ -63,42 +25,16 @@ def test_router_gradient_is_the_formula_in_every_layer(build_model, geometry, di
     # (n * eps = 1e-5) on either side of the router.
     model = build_model(dtype=dtype, moe_token_dispatcher_type=dispatcher)
     batch = random_batch(geometry, (12, 9, 5), seed=7)
-    probes = {layer: _LayerProbe(model.decoder.layers[layer].mlp) for layer in geometry.moe_layers}
+    probes = {layer: LayerProbe(model.decoder.layers[layer].mlp) for layer in geometry.moe_layers}
     with attach(model) as replay, replay.microbatch(batch.masks, batch.layout):
         logprobs = token_logprobs(model, batch.token_ids)
     weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(8), dtype=logprobs.dtype)
     (logprobs * weights).sum().backward()
     for layer, probe in probes.items():
         probe.close()
-        router = probe.mlp.router
-        mask = probe.map
         for row, experts in batch.recorded(layer):
-            assert set(mask[row].nonzero().flatten().tolist()) == experts
-        upstream = probe.output.grad.reshape(probe.input.shape).double()
-        outputs = _expert_outputs(probe.mlp, probe.input)
-
-        by_autograd = router.weight.detach().double().requires_grad_()
-        scores = probe.input @ by_autograd.T
-        gates = torch.where(mask, scores.exp(), 0.0)
-        gates = gates / gates.sum(-1, keepdim=True)
-        (torch.einsum("te,teh->th", gates, outputs) * upstream).sum().backward()
-
-        gates = gates.detach()
-        pull = torch.einsum("teh,th->te", outputs, upstream)
-        score_gradient = gates * (pull - (gates * pull).sum(-1, keepdim=True))
-        by_formula = score_gradient.T @ probe.input
-
-        assert by_formula.norm() > 0
-        assert _relative(by_autograd.grad, by_formula) < 1e-12
-        assert _relative(router.weight.grad.double(), by_formula) < tolerance
-        assert _relative(probe.probs.double(), gates) < tolerance
-        logits_gradient = probe.logits.grad.reshape(mask.shape)
-        assert (logits_gradient[~mask] == 0).all()
-        assert (logits_gradient[mask] != 0).float().mean() > 0.5
-
-
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
+            assert set(probe.map[row].nonzero().flatten().tolist()) == experts
+        assert_gradient_is_the_formula(probe, tolerance)
 
 
 def test_unrouted_experts_get_no_gradient(build_model, geometry):

@@ -8,10 +8,10 @@ import torch
 
 
 class _CudaRuntime:
-    def cudaHostRegister(self, *args: object) -> int:  # noqa: N802 - the CUDA runtime's name
+    def cudaHostRegister(self, *args: object) -> int:
         return 0
 
-    def cudaHostUnregister(self, *args: object) -> int:  # noqa: N802 - the CUDA runtime's name
+    def cudaHostUnregister(self, *args: object) -> int:
         return 0
 
 

@@ -1,0 +1,179 @@
+"""What a run of the main job found: figures, table and JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from examples.rollout import Conversation
+from megatron_router_replay.mismatch import Divergence, RouteAgreement, compare_routes, divergence
+from routing_masks import RoutingGeometry, get_codec
+
+REPORTED_TAUS = (1.01, 1.1, 1.5, 2.0)
+PACKAGES = ("rollout-routing-replay", "sglang", "megatron-core", "torch", "transformers")
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Trainer against rollout.
+
+    Attributes:
+        native, replay: over the sampled tokens, with the trainer's own routes and with the recorded ones.
+        routes: the trainer's own routes against the recorded ones, over tokens that have a recorded route.
+        differing_by_layer: decoder layer (0-based) to the share of tokens that take other experts there.
+    """
+
+    native: Divergence
+    replay: Divergence
+    routes: RouteAgreement
+    differing_by_layer: dict[int, float]
+
+
+def compare(
+    conversations: Sequence[Conversation],
+    native_logprobs: Sequence[torch.Tensor],
+    replay_logprobs: Sequence[torch.Tensor],
+    native_routes: Sequence[torch.Tensor],
+    taus: Sequence[float] = REPORTED_TAUS,
+) -> Comparison:
+    """Compare what the trainer computed for each conversation of n tokens with its rollout.
+
+    Args:
+        native_logprobs, replay_logprobs: float `[n]` each, in nats.
+        native_routes: int `[n, L, K]` each.
+        taus: thresholds of F(tau), above 1.
+    """
+    rollout = torch.cat([torch.tensor(each.rollout_logprobs, dtype=torch.float64) for each in conversations])
+    sampled = torch.cat([torch.tensor(each.sampled) for each in conversations])
+    recorded = torch.cat([each.masks.indices() for each in conversations])
+    valid = torch.cat([each.masks.valid for each in conversations])
+    own = torch.cat(
+        [routes[: each.masks.num_tokens] for each, routes in zip(conversations, native_routes, strict=True)]
+    )
+    layers = conversations[0].masks.geometry.moe_layers
+    return Comparison(
+        native=divergence(torch.cat(list(native_logprobs)).double(), rollout, sampled, taus),
+        replay=divergence(torch.cat(list(replay_logprobs)).double(), rollout, sampled, taus),
+        routes=compare_routes(own, recorded, valid),
+        differing_by_layer={
+            layer: compare_routes(own[:, [slot]], recorded[:, [slot]], valid).differing_routes
+            for slot, layer in enumerate(layers)
+        },
+    )
+
+
+def summarize(conversations: Sequence[Conversation], comparison: Comparison) -> dict[str, Any]:
+    """The figures of `demo.json` that follow from the conversations: JSON types only, KL in nats per sampled token."""
+    tokens = sum(len(each.token_ids) for each in conversations)
+    rows = sum(each.masks.num_tokens for each in conversations)
+    valid = sum(int(each.masks.valid.sum()) for each in conversations)
+    geometry = conversations[0].masks.geometry
+    native, replay = comparison.native, comparison.replay
+    return {
+        "conversations": len(conversations),
+        "turns": sum(each.num_turns for each in conversations),
+        "accuracy": sum(each.correct for each in conversations) / len(conversations),
+        "tokens": tokens,
+        "sampled_tokens": sum(sum(each.sampled) for each in conversations),
+        "prefix_cached_tokens": sum(each.prefix_cached_tokens for each in conversations),
+        "valid_rows": valid,
+        "invalid_rows": tokens - valid,
+        "route_mismatch": {
+            "rows": comparison.routes.differing_routes,
+            "tokens": comparison.routes.differing_tokens,
+            "per_layer": {str(layer): share for layer, share in comparison.differing_by_layer.items()},
+        },
+        "kl_k3": {"native": native.k3, "replay": replay.k3},
+        "kl_k1": {"native": native.k1, "replay": replay.k1},
+        "f_tau": {
+            f"{tau:g}": {"native": native.ratio_tails[tau], "replay": replay.ratio_tails[tau]} for tau in REPORTED_TAUS
+        },
+        "bytes_per_token": {
+            "sglang_base64": sum(_sglang_bytes(each.masks.num_tokens, geometry) for each in conversations) / rows,
+            "masks": sum(each.masks_bytes for each in conversations) / rows,
+            "masks_rows_only": get_codec(conversations[0].masks.codec).row_bytes(geometry),
+        },
+    }
+
+
+def hardware() -> dict[str, Any]:
+    """What ran the job."""
+    names = [line for line in _cpuinfo() if line.startswith("model name")]
+    return {
+        "cpu": names[0].partition(":")[2].strip() if names else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that take part."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def table(report: dict[str, Any]) -> Table:
+    """The report for a terminal."""
+    rows, sizes = report["route_mismatch"], report["bytes_per_token"]
+    result = Table(title="Trainer against rollout, over the sampled tokens", title_justify="left")
+    for heading in ("", "native", "replay", "replay / native"):
+        result.add_column(heading, justify="right" if heading else "left")
+    for name, key in (("KL, k3 (nats per token)", "kl_k3"), ("KL, k1 (nats per token)", "kl_k1")):
+        result.add_row(name, *(f"{report[key][which]:.3e}" for which in ("native", "replay")), _ratio(report[key]))
+    for tau, shares in report["f_tau"].items():
+        name = f"tokens whose probability ratio exceeds {tau}"
+        result.add_row(name, f"{shares['native']:.3%}", f"{shares['replay']:.3%}", _ratio(shares))
+    result.add_row("(token, layer) routes that differ", f"{rows['rows']:.2%}", "0", "")
+    result.add_row("tokens with a route that differs", f"{rows['tokens']:.2%}", "0", "", end_section=True)
+    facts = [
+        ("conversations, turns", f"{report['conversations']:,}, {report['turns']:,}"),
+        ("problems solved", f"{report['accuracy']:.1%}"),
+        ("tokens, of them sampled", f"{report['tokens']:,}, {report['sampled_tokens']:,}"),
+        ("prompt tokens from the prefix cache", f"{report['prefix_cached_tokens']:,}"),
+        ("tokens with a recorded route", f"{report['valid_rows']:,}"),
+        ("tokens without (last sampled ones)", f"{report['invalid_rows']:,}"),
+        ("bytes per token, masks in JSON", f"{sizes['masks']:.1f}"),
+        ("bytes per token, SGLang's base64", f"{sizes['sglang_base64']:.1f}"),
+    ]
+    for name, value in facts:
+        result.add_row(name, value)
+    return result
+
+
+def write_json(report: dict[str, Any], path: Path) -> None:
+    """Write the report; a reader never sees half of it."""
+    write_whole(path, lambda partial: partial.write_text(json.dumps(report, indent=2) + "\n"))
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` write to a temporary name beside `path`, then rename it: the file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _ratio(pair: dict[str, float]) -> str:
+    return f"{pair['replay'] / pair['native']:.2f}" if pair["native"] > 0 else ""
+
+
+def _sglang_bytes(num_rows: int, geometry: RoutingGeometry) -> int:
+    # SGLang sends an int32 per expert choice of every decoder layer, dense ones included.
+    raw = num_rows * geometry.num_layers * geometry.top_k * 4
+    return 4 * -(-raw // 3)
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []

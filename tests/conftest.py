@@ -1,0 +1,43 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cpu_engines.sglang.server import Server, serve
+
+SMALL_MODEL = Path(__file__).parents[1] / "examples" / "small_model"
+
+
+def pytest_configure() -> None:
+    # The tensors of these tests are small: more threads only contend with each other.
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        config.hook.pytest_deselected(items=on_gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Path:
+    """The project's trained Qwen3-MoE: decoder layer 0 dense, five MoE layers of 32 experts, top-4."""
+    return SMALL_MODEL
+
+
+@pytest.fixture(scope="session")
+def capture_server(small_model: Path) -> Iterator[Server]:
+    """A server with capture on, in its default format; small chunks, and a pool that a few requests fill."""
+    # So little conservatism admits more requests than the pool can hold to their end: some are retracted.
+    flags = ("--skip-tokenizer-init", "--chunked-prefill-size=64", "--max-total-tokens=2048")
+    flags += ("--schedule-conservativeness=0.1",)
+    with serve(small_model, "--enable-router-capture", *flags) as server:
+        yield server

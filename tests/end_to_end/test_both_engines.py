@@ -1,0 +1,117 @@
+"""SGLang's real server records, Megatron's real layers replay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from cpu_engines.megatron import CpuDevice, single_process
+from cpu_engines.sglang.server import Server
+from examples.calculator import problems
+from examples.megatron_logprobs import token_logprobs
+from examples.qwen3_moe_megatron import load_qwen3_moe
+from examples.replay_report import compare, summarize
+from examples.rollout import Conversation, play
+from examples.trainer_scores import score
+from megatron_router_replay import BatchLayout, attach
+from routing_masks import RoutingMasks, TokenMismatchError, get_codec
+from tests.trainer.batches import dispatched_maps
+from tests.trainer.router_gradient import LayerProbe, assert_gradient_is_the_formula
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(scope="module")
+def conversations(capture_server: Server, small_model: Path) -> list[Conversation]:
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    return play(capture_server.url, list(islice(problems("held_out", 3), 12)), tokenizer, concurrency=6)
+
+
+@pytest.fixture(scope="module")
+def model(small_model: Path) -> Iterator[torch.nn.Module]:
+    with CpuDevice(), single_process():
+        yield load_qwen3_moe(small_model).eval()
+
+
+def _batch(conversations: list[Conversation]) -> tuple[torch.Tensor, BatchLayout, list[RoutingMasks]]:
+    sequences = [torch.tensor(each.token_ids) for each in conversations]
+    token_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    layout = BatchLayout.padded(token_ids, [len(sequence) for sequence in sequences])
+    return token_ids, layout, [each.masks for each in conversations]
+
+
+def test_conversations_hit_the_prefix_cache_and_lack_one_row_each(conversations: list[Conversation]) -> None:
+    assert all(each.num_turns >= 2 and each.prefix_cached_tokens > 0 for each in conversations)
+    for each in conversations:
+        assert (each.masks.start, each.masks.end) == (0, len(each.token_ids) - 1)
+        assert each.masks.valid.all()
+
+
+def test_routing_map_is_the_recorded_one_in_every_layer(
+    conversations: list[Conversation], model: torch.nn.Module
+) -> None:
+    token_ids, layout, masks = _batch(conversations)
+    with torch.no_grad(), dispatched_maps(model) as maps, attach(model) as replay:
+        with replay.off():
+            token_logprobs(model, token_ids)
+        with replay.microbatch(masks, layout) as routes:
+            token_logprobs(model, token_ids)
+    assert routes.num_replayed == sum(each.num_tokens for each in masks)
+    assert routes.num_native == len(conversations)
+    assert sorted(maps) == list(masks[0].geometry.moe_layers)
+    differing = 0
+    for slot, layer in enumerate(masks[0].geometry.moe_layers):
+        native_map, replayed_map = maps[layer]
+        for each, rows in zip(masks, layout.rows, strict=True):
+            recorded = get_codec(each.codec).unpack_bitset(each.rows, each.geometry)[:, slot]
+            assert torch.equal(replayed_map[rows[:-1]], recorded)
+            # The last sampled token has no row: the trainer's own choice, which is never empty.
+            assert int(replayed_map[rows[-1]].sum()) == each.geometry.top_k
+            differing += int((native_map[rows[:-1]] != recorded).any(-1).sum())
+    # Without replay some routes differ: the comparison above is not one of the trainer with itself.
+    assert differing > 0
+
+
+def test_router_gradient_under_a_real_rollouts_masks(conversations: list[Conversation], model: torch.nn.Module) -> None:
+    token_ids, layout, masks = _batch(conversations[:4])
+    layers = masks[0].geometry.moe_layers
+    probes = [LayerProbe(model.decoder.layers[layer].mlp) for layer in layers]
+    model.zero_grad()
+    with attach(model) as replay, replay.microbatch(masks, layout):
+        logprobs = token_logprobs(model, token_ids)
+    sampled = torch.zeros_like(logprobs)
+    for row, each in zip(sampled, conversations[:4], strict=True):
+        row[: len(each.sampled)] = torch.tensor(each.sampled)
+    (logprobs * sampled).sum().backward()
+    for probe in probes:
+        probe.close()
+        # A float32 model adds up a few hundred rows on either side of the router: 1e-4 is n * eps for n = 800.
+        assert_gradient_is_the_formula(probe, 1e-4)
+
+
+def test_replay_brings_the_trainer_closer_to_the_rollout(
+    conversations: list[Conversation], model: torch.nn.Module
+) -> None:
+    scores = score(model, conversations)
+    figures = summarize(
+        conversations, compare(conversations, scores.native_logprobs, scores.replay_logprobs, scores.native_routes)
+    )
+    assert figures["kl_k3"]["replay"] < figures["kl_k3"]["native"]
+    assert figures["route_mismatch"]["rows"] > 0
+    assert figures["invalid_rows"] == len(conversations)
+    assert figures["bytes_per_token"]["masks"] < figures["bytes_per_token"]["sglang_base64"]
+
+
+def test_masks_of_another_conversation_are_refused(conversations: list[Conversation], model: torch.nn.Module) -> None:
+    _, layout, masks = _batch(conversations[:2])
+    with (
+        attach(model) as replay,
+        pytest.raises(TokenMismatchError, match="pair each sequence with its own masks"),
+        replay.microbatch(masks[::-1], layout),
+    ):
+        pass

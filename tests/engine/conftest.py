@@ -1,0 +1,52 @@
+"""Real servers, one per configuration, shared by the tests of a session: each takes most of a minute to start."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cpu_engines.sglang.server import Server, serve
+from sglang_router_capture.seams import SEAMS
+
+PROBE = Path(__file__).parent / "probe_plugin"
+PAGED = ("--skip-tokenizer-init", "--chunked-prefill-size=64", "--max-total-tokens=4096", "--page-size=16")
+
+
+@pytest.fixture(scope="session")
+def sglang_format_server(small_model: Path) -> Iterator[Server]:
+    """`sglang serve` with pages of 16, whose upstream flag our recorder serves."""
+    command = (str(Path(sys.executable).parent / "sglang"), "serve")
+    with serve(small_model, "--enable-return-routed-experts", *PAGED, command=command) as server:
+        assert "router capture is on: format sglang, codec ordered" in server.log()
+        yield server
+
+
+@pytest.fixture(scope="session")
+def stock_server(small_model: Path) -> Iterator[Server]:
+    """SGLang's own capture: the same flags, our plugin not among those that it may load."""
+    environment = {"SGLANG_PLUGINS": "none"}
+    with serve(small_model, "--enable-return-routed-experts", *PAGED, environment=environment) as server:
+        assert "router capture is on" not in server.log()
+        yield server
+
+
+@pytest.fixture(scope="session")
+def plain_server(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+    """A server without any flag, and the folder where a probe in each of its processes reports what is hooked."""
+    folder = tmp_path_factory.mktemp("probe")
+    environment = {
+        "ROUTER_CAPTURE_PROBE": str(folder),
+        "ROUTER_CAPTURE_PROBE_PATHS": json.dumps([seam.target for seam in SEAMS if seam.hooked]),
+        "PYTHONPATH": str(PROBE),
+    }
+    with serve(small_model, "--skip-tokenizer-init", "--max-total-tokens=2048", environment=environment) as server:
+        yield server, folder
+
+
+def probe_reports(folder: Path) -> list[dict]:
+    """What the probes wrote, one report per process."""
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]

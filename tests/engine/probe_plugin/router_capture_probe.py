@@ -1,0 +1,46 @@
+"""An SGLang plugin for tests: reports from inside each server process, or renames a seam before hooks are applied."""
+
+import json
+import os
+import pkgutil
+import sys
+import threading
+import time
+from pathlib import Path
+
+
+def load() -> None:
+    if folder := os.environ.get("ROUTER_CAPTURE_PROBE"):
+        threading.Thread(target=_report_forever, args=(Path(folder),), daemon=True).start()
+
+
+def _rename(path: str) -> None:
+    owner_path, name = path.rsplit(".", 1)
+    owner = pkgutil.resolve_name(owner_path)
+    setattr(owner, name + "_renamed", getattr(owner, name))
+    delattr(owner, name)
+
+
+# Plugins are imported in the order in which the interpreter finds their distributions, and all of them before the
+# first of them runs: what is done on import is done before any hook.
+if renamed := os.environ.get("ROUTER_CAPTURE_PROBE_RENAME"):
+    _rename(renamed)
+
+
+def _report_forever(folder: Path) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    # The ledger's names are read without importing the package, whose presence is part of the report.
+    paths = json.loads(os.environ["ROUTER_CAPTURE_PROBE_PATHS"])
+    report_file = folder / f"{os.getpid()}.json"
+    while True:
+        report = {
+            "command": sys.argv,
+            "patched": sorted(set(HookRegistry._patched)),
+            "wrapped": [path for path in paths if hasattr(pkgutil.resolve_name(path), "__wrapped__")],
+            "hooks_imported": "sglang_router_capture.hooks" in sys.modules,
+        }
+        partial = report_file.with_suffix(".partial")
+        partial.write_text(json.dumps(report))
+        partial.rename(report_file)
+        time.sleep(2)

@@ -1,0 +1,87 @@
+"""The ledger against the installed SGLang, and against names that are not there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from sglang_router_capture import hooks, seams, support
+from sglang_router_capture.seams import SEAMS, SeamError
+
+
+def test_ledger_fits_the_installed_sglang() -> None:
+    seams.check()
+
+
+def test_every_hooked_seam_has_its_hook() -> None:
+    assert {seam.path for seam in SEAMS if seam.hooked} == set(hooks.HOOKS)
+
+
+def test_renamed_seam() -> None:
+    seam = replace(SEAMS[0], path="server_args.ServerArgs.add_flags")
+    with pytest.raises(
+        SeamError, match=r"sglang\.srt\.server_args\.ServerArgs\.add_flags: expected parameters \(parser\)"
+    ):
+        seams.check((seam,))
+
+
+def test_changed_signature() -> None:
+    seam = replace(SEAMS[0], parameters=("parser", "more"))
+    with pytest.raises(SeamError, match=r"expected parameters \(parser, more\), found parameters \(parser\)"):
+        seams.check((seam,))
+
+
+def test_hook_that_sglang_did_not_apply() -> None:
+    applied = {seam.target for seam in SEAMS if seam.hooked}
+    seams.require_applied(applied)
+    with pytest.raises(SeamError, match=r"TokenToKVPoolAllocator\.alloc: .* did not apply the hook"):
+        seams.require_applied(applied - {"sglang.srt.mem_cache.allocator.token.TokenToKVPoolAllocator.alloc"})
+
+
+SUPPORTED = {
+    "pp_size": 1,
+    "speculative_algorithm": None,
+    "disaggregation_mode": "null",
+    "attn_dp_size": 1,
+    "attn_cp_size": 1,
+    "enable_two_batch_overlap": False,
+    "enable_pdmux": False,
+    "enable_hisparse": False,
+    "dllm_algorithm": None,
+}
+
+
+def test_default_configuration_is_supported() -> None:
+    support.require_supported_config(SimpleNamespace(**SUPPORTED))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "flag"),
+    [
+        ("pp_size", 2, "--pipeline-parallel-size"),
+        ("speculative_algorithm", "EAGLE", "--speculative-algorithm"),
+        ("disaggregation_mode", "decode", "--disaggregation-mode"),
+        ("attn_dp_size", 2, "attention data parallelism"),
+        ("attn_cp_size", 2, "attention context parallelism"),
+        ("enable_two_batch_overlap", True, "--enable-two-batch-overlap"),
+        ("enable_pdmux", True, "--enable-pdmux"),
+        ("enable_hisparse", True, "--enable-hisparse"),
+        ("dllm_algorithm", "x", "--dllm-algorithm"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(field: str, value: object, flag: str) -> None:
+    with pytest.raises(support.UnsupportedServerError, match=flag):
+        support.require_supported_config(SimpleNamespace(**{**SUPPORTED, field: value}))
+
+
+def test_unknown_allocator_is_refused() -> None:
+    from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+
+    class Other(TokenToKVPoolAllocator):
+        pass
+
+    with pytest.raises(support.UnsupportedServerError, match="KV allocator Other"):
+        support.require_supported_allocator(Other.__new__(Other))
+    support.require_supported_allocator(TokenToKVPoolAllocator.__new__(TokenToKVPoolAllocator))

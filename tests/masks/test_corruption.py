@@ -1,0 +1,74 @@
+"""Rows that no router can have produced are found wherever the codec has bits to spare."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from routing_masks import CODEC_NAMES, MaskValueError, RoutingGeometry, get_codec
+from tests.masks.routes import codec_names, geometries, legal_row, random_indices, seeds
+
+
+def _refused(name: str, rows: torch.Tensor, geometry: RoutingGeometry) -> bool:
+    try:
+        get_codec(name).check_rows(rows, geometry)
+    except MaskValueError:
+        return True
+    return False
+
+
+@given(geometries(max_experts=40, max_layers=4), seeds)
+@settings(max_examples=25, deadline=None)
+def test_every_flipped_bit_of_a_bitset_is_found(geometry, seed):
+    codec = get_codec("bitset")
+    row = codec.pack(random_indices(geometry, 1, seed), geometry)
+    for bit in range(row.shape[1] * 8):
+        flipped = row.clone()
+        flipped[0, bit // 8] ^= 1 << bit % 8
+        assert _refused("bitset", flipped, geometry)
+
+
+@given(geometries(max_experts=40, max_layers=4), codec_names, seeds, st.data())
+@settings(max_examples=60, deadline=None)
+def test_exactly_the_legal_rows_pass(geometry, name, seed, data):
+    """Legal as the row's definition in Python integers says, for rows with a few flipped bits and for random bytes."""
+    codec = get_codec(name)
+    row = codec.pack(random_indices(geometry, 1, seed), geometry)
+    width = row.shape[1]
+    if data.draw(st.booleans()) and width:
+        for bit in data.draw(st.lists(st.integers(0, width * 8 - 1), max_size=4, unique=True)):
+            row[0, bit // 8] ^= 1 << bit % 8
+    else:
+        row = torch.tensor([list(data.draw(st.binary(min_size=width, max_size=width)))], dtype=torch.uint8)
+    assert _refused(name, row, geometry) == (not legal_row(name, bytes(row[0].tolist()), geometry))
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+def test_a_padding_bit_is_found_and_its_token_named(name):
+    geometry = RoutingGeometry(3, (0, 1, 2), 6, 1)
+    rows = get_codec(name).pack(random_indices(geometry, 4, seed=0), geometry)
+    rows[2, -1] |= 128
+    with pytest.raises(MaskValueError, match="token 2"):
+        get_codec(name).check_rows(rows, geometry)
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+def test_a_row_of_zeros_is_found_and_located(name):
+    """A missing row is marked as such; zeros that stand for one by mistake are no legal row."""
+    geometry = RoutingGeometry(9, (2, 5), 32, 4)
+    rows = get_codec(name).pack(random_indices(geometry, 4, seed=1), geometry)
+    rows[3] = 0
+    with pytest.raises(MaskValueError, match="token 3, decoder layer 2"):
+        get_codec(name).check_rows(rows, geometry)
+
+
+def test_an_expert_missing_from_a_bitset_is_located():
+    geometry = RoutingGeometry(9, (2, 5), 32, 4)
+    indices = random_indices(geometry, 4, seed=2)
+    rows = get_codec("bitset").pack(indices, geometry)
+    expert = int(indices[1, 1, 0])
+    rows[1, 4 + expert // 8] ^= 1 << expert % 8
+    with pytest.raises(MaskValueError, match="token 1, decoder layer 5"):
+        get_codec("bitset").check_rows(rows, geometry)
