@@ -11,12 +11,12 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from examples.replay_report import REPORTED_TAUS, Comparison, write_whole
 
 NATIVE, REPLAY = "#c1432e", "#1f6f8b"
-TAUS = tuple(sorted({*REPORTED_TAUS, *(float(tau) for tau in np.geomspace(1.005, 20, 160))}))
+TAUS = tuple(sorted({*REPORTED_TAUS, *(1 + float(excess) for excess in np.geomspace(1e-3, 20, 200))}))
 """Thresholds at which F(tau) is drawn: pass them to `compare`."""
 
 
@@ -35,34 +35,39 @@ def plot_mismatch(comparison: Comparison, path: Path) -> None:
 
 def _draw_tails(axes: Axes, comparison: Comparison) -> None:
     count = comparison.native.num_tokens
+    highest = 1.0
     for found, name, colour in (
         (comparison.native, "trainer's own routes", NATIVE),
-        (comparison.replay, "routes replayed", REPLAY),
+        (comparison.replay, "rollout's routes replayed", REPLAY),
     ):
         shares = [(tau, share) for tau, share in sorted(found.ratio_tails.items()) if share > 0]
-        label = f"{name}, KL (k3) {found.k3:.1e} nats"
-        axes.plot([tau for tau, _ in shares], [share for _, share in shares], color=colour, linewidth=2, label=label)
+        excess = [tau - 1 for tau, _ in shares]
+        label = f"{name}: KL (k3) {found.k3:.1e} nats per token"
+        axes.plot(excess, [share for _, share in shares], color=colour, linewidth=2, label=label)
+        highest = max([highest, *excess])
     axes.axhline(1 / count, color="grey", linewidth=1, linestyle=":")
-    axes.annotate("one token", (1, 1 / count), (-3, 3), xycoords=("axes fraction", "data"),
-                  textcoords="offset points", ha="right", color="grey", fontsize=9)  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="τ", ylabel=f"F(τ), share of {count:,} sampled tokens")
-    axes.set_title("Tokens with max(r, 1/r) > τ,  r = p trainer / p rollout", fontsize=11, loc="left")
-    highest = max([2.0, *(tau for tau, share in comparison.native.ratio_tails.items() if share > 0)])
-    axes.set_xlim(min(comparison.native.ratio_tails), highest * 1.1)
-    axes.set_xticks([tau for tau in (1.01, 1.1, 1.5, 2, 3, 5, 10, 20) if tau <= highest * 1.1])
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda tau, _: f"{tau:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.annotate("one token", (0, 1 / count), (4, 3), xycoords=("axes fraction", "data"),
+                  textcoords="offset points", color="grey", fontsize=9)  # fmt: skip
+    # Ratios near 1 are where most tokens are; an axis that is logarithmic in tau itself would hide them.
+    axes.set(xscale="log", yscale="log", xlabel="ratio τ (axis logarithmic in τ - 1)", ylabel="F(τ), share of tokens")
+    axes.set_xlim(min(comparison.native.ratio_tails) - 1, highest * 1.2)
+    axes.set_title(f"How many of {count:,} sampled tokens have a ratio\nof probabilities, trainer to rollout, beyond τ",
+                   fontsize=11, loc="left")  # fmt: skip
+    ticks = [tau for tau in (1.001, 1.003, 1.01, 1.03, 1.1, 1.3, 2, 4, 11) if tau - 1 <= highest * 1.2]
+    axes.xaxis.set_major_locator(FixedLocator([tau - 1 for tau in ticks]))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda excess, _: f"{1 + excess:.4g}"))
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="upper right")
 
 
 def _draw_layers(axes: Axes, comparison: Comparison) -> None:
     layers = list(comparison.differing_by_layer)
-    shares = list(comparison.differing_by_layer.values())
-    bars = axes.bar([str(layer) for layer in layers], shares, color=NATIVE, width=0.65)
+    percent = [100 * share for share in comparison.differing_by_layer.values()]
+    bars = axes.bar([str(layer) for layer in layers], percent, color=NATIVE, width=0.65)
     if len(layers) <= 12:
-        axes.bar_label(bars, [f"{share:.1%}" for share in shares], padding=2, fontsize=9)
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.set(xlabel="decoder layer with a router (0-based)", ylabel="share of tokens")
-    axes.set_title("Other experts than the rollout's, without replay", fontsize=11, loc="left")
+        axes.bar_label(bars, fmt="%.1f", padding=2, fontsize=9)
+    axes.set(xlabel="decoder layer with a router (0-based)", ylabel="% of tokens")
+    axes.set_title("Tokens for which the trainer's router\nchooses other experts than the rollout's",
+                   fontsize=11, loc="left")  # fmt: skip
     axes.margins(y=0.12)

@@ -12,6 +12,7 @@ The server runs on the GPU where there is one, else on the CPU. The trainer's pa
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ def rollout_server(model: Path, server: str | None, seed: int) -> Iterator[str]:
         with console.status(f"starting SGLang on the {'CPU' if on_cpu else 'GPU'} (a minute or two)"):
             flags = (*SERVER_FLAGS, f"--random-seed={seed}")
             # The small model's matrices are too small to share: threads would only wait for each other.
-            environment = {"OMP_NUM_THREADS": "1"} if on_cpu else {}
+            environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if on_cpu else {}
             started = stack.enter_context(serve(model, *flags, environment=environment, cpu=on_cpu, timeout_s=600))
         yield started.url
 
@@ -111,7 +112,7 @@ def main(
         scores = train_side(model, played, getattr(torch, trainer_dtype))
         seconds["trainer"] = _lap(begin)
     except (RolloutError, RoutingMaskError, ServerDiedError) as error:
-        console.print(f"[red]{type(error).__name__}[/red]: {error}", markup=True, highlight=False)
+        console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error
 
     from examples.mismatch_plot import TAUS, plot_mismatch

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Group
 from rich.table import Table
 
 from examples.rollout import Conversation
@@ -120,32 +121,36 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
 
 
-def table(report: dict[str, Any]) -> Table:
-    """The report for a terminal."""
+def table(report: dict[str, Any]) -> Group:
+    """The report for a terminal of 80 columns."""
     rows, sizes = report["route_mismatch"], report["bytes_per_token"]
-    result = Table(title="Trainer against rollout, over the sampled tokens", title_justify="left")
-    for heading in ("", "native", "replay", "replay / native"):
-        result.add_column(heading, justify="right" if heading else "left")
+    compared = Table("trainer against rollout", title="Sampled tokens", title_justify="left")
+    for heading in ("native", "replay", "replay / native"):
+        compared.add_column(heading, justify="right")
     for name, key in (("KL, k3 (nats per token)", "kl_k3"), ("KL, k1 (nats per token)", "kl_k1")):
-        result.add_row(name, *(f"{report[key][which]:.3e}" for which in ("native", "replay")), _ratio(report[key]))
-    for tau, shares in report["f_tau"].items():
-        name = f"tokens whose probability ratio exceeds {tau}"
-        result.add_row(name, f"{shares['native']:.3%}", f"{shares['replay']:.3%}", _ratio(shares))
-    result.add_row("(token, layer) routes that differ", f"{rows['rows']:.2%}", "0", "")
-    result.add_row("tokens with a route that differs", f"{rows['tokens']:.2%}", "0", "", end_section=True)
-    facts = [
-        ("conversations, turns", f"{report['conversations']:,}, {report['turns']:,}"),
+        pair = report[key]
+        # k1 takes both signs, so a ratio of two of them says nothing.
+        compared.add_row(name, f"{pair['native']:.2e}", f"{pair['replay']:.2e}", _ratio(pair) if key == "kl_k3" else "")
+    for tau, pair in report["f_tau"].items():
+        compared.add_row(f"probability ratio > {tau}", f"{pair['native']:.3%}", f"{pair['replay']:.3%}", _ratio(pair))
+    facts = Table("the run", "", title_justify="left")
+    facts.columns[1].justify = "right"
+    for name, value in (
+        ("conversations", f"{report['conversations']:,}"),
+        ("turns", f"{report['turns']:,}"),
         ("problems solved", f"{report['accuracy']:.1%}"),
-        ("tokens, of them sampled", f"{report['tokens']:,}, {report['sampled_tokens']:,}"),
-        ("prompt tokens from the prefix cache", f"{report['prefix_cached_tokens']:,}"),
-        ("tokens with a recorded route", f"{report['valid_rows']:,}"),
-        ("tokens without (last sampled ones)", f"{report['invalid_rows']:,}"),
-        ("bytes per token, masks in JSON", f"{sizes['masks']:.1f}"),
-        ("bytes per token, SGLang's base64", f"{sizes['sglang_base64']:.1f}"),
-    ]
-    for name, value in facts:
-        result.add_row(name, value)
-    return result
+        ("tokens", f"{report['tokens']:,}"),
+        ("sampled tokens", f"{report['sampled_tokens']:,}"),
+        ("prompt tokens found in the prefix cache", f"{report['prefix_cached_tokens']:,}"),
+        ("tokens with a recorded route, replayed", f"{report['valid_rows']:,}"),
+        ("tokens without one", f"{report['invalid_rows']:,}"),
+        ("native (token, layer) routes that differ", f"{rows['rows']:.2%}"),
+        ("tokens with a native route that differs", f"{rows['tokens']:.2%}"),
+        ("bytes per token in JSON, masks", f"{sizes['masks']:.1f}"),
+        ("bytes per token in JSON, SGLang's format", f"{sizes['sglang_base64']:.1f}"),
+    ):
+        facts.add_row(name, value)
+    return Group(facts, compared)
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:

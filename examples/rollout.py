@@ -108,7 +108,7 @@ def converse(server_url: str, problem: Problem, tokenizer: PreTrainedTokenizerBa
         turn = [token_id for _, token_id, *_ in meta_info["output_token_logprobs"]]
         append(turn, [logprob for logprob, *_ in meta_info["output_token_logprobs"]])
         written = turn[:-1] if turn[-1] == tokenizer.eos_token_id else turn
-        append(_encode(tokenizer, reply_text(calculator.step(tokenizer.decode(written)))))
+        append(_encode(tokenizer, reply_text(calculator.step(str(tokenizer.decode(written))))))
     return Conversation(
         token_ids=token_ids,
         sampled=sampled,

@@ -33,6 +33,7 @@ class PassRecord:
         rows: `uint8 [n, row_bytes]`.
         complete: `bool [n]`: every MoE layer reported its experts.
         version: number of the weights that ran.
+        settled: it is in the slot table.
     """
 
     recorder: Recorder
@@ -41,6 +42,7 @@ class PassRecord:
     rows: Tensor
     complete: Tensor
     version: int
+    settled: bool = False
 
     def map_device_tensors(self, copy: Callable[[Tensor], Tensor]) -> None:
         """Replace the device tensors by what `copy` makes of them."""
@@ -130,15 +132,14 @@ class Recorder(RoutedExpertsCapturer):
 
     def settle(self, record: PassRecord) -> None:
         """Bring the passes up to and including `record` into the table, in order."""
-        while self._in_flight:
+        while not record.settled:
             oldest = self._in_flight.popleft()
             # A pass whose result the scheduler dropped was never copied: the copy then waits for the device here.
             oldest.map_device_tensors(lambda tensor: tensor.cpu())
             self.table.release(oldest.released)
             self.table.write(oldest.slots, oldest.rows, oldest.complete, oldest.version)
+            oldest.settled = True
             self._report_incomplete(oldest)
-            if oldest is record:
-                return
 
     def slots_of(self, req_pool_idx: int, first: int, last: int, req_to_token_pool: Any) -> Tensor:
         """KV slots `int64 [last - first]` of a running request's tokens [first, last)."""

@@ -35,6 +35,12 @@ def require_supported_config(config: Any) -> None:
             "routes are not sent along with the KV cache",
         ),
         (config.attn_dp_size > 1, "attention data parallelism", config.attn_dp_size, "its token order is not captured"),
+        (
+            config.moe_a2a_backend not in (None, "none"),
+            "--moe-a2a-backend",
+            config.moe_a2a_backend,
+            "each rank routes a part of the batch",
+        ),
         (config.attn_cp_size > 1, "attention context parallelism", config.attn_cp_size, "ranks see parts of a prompt"),
         (
             config.enable_two_batch_overlap,

@@ -24,6 +24,14 @@ import psutil
 STAND_INS = Path(__file__).parent / "stand_ins"
 _REPOSITORY = Path(__file__).parents[2]
 
+# Flags of a hierarchical cache whose kernels `stand_ins` supplies.
+HICACHE_FLAGS = (
+    "--enable-hierarchical-cache",
+    "--hicache-ratio=4",
+    "--hicache-io-backend=direct",
+    "--hicache-mem-layout=layer_first",
+)
+
 CPU_FLAGS = (
     "--device=cpu",
     "--attention-backend=torch_native",

@@ -82,6 +82,17 @@ def test_a_dropped_result_still_releases_and_writes_in_order(scheduler: Schedule
     assert scheduler.table(3, 4, 5) == [None, 6, 1]
 
 
+def test_a_result_that_comes_twice_or_late_settles_nothing_else(scheduler: Scheduler) -> None:
+    first, second = scheduler.launch([1], [2]), scheduler.launch([2], [3])
+    second.finalize()
+    third = scheduler.launch([3], [4])
+    first.finalize()
+    second.finalize()
+    assert scheduler.table(1, 2, 3) == [2, 3, None]
+    third.finalize()
+    assert scheduler.table(3) == [4]
+
+
 def test_allocations_of_another_allocator_are_not_ours(scheduler: Scheduler) -> None:
     scheduler.allocate(3)
     scheduler.launch([3], [2]).finalize()
