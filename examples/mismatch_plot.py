@@ -13,7 +13,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from examples.replay_report import REPORTED_TAUS, Comparison, write_whole
+from benchmarks.machine import write_whole
+from examples.replay_report import REPORTED_TAUS, Comparison
 
 NATIVE, REPLAY = "#c1432e", "#1f6f8b"
 TAUS = tuple(sorted({*REPORTED_TAUS, *(1 + float(excess) for excess in np.geomspace(1e-3, 20, 200))}))

@@ -115,8 +115,9 @@ def main(
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error
 
+    from benchmarks.machine import hardware, versions, write_json
     from examples.mismatch_plot import TAUS, plot_mismatch
-    from examples.replay_report import compare, hardware, summarize, table, versions, write_json
+    from examples.replay_report import compare, summarize, table
 
     comparison = compare(played, scores.native_logprobs, scores.replay_logprobs, scores.native_routes, TAUS)
     report = {

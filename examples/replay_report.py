@@ -1,14 +1,9 @@
-"""What a run of the main job found: figures, table and JSON."""
+"""What a run of the main job found: its figures, and a table of them."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
-import os
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +15,6 @@ from megatron_router_replay.mismatch import Divergence, RouteAgreement, compare_
 from routing_masks import RoutingGeometry, get_codec
 
 REPORTED_TAUS = (1.01, 1.1, 1.5, 2.0)
-PACKAGES = ("rollout-routing-replay", "sglang", "megatron-core", "torch", "transformers")
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,21 +100,6 @@ def summarize(conversations: Sequence[Conversation], comparison: Comparison) -> 
     }
 
 
-def hardware() -> dict[str, Any]:
-    """What ran the job."""
-    names = [line for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "cpu": names[0].partition(":")[2].strip() if names else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that take part."""
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-
-
 def table(report: dict[str, Any]) -> Group:
     """The report for a terminal of 80 columns."""
     rows, sizes = report["route_mismatch"], report["bytes_per_token"]
@@ -153,22 +132,6 @@ def table(report: dict[str, Any]) -> Group:
     return Group(facts, compared)
 
 
-def write_json(report: dict[str, Any], path: Path) -> None:
-    """Write the report; a reader never sees half of it."""
-    write_whole(path, lambda partial: partial.write_text(json.dumps(report, indent=2) + "\n"))
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` write to a temporary name beside `path`, then rename it: the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def _ratio(pair: dict[str, float]) -> str:
     return f"{pair['replay'] / pair['native']:.2f}" if pair["native"] > 0 else ""
 
@@ -177,8 +140,3 @@ def _sglang_bytes(num_rows: int, geometry: RoutingGeometry) -> int:
     # SGLang sends an int32 per expert choice of every decoder layer, dense ones included.
     raw = num_rows * geometry.num_layers * geometry.top_k * 4
     return 4 * -(-raw // 3)
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []

@@ -38,7 +38,6 @@ def after_from_cli_args(result: Any, cls: type, args: argparse.Namespace) -> Non
 def around_resolve_once(original: Callable[[Any], None], server_args: Any) -> None:
     """Ask SGLang for routes, which keeps fused routers out of its choice of kernels; then refuse what cannot be."""
     from sglang.srt.arg_groups.overrides import resolving_view
-    from sglang.srt.plugins.hook_registry import HookRegistry
 
     if _options_of_this_process() is None:
         return original(server_args)
@@ -46,7 +45,7 @@ def around_resolve_once(original: Callable[[Any], None], server_args: Any) -> No
         server_args.enable_return_routed_experts = True
     original(server_args)
     try:
-        seams.require_applied(HookRegistry._patched)
+        seams.require_applied({path: hook for path, (hook, _) in HOOKS.items()})
         support.require_supported_config(resolving_view(server_args))
     except (seams.SeamError, RoutingMaskError) as error:
         stop(error)
@@ -62,7 +61,6 @@ def around_create(
     device: str,
 ) -> Any:
     """Our recorder in the place of upstream's capturer."""
-    from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.runtime_context import get_schedule
 
     chosen = _options_of_this_process()
@@ -75,7 +73,7 @@ def around_create(
             device=device,
         )
     try:
-        seams.require_applied(HookRegistry._patched)
+        seams.require_applied({path: hook for path, (hook, _) in HOOKS.items()})
         geometry = RoutingGeometry.from_hf_config(model_config.hf_text_config)
         support.require_reporting_routers(model, geometry)
         codec = choose_codec(chosen.effective_codec, geometry)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import inspect
 import pkgutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,7 +175,13 @@ SEAMS = (
     ),
     Seam("runtime_context.get_serving", (), False, "the weight version that the scheduler serves", _CAPTURER),
     Seam("runtime_context.get_schedule", (), False, "tokens that one forward pass may have", _CAPTURER),
-    Seam("plugins.hook_registry.HookRegistry._patched", None, False, "see that our hooks were applied", _FLAGS),
+    Seam(
+        "plugins.hook_registry._wrap_fn",
+        ("original_fn", "hook", "hook_type"),
+        False,
+        "its wrappers hold the hook, by which we see that ours were applied",
+        "SGLang says which plugin's hooks it applied",
+    ),
 )
 
 
@@ -191,20 +198,40 @@ def check(seams: tuple[Seam, ...] = SEAMS) -> None:
             raise SeamError(_message(seam, f"nothing of that name ({error})")) from error
         if seam.parameters is None:
             continue
+        if seam.hooked and (owner := _inherited_from(seam)):
+            raise SeamError(_message(seam, f"nothing of that name but what {owner} bequeaths"))
         names = _parameter_names(found)
         if names != _without_receiver(seam.parameters):
             raise SeamError(_message(seam, f"parameters ({', '.join(names)})"))
 
 
-def require_applied(applied: set[str], seams: tuple[Seam, ...] = SEAMS) -> None:
-    """Raise SeamError unless SGLang applied the hook of every hooked seam: it logs and swallows what goes wrong there.
+def require_applied(hooks: Mapping[str, Callable[..., Any]]) -> None:
+    """Raise SeamError unless each hook is in place: SGLang logs and swallows what goes wrong there.
 
     Args:
-        applied: dotted paths that `HookRegistry` patched.
+        hooks: path below `sglang.srt` to hook, for every hooked seam.
     """
-    for seam in seams:
-        if seam.hooked and seam.target not in applied:
+    for seam in SEAMS:
+        if seam.hooked and hooks[seam.path] not in _held_by_wrappers(pkgutil.resolve_name(seam.target)):
             raise SeamError(_message(seam, "SGLang did not apply the hook; its log above says why"))
+
+
+def _held_by_wrappers(function: Any) -> list[Any]:
+    # Asking SGLang's registry is not enough: it knows that a name was hooked, maybe by another plugin alone.
+    held = []
+    while function is not None:
+        held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+        function = getattr(function, "__wrapped__", None)
+    return held
+
+
+def _inherited_from(seam: Seam) -> str | None:
+    # A method that is gone from its class may still be found in a base class, as a stub.
+    owner_path, _, name = seam.target.rpartition(".")
+    owner = pkgutil.resolve_name(owner_path)
+    if not isinstance(owner, type) or name in vars(owner):
+        return None
+    return next((base.__name__ for base in owner.__mro__ if name in vars(base)), None)
 
 
 def _parameter_names(found: Any) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cpu_engines.sglang.server import Server, serve
+from tests.engine.probe import probing
 
 SMALL_MODEL = Path(__file__).parents[1] / "examples" / "small_model"
 
@@ -34,10 +35,16 @@ def small_model() -> Path:
 
 
 @pytest.fixture(scope="session")
-def capture_server(small_model: Path) -> Iterator[Server]:
+def capture_reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the probes in the processes of `capture_server` report."""
+    return tmp_path_factory.mktemp("capture_probe")
+
+
+@pytest.fixture(scope="session")
+def capture_server(small_model: Path, capture_reports: Path) -> Iterator[Server]:
     """A server with capture on, in its default format; small chunks, and a pool that a few requests fill."""
     # So little conservatism admits more requests than the pool can hold to their end: some are retracted.
     flags = ("--skip-tokenizer-init", "--chunked-prefill-size=64", "--max-total-tokens=2048")
     flags += ("--schedule-conservativeness=0.1",)
-    with serve(small_model, "--enable-router-capture", *flags) as server:
+    with serve(small_model, "--enable-router-capture", *flags, environment=probing(capture_reports)) as server:
         yield server

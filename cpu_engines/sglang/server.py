@@ -37,6 +37,8 @@ CPU_FLAGS = (
     "--attention-backend=torch_native",
     "--sampling-backend=pytorch",
     "--disable-cuda-graph",
+    # An idle scheduler polls without pause otherwise, and takes a core from whatever else runs.
+    "--sleep-on-idle",
     "--mem-fraction-static=0.05",
     "--log-level=info",
 )
@@ -124,23 +126,27 @@ def serve(
 
 
 def cpu_environment(added: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment, with what lets SGLang run on the CPU."""
-    base = base_environment()
-    paths = os.pathsep.join([str(STAND_INS), base["PYTHONPATH"]])
-    return {**base, "SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": paths, **(added or {})}
+    """This process's environment and `added`, with what lets SGLang run on the CPU; a `PYTHONPATH` is put in front."""
+    base = base_environment(added)
+    return {**base, "SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": _paths(str(STAND_INS), base["PYTHONPATH"])}
 
 
 def base_environment(added: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment, with what the examples' models need on every device."""
+    """This process's environment and `added`, with what the examples' models need on every device."""
+    added = dict(added or {})
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(_REPOSITORY), os.environ.get("PYTHONPATH", "")])),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "SGLANG_EXTERNAL_MODEL_PACKAGE": "examples.sglang_models",
-        **(added or {}),
+        **added,
+        "PYTHONPATH": _paths(added.get("PYTHONPATH", ""), str(_REPOSITORY), os.environ.get("PYTHONPATH", "")),
     }
+
+
+def _paths(*paths: str) -> str:
+    return os.pathsep.join(filter(None, paths))
 
 
 def _free_port() -> int:

@@ -108,10 +108,12 @@ def test_replay_brings_the_trainer_closer_to_the_rollout(
 
 
 def test_masks_of_another_conversation_are_refused(conversations: list[Conversation], model: torch.nn.Module) -> None:
-    _, layout, masks = _batch(conversations[:2])
+    # Shorter masks than the sequence would be in order, were they its own.
+    shorter, longer = sorted(conversations, key=lambda each: len(each.token_ids))[:: len(conversations) - 1]
+    _, layout, _ = _batch([longer])
     with (
         attach(model) as replay,
         pytest.raises(TokenMismatchError, match="pair each sequence with its own masks"),
-        replay.microbatch(masks[::-1], layout),
+        replay.microbatch([shorter.masks], layout),
     ):
         pass

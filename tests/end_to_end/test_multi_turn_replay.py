@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.machine import write_json, write_whole
 from examples.mismatch_plot import TAUS, plot_mismatch
-from examples.replay_report import Comparison, compare, summarize, write_json, write_whole
+from examples.replay_report import Comparison, compare, summarize
 from examples.rollout import Conversation
 from routing_masks import RoutingGeometry, RoutingMasks
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from cpu_engines.sglang.server import Server, serve
-from sglang_router_capture.seams import SEAMS
+from tests.engine.probe import probing
 
-PROBE = Path(__file__).parent / "probe_plugin"
 PAGED = ("--skip-tokenizer-init", "--chunked-prefill-size=64", "--max-total-tokens=4096", "--page-size=16")
 
 
@@ -36,17 +34,8 @@ def stock_server(small_model: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def plain_server(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
-    """A server without any flag, and the folder where a probe in each of its processes reports what is hooked."""
-    folder = tmp_path_factory.mktemp("probe")
-    environment = {
-        "ROUTER_CAPTURE_PROBE": str(folder),
-        "ROUTER_CAPTURE_PROBE_PATHS": json.dumps([seam.target for seam in SEAMS if seam.hooked]),
-        "PYTHONPATH": str(PROBE),
-    }
-    with serve(small_model, "--skip-tokenizer-init", "--max-total-tokens=2048", environment=environment) as server:
+    """A server without any flag, and the folder of its probes' reports."""
+    folder = tmp_path_factory.mktemp("plain_probe")
+    flags = ("--skip-tokenizer-init", "--max-total-tokens=2048")
+    with serve(small_model, *flags, environment=probing(folder)) as server:
         yield server, folder
-
-
-def probe_reports(folder: Path) -> list[dict]:
-    """What the probes wrote, one report per process."""
-    return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]

@@ -14,6 +14,7 @@ from cpu_engines.sglang.server import Server
 from routing_masks import RoutingMasks, masks_from_meta_info
 
 VOCABULARY = 103
+END = 1
 
 
 def prompt(seed: int, length: int) -> list[int]:

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
 
 from cpu_engines.sglang.server import Server
 from routing_masks import ContainerError, masks_from_meta_info
-from tests.engine.conftest import probe_reports
+from sglang_router_capture import hooks
+from tests.engine.probe import reports
 from tests.engine.requests import generate, prompt
 
 pytestmark = pytest.mark.timeout(900)
 
 
 def test_no_process_of_a_server_without_flags_has_a_hook(plain_server: tuple[Server, Path]) -> None:
-    _, folder = plain_server
-    deadline = time.monotonic() + 60
-    # The main process, the scheduler and the detokenizer.
-    while len(reports := probe_reports(folder)) < 3 and time.monotonic() < deadline:
-        time.sleep(1)
-    assert len(reports) >= 3
-    for report in reports:
-        assert report["wrapped"] == []
+    for report in reports(plain_server[1]):
+        assert len(report["hooked_by"]) == len(hooks.HOOKS)
+        # SGLang's dependencies bring a plugin that hooks the command line, too: other modules may be there.
+        modules = {module for found in report["hooked_by"].values() for module in found}
+        assert not {module for module in modules if module.startswith("sglang_router_capture")}
         assert not report["hooks_imported"]
+
+
+def test_every_process_of_a_server_with_the_flag_has_every_hook(capture_server: Server, capture_reports: Path) -> None:
+    """The same probe sees them where they are."""
+    for report in reports(capture_reports):
+        assert report["hooks_imported"]
+        assert all("sglang_router_capture.hooks" in modules for modules in report["hooked_by"].values())
 
 
 def test_a_request_for_routes_to_a_server_that_records_none(plain_server: tuple[Server, Path]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pkgutil
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -33,11 +36,52 @@ def test_changed_signature() -> None:
         seams.check((seam,))
 
 
-def test_hook_that_sglang_did_not_apply() -> None:
-    applied = {seam.target for seam in SEAMS if seam.hooked}
+def test_seam_that_only_a_base_class_has() -> None:
+    from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
+    from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+
+    assert issubclass(TokenToKVPoolAllocator, BaseTokenToKVPoolAllocator)
+    seam = replace(
+        next(seam for seam in SEAMS if seam.path == "mem_cache.allocator.token.TokenToKVPoolAllocator.alloc"),
+        path="mem_cache.allocator.token.TokenToKVPoolAllocator.available_size_of_base",
+    )
+    BaseTokenToKVPoolAllocator.available_size_of_base = lambda self, need_size: None
+    try:
+        with pytest.raises(SeamError, match="found nothing of that name but what BaseTokenToKVPoolAllocator bequeaths"):
+            seams.check((seam,))
+    finally:
+        del BaseTokenToKVPoolAllocator.available_size_of_base
+
+
+@pytest.fixture
+def applied(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., Any]]:
+    """All hooks in place, until the test ends."""
+    from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
+
+    for path, (hook, kind) in hooks.HOOKS.items():
+        target = f"sglang.srt.{path}"
+        wrapped = _wrap_fn(pkgutil.resolve_name(target), hook, HookType[kind])
+        # Another plugin's hook around ours hides nothing.
+        monkeypatch.setattr(target, _wrap_fn(wrapped, lambda result, *args, **kwargs: None, HookType.AFTER))
+    return {path: hook for path, (hook, _) in hooks.HOOKS.items()}
+
+
+def test_hooks_that_sglang_applied(applied: dict[str, Callable[..., Any]]) -> None:
     seams.require_applied(applied)
+
+
+def test_hook_that_sglang_did_not_apply(
+    applied: dict[str, Callable[..., Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+    from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
+
+    # Hooked by someone, but not by us.
+    stock = TokenToKVPoolAllocator.alloc.__wrapped__.__wrapped__
+    other = _wrap_fn(stock, lambda result, *args, **kwargs: None, HookType.AFTER)
+    monkeypatch.setattr(TokenToKVPoolAllocator, "alloc", other)
     with pytest.raises(SeamError, match=r"TokenToKVPoolAllocator\.alloc: .* did not apply the hook"):
-        seams.require_applied(applied - {"sglang.srt.mem_cache.allocator.token.TokenToKVPoolAllocator.alloc"})
+        seams.require_applied(applied)
 
 
 SUPPORTED = {

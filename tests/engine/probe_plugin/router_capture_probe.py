@@ -28,19 +28,25 @@ if renamed := os.environ.get("ROUTER_CAPTURE_PROBE_RENAME"):
 
 
 def _report_forever(folder: Path) -> None:
-    from sglang.srt.plugins.hook_registry import HookRegistry
-
     # The ledger's names are read without importing the package, whose presence is part of the report.
     paths = json.loads(os.environ["ROUTER_CAPTURE_PROBE_PATHS"])
     report_file = folder / f"{os.getpid()}.json"
     while True:
         report = {
             "command": sys.argv,
-            "patched": sorted(set(HookRegistry._patched)),
-            "wrapped": [path for path in paths if hasattr(pkgutil.resolve_name(path), "__wrapped__")],
+            "hooked_by": {path: _hooking_modules(pkgutil.resolve_name(path)) for path in paths},
             "hooks_imported": "sglang_router_capture.hooks" in sys.modules,
         }
         partial = report_file.with_suffix(".partial")
         partial.write_text(json.dumps(report))
         partial.rename(report_file)
         time.sleep(2)
+
+
+def _hooking_modules(function) -> list[str]:
+    """Modules of all functions that stand around or in the place of a live one."""
+    found = []
+    while (wrapped := getattr(function, "__wrapped__", None)) is not None:
+        found += [getattr(cell.cell_contents, "__module__", None) for cell in function.__closure__ or ()]
+        function = wrapped
+    return [module for module in found if module is not None]
