@@ -46,13 +46,16 @@ def geometry_of(name: str) -> RoutingGeometry:
 
 
 def sizes(name: str) -> dict[str, float]:
-    """Bytes per token of each way to write the routes, and the entropy bound of uniformly chosen expert sets."""
+    """Bytes per token of each way to write the routes.
+
+    'base64' is that of int32, 'narrow' is uint8 or uint16, 'bound' the entropy of uniformly chosen expert sets.
+    """
     geometry = geometry_of(name)
     choices = geometry.num_moe_layers * geometry.top_k
     return {
         "int32": choices * 4,
-        "int32 base64": choices * 4 * 4 / 3,
-        "narrow int": choices * (1 if geometry.num_experts <= 256 else 2),
+        "base64": choices * 4 * 4 / 3,
+        "narrow": choices * (1 if geometry.num_experts <= 256 else 2),
         **{codec: get_codec(codec).row_bytes(geometry) for codec in CODEC_NAMES},
         "bound": geometry.num_moe_layers * math.log2(math.comb(geometry.num_experts, geometry.top_k)) / 8,
     }
@@ -106,7 +109,8 @@ def main(
         raise typer.BadParameter(f"{model!r} is not one of {', '.join(MODELS)}")
     console = Console()
     by_model = {name: sizes(name) for name in MODELS}
-    size_table = Table("bytes per token", *by_model[model], title="Sizes", title_justify="left")
+    size_table = Table("model", *by_model[model], title="Bytes per token", title_justify="left")
+    size_table.columns[0].no_wrap = True
     for name, row in by_model.items():
         size_table.add_row(name, *(f"{size:,.1f}" for size in row.values()))
     console.print(size_table)
