@@ -11,18 +11,15 @@ from __future__ import annotations
 import copy
 import json
 import math
-import platform
 import shutil
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 import torch
-import transformers
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -30,15 +27,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from examples.calculator import (
-    MAX_TURN_TOKENS,
-    Calculator,
-    Problem,
-    problems,
-    prompt_text,
-    reference_pieces,
-    reply_text,
-)
+from examples.calculator import Problem, problems, reference_pieces
+from examples.small_model_card import Report, model_card
+from examples.small_model_episodes import solve
 from examples.tokenizer import build_tokenizer
 
 IGNORED = -100
@@ -47,31 +38,7 @@ WARMUP_STEPS = 100
 BATCHES_PER_SORT = 8
 EVALUATION_SEED, FINAL_SEED = 1, 2
 
-DENSE_LAYER_NOTE = """
-SGLang 0.5.23 gives every decoder layer of `Qwen3MoeForCausalLM` experts, whatever `mlp_only_layers` says: as released,
-it drops the dense layer's weights without a warning, leaves that layer's experts uninitialised, and its outputs are
-not this model's.
-"""
-
 console = Console()
-
-
-@dataclass(frozen=True)
-class Report:
-    """What one training run measured; accuracies are shares of held-out problems solved at temperature 1."""
-
-    steps: int
-    batch_size: int
-    seed: int
-    minutes: float
-    loss: float
-    curve: list[tuple[int, float, float]]
-    """`(step, loss, accuracy)` of each evaluation during training."""
-    accuracy: float
-    accuracy_by_operations: dict[int, tuple[int, int]]
-    """Operations in the problem -> (solved, problems)."""
-    expert_use: list[tuple[int, float]]
-    """Per MoE layer: experts with at least a tenth of an even share, and the entropy of the shares (1 is even)."""
 
 
 def build_config(tokenizer: PreTrainedTokenizerFast, dense_layers: int) -> Qwen3MoeConfig:
@@ -119,42 +86,6 @@ def balance_loss(router_logits: Tensor, real: Tensor, top_k: int) -> Tensor:
     probabilities = router_logits[real].softmax(-1)
     chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(top_k).indices, 1.0 / top_k)
     return probabilities.shape[1] * (chosen.mean(0) * probabilities.mean(0)).sum()
-
-
-@torch.inference_mode()
-def solve(
-    model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, batch: Sequence[Problem], seed: int
-) -> list[bool]:
-    """Play one episode per problem, sampling at temperature 1 over the whole vocabulary; whether each was solved.
-
-    All episodes advance by one token per step, either sampled or dictated by the environment, so that one KV cache
-    without padding serves the batch.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    calculators = [Calculator(problem) for problem in batch]
-    prompts = [tokenizer.encode(prompt_text(problem)) for problem in batch]
-    shared = min(map(len, prompts))
-    dictated = [deque(prompt[shared:]) for prompt in prompts]
-    turns: list[list[int]] = [[] for _ in batch]
-    step = torch.tensor([prompt[:shared] for prompt in prompts])
-    cache = None
-    while not all(calculator.done for calculator in calculators):
-        output = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        sampled = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=generator)[:, 0].tolist()
-        for index, calculator in enumerate(calculators):
-            if calculator.done:
-                sampled[index] = tokenizer.pad_token_id
-            elif dictated[index]:
-                sampled[index] = dictated[index].popleft()
-            else:
-                turns[index].append(sampled[index])
-                if sampled[index] == tokenizer.eos_token_id or len(turns[index]) == MAX_TURN_TOKENS:
-                    reply = calculator.step(tokenizer.decode(turns[index]))
-                    dictated[index].extend(tokenizer.encode(reply_text(reply)))
-                    turns[index] = []
-        step = torch.tensor(sampled)[:, None]
-    return [calculator.correct for calculator in calculators]
 
 
 @torch.inference_mode()
@@ -260,59 +191,6 @@ def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder:
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def model_card(model: Qwen3MoeForCausalLM, report: Report) -> str:
-    """Markdown text of the checkpoint's README."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    config = model.config
-    by_operations = "\n".join(
-        f"| {operations} | {solved} of {count} | {solved / count:.3f} |"
-        for operations, (solved, count) in sorted(report.accuracy_by_operations.items())
-    )
-    use = "\n".join(
-        f"| {layer} | {used} of {config.num_experts} | {entropy:.3f} |"
-        for layer, (used, entropy) in enumerate(report.expert_use, start=len(config.mlp_only_layers))
-    )
-    curve = "\n".join(f"| {step} | {loss:.4f} | {accuracy:.3f} |" for step, loss, accuracy in report.curve)
-    problems_played = sum(count for _, count in report.accuracy_by_operations.values())
-    return f"""# A small Qwen3-MoE that uses a calculator
-
-Trained from scratch by `python -m examples.train_small_model`, which also wrote this page from what it measured.
-The task, with an example conversation, is in `examples/calculator.py`. It is meant as a start for reinforcement
-learning: it knows the format of the conversation and solves some problems and not others.
-
-| | |
-|---|---|
-| parameters | {parameters:,}, bfloat16 |
-| layers | {config.num_hidden_layers}; dense: {config.mlp_only_layers}, the others with {config.num_experts} experts, \
-top-{config.num_experts_per_tok} |
-| tokenizer | {config.vocab_size} tokens: printable ASCII characters and role markers |
-| training | {report.steps} steps of {report.batch_size} conversations, seed {report.seed}, \
-{report.minutes:.1f} minutes on {torch.get_num_threads()} CPU thread(s) |
-| loss | {report.loss:.4f} nats per token that the model writes (mean of the last steps before the last evaluation) |
-| **accuracy** | **{report.accuracy:.3f}** of {problems_played} held-out problems, whole episodes at temperature 1 |
-| versions | torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()} |
-
-The accuracy is of the weights as stored (rounded to bfloat16), computed in float32.
-{DENSE_LAYER_NOTE if config.mlp_only_layers else ""}
-| operations in the problem | solved | accuracy |
-|---|---|---|
-{by_operations}
-
-Experts over the held-out reference conversations: those that take at least a tenth of an even share of the
-assignments, and the entropy of the shares over its maximum.
-
-| decoder layer | experts in use | entropy |
-|---|---|---|
-{use}
-
-During training, on 256 held-out problems:
-
-| step | loss | accuracy |
-|---|---|---|
-{curve}
-"""
-
-
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the checkpoint; replaced if it exists.")],
     steps: Annotated[int, typer.Option(help="Most optimizer steps; also the length of the rate's cosine.")] = 1500,
@@ -326,6 +204,8 @@ def main(
     seed: int = 0,
 ) -> None:
     """Train, save and evaluate the small model; the folder appears only when all of it is there."""
+    if out.exists() and not (out / "config.json").is_file():
+        raise typer.BadParameter(f"{out} exists and is no checkpoint, and would be replaced", param_hint="--out")
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(max_length=2048)
