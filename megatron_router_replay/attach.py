@@ -86,13 +86,17 @@ class Replay:
         return self._originals is not None
 
     @contextlib.contextmanager
-    def microbatch(self, masks: Sequence[RoutingMasks], layout: BatchLayout) -> Iterator[MicrobatchRoutes]:
+    def microbatch(
+        self, masks: Sequence[RoutingMasks], layout: BatchLayout, *, partial: bool = False
+    ) -> Iterator[MicrobatchRoutes]:
         """Replay ``masks`` in the forward pass inside the block, and in its recomputes, whenever these happen.
 
         Args:
             masks: one per sequence of the layout, each from token 0; tokens without a valid row take the trainer's
                 own top-k.
             layout: the tokens of the microbatch.
+            partial: accept masks that end before the last token but one of their sequence, whose other tokens the
+                rollout never saw (an environment's last words, say) and the trainer routes itself.
 
         Yields:
             The rows as bound, with the counts of replayed, native and padding rows.
@@ -103,7 +107,7 @@ class Replay:
         """
         self._require_attached()
         device = next(iter(self._routers.values())).weight.device
-        routes = MicrobatchRoutes(masks, layout, self.geometry, device)
+        routes = MicrobatchRoutes(masks, layout, self.geometry, device, partial=partial)
         with scope.bound(self, routes):
             yield routes
 

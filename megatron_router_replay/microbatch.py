@@ -26,7 +26,13 @@ class MicrobatchRoutes:
     """
 
     def __init__(
-        self, masks: Sequence[RoutingMasks], layout: BatchLayout, geometry: RoutingGeometry, device: torch.device
+        self,
+        masks: Sequence[RoutingMasks],
+        layout: BatchLayout,
+        geometry: RoutingGeometry,
+        device: torch.device,
+        *,
+        partial: bool = False,
     ) -> None:
         """Check the pairing and move the rows to ``device``.
 
@@ -35,9 +41,10 @@ class MicrobatchRoutes:
         Raises:
             GeometryMismatchError: masks of another model.
             TokenMismatchError: masks of other tokens.
-            MasksPlacementError: another number of sequences, a missing prefix, rows beyond a sequence, mixed codecs.
+            MasksPlacementError: another number of sequences, a missing prefix, rows beyond a sequence or, without
+                ``partial``, short of it, mixed codecs.
         """
-        _check(masks, layout, geometry)
+        _check(masks, layout, geometry, partial)
         self.geometry = geometry
         self._codec: Codec = get_codec(masks[0].codec)
         spread = _spread_rows(self._codec, geometry)
@@ -66,7 +73,7 @@ class MicrobatchRoutes:
         return self._codec.unpack_layer(self._packed, self.geometry, self.geometry.slot_of(layer)).long()
 
 
-def _check(masks: Sequence[RoutingMasks], layout: BatchLayout, geometry: RoutingGeometry) -> None:
+def _check(masks: Sequence[RoutingMasks], layout: BatchLayout, geometry: RoutingGeometry, partial: bool) -> None:
     if len(masks) != layout.num_sequences or not masks:
         raise MasksPlacementError(
             f"the layout has {layout.num_sequences} sequences, masks were given for {len(masks)}: pass one RoutingMasks"
@@ -83,6 +90,13 @@ def _check(masks: Sequence[RoutingMasks], layout: BatchLayout, geometry: Routing
             raise MasksPlacementError(
                 f"masks of sequence {index} cover {one.end} tokens, the layout gives it {token_ids.numel()}: do not cut"
                 " a sequence shorter than its rollout without cutting its masks"
+            )
+        # The last token of a rollout was sampled and not fed back: it alone has no row.
+        if one.end < token_ids.numel() - 1 and not partial:
+            raise MasksPlacementError(
+                f"masks of sequence {index} cover {one.end} tokens, the layout gives it {token_ids.numel()}: the tokens"
+                " after them would be routed natively; join the masks of all turns (RoutingMasks.join), or pass"
+                " partial=True if these tokens were never in the rollout"
             )
         if one.codec != masks[0].codec:
             raise MasksPlacementError(

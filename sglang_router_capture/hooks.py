@@ -5,19 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from routing_masks import RoutingGeometry, RoutingMaskError, choose_codec
 from sglang_router_capture import options, response, seams, support
 from sglang_router_capture.options import CaptureOptions
+from sglang_router_capture.plugin import stop
 from sglang_router_capture.recorder import Recorder
 
 logger = logging.getLogger(__name__)
-
-
-def stop(error: Exception) -> NoReturn:
-    """Leave this process with `error` as its message: SGLang swallows a plugin's ordinary exceptions."""
-    raise SystemExit(f"router capture: {error}") from error
 
 
 def after_add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
@@ -39,14 +35,18 @@ def around_resolve_once(original: Callable[[Any], None], server_args: Any) -> No
     """Ask SGLang for routes, which keeps fused routers out of its choice of kernels; then refuse what cannot be."""
     from sglang.srt.arg_groups.overrides import resolving_view
 
-    if _options_of_this_process() is None:
+    chosen = _options_of_this_process()
+    if chosen is None:
         return original(server_args)
+    # Upstream sets the attribute when it is done, and reads it in the same way.
     if not getattr(server_args, "_resolution_finished", False):
         server_args.enable_return_routed_experts = True
     original(server_args)
     try:
-        seams.require_applied({path: hook for path, (hook, _) in HOOKS.items()})
+        seams.require_applied(HOOKS)
         support.require_supported_config(resolving_view(server_args))
+        if chosen.format == "masks":
+            support.require_whole_answers(resolving_view(server_args))
     except (seams.SeamError, RoutingMaskError) as error:
         stop(error)
 
@@ -73,7 +73,7 @@ def around_create(
             device=device,
         )
     try:
-        seams.require_applied({path: hook for path, (hook, _) in HOOKS.items()})
+        seams.require_applied(HOOKS)
         geometry = RoutingGeometry.from_hf_config(model_config.hf_text_config)
         support.require_reporting_routers(model, geometry)
         codec = choose_codec(chosen.effective_codec, geometry)
@@ -83,9 +83,7 @@ def around_create(
         geometry,
         codec,
         num_slots=num_tokens,
-        max_tokens_per_pass=_max_tokens_per_pass(
-            get_schedule(), model_config.context_len, max_running_requests, num_tokens
-        ),
+        max_tokens_per_pass=_max_tokens_per_pass(get_schedule(), model_config.context_len, max_running_requests),
         num_fused_shared_experts=model.shared_experts_config.num_fused_shared_experts,
         device=device,
     )
@@ -109,11 +107,16 @@ def after_init_routed_experts_capturer(result: None, model_runner: Any) -> None:
     from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
     recorder = get_global_experts_capturer()
-    if model_runner.is_draft_worker or not isinstance(recorder, Recorder):
+    if model_runner.is_draft_worker or _options_of_this_process() is None:
         return
     try:
+        if not isinstance(recorder, Recorder):
+            raise seams.SeamError(
+                f"expected the experts capturer of this server to be {Recorder.__name__}, found"
+                f" {type(recorder).__name__}: SGLang, or another plugin, put it there after our hook"
+            )
         support.require_supported_allocator(model_runner.token_to_kv_pool_allocator)
-    except RoutingMaskError as error:
+    except (seams.SeamError, RoutingMaskError) as error:
         stop(error)
     recorder.follow(model_runner.token_to_kv_pool_allocator)
 
@@ -137,6 +140,19 @@ def around_collect(original: Callable[[Any, Any], None], processor: Any, req: An
         return original(processor, req)
     if req.return_routed_experts:
         response.collect(recorder, req, processor.req_to_token_pool)
+
+
+def before_release_req(*, req: Any, req_to_token_pool: Any, **others: Any) -> None:
+    """A running request is retracted, and its KV is about to go."""
+    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
+
+    recorder = get_global_experts_capturer()
+    chosen = _options_of_this_process()
+    # Upstream's format has upstream's meaning: what the prefill after the retraction computed.
+    if chosen is None or chosen.format == "sglang" or not isinstance(recorder, Recorder):
+        return
+    if req.return_routed_experts:
+        response.keep(recorder, req, req_to_token_pool)
 
 
 def after_get_output_streamer_class(streamer_class: Any, scheduler: Any) -> type | None:
@@ -167,12 +183,12 @@ def _options_of_this_process() -> CaptureOptions | None:
         stop(error)
 
 
-def _max_tokens_per_pass(schedule: Any, context_len: int, max_running_requests: int, num_slots: int) -> int:
+def _max_tokens_per_pass(schedule: Any, context_len: int, max_running_requests: int) -> int:
     chunk = schedule.chunked_prefill_size
     # Without chunks a pass takes prompts until the budget is used up, so the last of them may overshoot it.
     prefill = chunk if chunk is not None and chunk > 0 else schedule.max_prefill_tokens + context_len
     # A mixed batch carries the running requests' tokens with a chunk.
-    return min(num_slots, prefill + max_running_requests)
+    return prefill + max_running_requests
 
 
 _PROCESSOR = "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
@@ -191,5 +207,6 @@ HOOKS: dict[str, tuple[Callable[..., Any], str]] = {
     "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_extend": (after_alloc, "AFTER"),
     "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_decode": (after_alloc, "AFTER"),
     f"{_PROCESSOR}._maybe_collect_routed_experts": (around_collect, "AROUND"),
+    "managers.schedule_batch.release_req": (before_release_req, "BEFORE"),
     "managers.scheduler.Scheduler.get_output_streamer_class": (after_get_output_streamer_class, "AFTER"),
 }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
-from routing_masks import RoutingMaskError
-from sglang_router_capture import options
+from sglang_router_capture import options, seams
 from sglang_router_capture.options import CaptureOptions
 
 
@@ -17,21 +17,23 @@ def load() -> None:
             SGLang swallows every other exception of a plugin and would serve without capture.
     """
     try:
-        asked = CaptureOptions.from_environment() is not None or options.asked_on_command_line(sys.argv[1:])
-    except RoutingMaskError as error:
-        raise SystemExit(f"router capture: {error}") from error
-    if not asked:
-        return
-    # The hooks import SGLang and torch, which a process that captures nothing should not pay for.
+        if CaptureOptions.from_environment() is not None or options.asked_on_command_line(sys.argv[1:]):
+            _register()
+    except Exception as error:
+        stop(error)
+
+
+def stop(error: Exception) -> NoReturn:
+    """Leave this process with `error` as its message: SGLang swallows a plugin's ordinary exceptions."""
+    raise SystemExit(f"router capture: {error}") from error
+
+
+def _register() -> None:
+    # The ledger first: the hooks' own imports fail on a name that is gone, and would not say what it was for.
+    seams.check()
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from sglang_router_capture import hooks, seams
+    from sglang_router_capture import hooks
 
-    try:
-        seams.check()
-    except seams.SeamError as error:
-        raise SystemExit(f"router capture: {error}") from error
-    for seam in seams.SEAMS:
-        if seam.hooked:
-            hook, kind = hooks.HOOKS[seam.path]
-            HookRegistry.register(seam.target, hook, HookType[kind])
+    for path, (hook, kind) in hooks.HOOKS.items():
+        HookRegistry.register(seams.PREFIX + path, hook, HookType[kind])

@@ -119,10 +119,10 @@ class Recorder(RoutedExpertsCapturer):
             complete=complete,
             version=self._version_number(get_serving().weight_version),
         )
-        for slots in self._released:
+        for handed_out in self._released:
             # Made on the scheduler's stream and read on the forward's: the memory must not be reused in between.
-            if slots.is_cuda:
-                slots.record_stream(torch.cuda.current_stream())
+            if handed_out.is_cuda:
+                handed_out.record_stream(torch.cuda.current_stream())
         self._released = []
         self._in_flight.append(record)
         if no_copy_to_cpu:

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 TESTED_VERSIONS = ("0.5.23",)
-_PREFIX = "sglang.srt."
+PREFIX = "sglang.srt."
+"""Of every path in the ledger."""
 
 
 class SeamError(RuntimeError):
@@ -41,7 +42,7 @@ class Seam:
     @property
     def target(self) -> str:
         """Full dotted path."""
-        return _PREFIX + self.path
+        return PREFIX + self.path
 
 
 _FLAGS = "SGLang lets plugins declare server flags"
@@ -118,6 +119,28 @@ SEAMS = (
         "SGLang calls the capturer with the request and not with its pool index",
     ),
     Seam(
+        "managers.schedule_batch.release_req",
+        (
+            "req",
+            "remaing_req_count",
+            "req_to_token_pool",
+            "token_to_kv_pool_allocator",
+            "tree_cache",
+            "hisparse_coordinator",
+            "offload_kv",
+        ),
+        True,
+        "a retracted request still holds its KV slots here",
+        "SGLang keeps what a retracted request had captured",
+    ),
+    Seam(
+        "managers.schedule_batch.Req.output_ids_through_stop",
+        None,
+        False,
+        "the tokens that an answer returns",
+        _STABLE,
+    ),
+    Seam(
         "managers.scheduler.Scheduler.get_output_streamer_class",
         ("self",),
         True,
@@ -166,6 +189,20 @@ SEAMS = (
         "PassRecord stands in for this class",
         _STABLE,
     ),
+    Seam(
+        "state_capturer.routed_experts.get_global_experts_capturer",
+        (),
+        False,
+        "the recorder of this process, from a hook",
+        _STABLE,
+    ),
+    Seam(
+        "plugins.hook_registry.HookRegistry.register",
+        ("cls", "target", "hook", "hook_type", "source"),
+        False,
+        "the seam on which all hooks stand",
+        _STABLE,
+    ),
     Seam("layers.moe.topk.TopK", None, False, "find the live routers, and see whether they report", _CAPTURER),
     Seam("layers.moe.hash_topk.HashTopK", None, False, "refuse routing that is not learned", _CAPTURER),
     Seam("layers.moe.topk.TopKOutputFormat.BYPASSED", None, False, "refuse routers fused into the experts", _CAPTURER),
@@ -205,14 +242,14 @@ def check(seams: tuple[Seam, ...] = SEAMS) -> None:
             raise SeamError(_message(seam, f"parameters ({', '.join(names)})"))
 
 
-def require_applied(hooks: Mapping[str, Callable[..., Any]]) -> None:
+def require_applied(hooks: Mapping[str, tuple[Callable[..., Any], str]]) -> None:
     """Raise SeamError unless each hook is in place: SGLang logs and swallows what goes wrong there.
 
     Args:
-        hooks: path below `sglang.srt` to hook, for every hooked seam.
+        hooks: path below `sglang.srt` to (hook, name of its type), for every hooked seam.
     """
     for seam in SEAMS:
-        if seam.hooked and hooks[seam.path] not in _held_by_wrappers(pkgutil.resolve_name(seam.target)):
+        if seam.hooked and hooks[seam.path][0] not in _held_by_wrappers(pkgutil.resolve_name(seam.target)):
             raise SeamError(_message(seam, "SGLang did not apply the hook; its log above says why"))
 
 

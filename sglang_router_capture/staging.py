@@ -13,9 +13,9 @@ _UNWRITTEN = -1
 class Staging:
     """Device buffer `int16 [max_tokens, L, K + shared]`, unwritten entries negative.
 
-    The layers write inside CUDA graphs, so the buffer's address never changes. After each pass the rows that were read
-    are set back to unwritten: a layer that reports nothing in the next pass then shows, and does not leave the routes
-    of earlier tokens.
+    The layers write inside CUDA graphs, so the buffer's address never changes. After each pass all of it is set back to
+    unwritten, the rows of a graph's padding too: a layer that reports nothing in the next pass then shows, and does not
+    leave the routes of earlier tokens.
 
     Stands where `sglang.srt.state_capturer.base.BaseDeviceCache` stood; `buffer` and `capture` are the names by which
     upstream's capturer uses it.
@@ -50,5 +50,5 @@ class Staging:
         complete = ((taken >= 0) & (taken < num_experts)).flatten(1).all(1)
         legal = torch.arange(top_k, dtype=torch.int16, device=taken.device)
         indices = torch.where(complete[:, None, None], taken, legal)
-        self.buffer[first:last] = _UNWRITTEN
+        self.buffer.fill_(_UNWRITTEN)
         return indices, complete

@@ -59,6 +59,22 @@ def require_supported_config(config: Any) -> None:
             )
 
 
+def require_whole_answers(config: Any) -> None:
+    """Refuse streams that send only what is new: SGLang cuts meta_info's lists as if they had an entry per token.
+
+    Args:
+        config: what `sglang.srt.arg_groups.overrides.resolving_view` gives.
+
+    Raises:
+        UnsupportedServerError: naming the flag.
+    """
+    if config.incremental_streaming_output:
+        raise UnsupportedServerError(
+            "router capture cannot run with --incremental-streaming-output: SGLang would cut routing_masks from"
+            " the last part of a stream. Start the server without that flag, or with --router-capture-format sglang."
+        )
+
+
 def require_supported_allocator(allocator: Any) -> None:
     """Refuse a KV allocator whose hand-outs are not heard.
 

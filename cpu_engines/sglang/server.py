@@ -116,6 +116,8 @@ def serve(
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 preexec_fn=_end_with_parent,
+                # A process group of its own, by which the server's children are found even when it is gone itself.
+                start_new_session=True,
             )
         server = Server(f"http://127.0.0.1:{port}", process.pid, log_file)
         try:
@@ -177,16 +179,19 @@ def _died(message: str, status: int | None, server: Server) -> ServerDiedError:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    family = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(process.pid)
-        family = [*parent.children(recursive=True), parent]
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.terminate()
-    _, alive = psutil.wait_procs(family, timeout=10)
-    for member in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    psutil.wait_procs(alive, timeout=10)
+    for ending, wait_s in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, ending)
+        deadline = time.monotonic() + wait_s
+        while time.monotonic() < deadline and (process.poll() is None or _members(process.pid)):
+            time.sleep(0.05)
     process.wait()
+
+
+def _members(group: int) -> list[psutil.Process]:
+    members = []
+    for each in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getpgid(each.pid) == group and each.status() != psutil.STATUS_ZOMBIE:
+                members.append(each)
+    return members

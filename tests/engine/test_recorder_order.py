@@ -119,6 +119,15 @@ def test_a_layer_that_reports_nothing_makes_the_row_invalid(
     assert "2 of 2 tokens of a forward pass have no route" in caplog.text
 
 
+def test_what_a_padded_pass_left_behind_is_nobodys_route(scheduler: Scheduler) -> None:
+    """A graph's layers write the rows of its padding, which no pass reads; a layer that then reports nothing shows."""
+    for layer in (1, 2):
+        scheduler.recorder.device_cache.capture(layer, torch.tensor([[0, 1]] * 8, dtype=torch.int32))
+    scheduler.launch([1, 2], [3, 4]).finalize()
+    scheduler.launch([3, 4, 5, 6], [2, 2, 2, 2], layers=(1,)).finalize()
+    assert scheduler.table(1, 2, 3, 4, 5, 6) == [3, 4, None, None, None, None]
+
+
 def test_padded_experts_make_the_row_invalid(scheduler: Scheduler) -> None:
     scheduler.launch([1, 2], [3, -1]).finalize()
     assert scheduler.table(1, 2) == [3, None]

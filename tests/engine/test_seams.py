@@ -54,7 +54,7 @@ def test_seam_that_only_a_base_class_has() -> None:
 
 
 @pytest.fixture
-def applied(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., Any]]:
+def applied(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Callable[..., Any], str]]:
     """All hooks in place, until the test ends."""
     from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
 
@@ -63,15 +63,15 @@ def applied(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable[..., Any]]:
         wrapped = _wrap_fn(pkgutil.resolve_name(target), hook, HookType[kind])
         # Another plugin's hook around ours hides nothing.
         monkeypatch.setattr(target, _wrap_fn(wrapped, lambda result, *args, **kwargs: None, HookType.AFTER))
-    return {path: hook for path, (hook, _) in hooks.HOOKS.items()}
+    return hooks.HOOKS
 
 
-def test_hooks_that_sglang_applied(applied: dict[str, Callable[..., Any]]) -> None:
+def test_hooks_that_sglang_applied(applied: dict[str, tuple[Callable[..., Any], str]]) -> None:
     seams.require_applied(applied)
 
 
 def test_hook_that_sglang_did_not_apply(
-    applied: dict[str, Callable[..., Any]], monkeypatch: pytest.MonkeyPatch
+    applied: dict[str, tuple[Callable[..., Any], str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
     from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
@@ -120,6 +120,12 @@ def test_default_configuration_is_supported() -> None:
 def test_what_cannot_be_captured_is_refused(field: str, value: object, flag: str) -> None:
     with pytest.raises(support.UnsupportedServerError, match=flag):
         support.require_supported_config(SimpleNamespace(**{**SUPPORTED, field: value}))
+
+
+def test_streams_that_cut_the_masks_off_are_refused() -> None:
+    support.require_whole_answers(SimpleNamespace(incremental_streaming_output=False))
+    with pytest.raises(support.UnsupportedServerError, match=r"--incremental-streaming-output.*-format sglang"):
+        support.require_whole_answers(SimpleNamespace(incremental_streaming_output=True))
 
 
 def test_unknown_allocator_is_refused() -> None:

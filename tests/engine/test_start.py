@@ -17,21 +17,51 @@ from tests.engine.probe import renaming
 pytestmark = pytest.mark.timeout(900)
 
 
-def test_renamed_seam_stops_the_server(small_model: Path) -> None:
-    renamed = "sglang.srt.mem_cache.allocator.token.TokenToKVPoolAllocator.alloc"
+@pytest.mark.parametrize(
+    ("renamed", "expected", "flags", "variables"),
+    [
+        (
+            "sglang.srt.mem_cache.allocator.token.TokenToKVPoolAllocator.alloc",
+            "expected parameters (need_size)",
+            ("--enable-router-capture",),
+            {},
+        ),
+        # A name that our modules import, on a server that nothing on its command line would stop.
+        (
+            "sglang.srt.runtime_context.get_serving",
+            "expected parameters ()",
+            (),
+            {"SGLANG_ROUTER_CAPTURE": "1"},
+        ),
+    ],
+)
+def test_renamed_seam_stops_the_server(
+    small_model: Path, renamed: str, expected: str, flags: tuple[str, ...], variables: dict[str, str]
+) -> None:
+    environment = renaming(renamed) | variables
     with (
         pytest.raises(ServerDiedError) as caught,
-        serve(small_model, "--enable-router-capture", "--skip-tokenizer-init", environment=renaming(renamed)),
+        serve(small_model, *flags, "--skip-tokenizer-init", environment=environment),
     ):
         pass
     assert caught.value.status not in (0, None)
     for words in (
         renamed,
-        "expected parameters (need_size)",
+        expected,
         "found nothing of that name but what",
         "Tested with SGLang",
     ):
         assert words in caught.value.log
+
+
+def test_what_cannot_be_captured_stops_the_server(small_model: Path) -> None:
+    with (
+        pytest.raises(ServerDiedError) as caught,
+        serve(small_model, "--enable-router-capture", "--incremental-streaming-output"),
+    ):
+        pass
+    assert caught.value.status not in (0, None)
+    assert "router capture cannot run with --incremental-streaming-output" in caught.value.log
 
 
 def test_dense_model_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from megatron_router_replay import (
     NoRouterError,
     ObservationError,
     RowCountError,
+    SeamError,
     UnboundForwardError,
     UnsupportedConfigError,
     attach,
@@ -102,6 +104,25 @@ def test_masks_longer_than_their_sequence(replay, batch):
     _refused(replay, batch.masks, layout, MasksPlacementError, *parts)
 
 
+def test_masks_of_the_first_turn_only(replay, geometry, batch):
+    """Token by token the digest fits, and everything after the turn would be routed natively."""
+    first_turn = RoutingMasks.from_indices(
+        batch.indices[0][:5],
+        torch.ones(5, dtype=torch.bool),
+        start=0,
+        geometry=geometry,
+        codec="bitset",
+        token_ids=batch.token_ids[0],
+    )
+    masks = [first_turn, *batch.masks[1:]]
+    parts = ("masks of sequence 0 cover 5 tokens, the layout gives it 12", "RoutingMasks.join", "partial=True")
+    _refused(replay, masks, batch.layout, MasksPlacementError, *parts)
+    with replay.microbatch(masks, batch.layout, partial=True) as routes:
+        # Tokens 5 to 11 of sequence 0, the last token of the others, and what the masks themselves call invalid.
+        invalid = sum(int((~one.valid).sum()) for one in batch.masks[1:])
+        assert routes.num_native == 7 + 2 + invalid
+
+
 def test_mixed_codecs(replay, geometry, batch):
     ordered = random_batch(geometry, batch.lengths, seed=1, codec="ordered")
     masks = [batch.masks[0], ordered.masks[1], batch.masks[2]]
@@ -138,6 +159,9 @@ def test_two_routers_of_one_number(build_model):
         ("moe_expert_capacity_factor", 1.5),
         ("moe_router_load_balancing_type", "sinkhorn"),
         ("moe_router_load_balancing_type", ["aux_loss", "quantile_balancing"]),
+        ("moe_router_force_load_balancing", True),
+        ("moe_router_force_biased", 0.5),
+        ("moe_token_dispatcher_type", "flex"),
         ("cuda_graph_impl", "local"),
         ("overlap_moe_expert_parallel_comm", True),
         ("mlp_chunks_for_training", 2),
@@ -149,6 +173,18 @@ def test_settings_that_would_ignore_or_undo_replay(build_model, flag, value):
     with pytest.raises(UnsupportedConfigError, match=re.escape(f"{flag} is {value!r}")):
         attach(model)
     assert all(layer.mlp.router.router_replay is None for layer in model.decoder.layers if hasattr(layer.mlp, "router"))
+
+
+def test_a_setting_that_megatron_no_longer_has(build_model):
+    """A renamed flag would otherwise pass for one that is off."""
+    model = build_model()
+    config = model.config
+    fields = {name: value for name, value in vars(config).items() if name != "moe_router_fusion"}
+    for layer in model.decoder.layers:
+        if hasattr(layer.mlp, "router"):
+            layer.mlp.router.config = SimpleNamespace(**fields)
+    with pytest.raises(SeamError, match=r"has no moe_router_fusion.*expected that name, tested with 0\.19\.2"):
+        attach(model)
 
 
 def test_recompute_of_quantised_layers(build_model):
