@@ -17,7 +17,7 @@ from benchmarks.machine import write_whole
 from examples.replay_report import REPORTED_TAUS, Comparison
 
 NATIVE, REPLAY = "#c1432e", "#1f6f8b"
-TAUS = tuple(sorted({*REPORTED_TAUS, *(1 + float(excess) for excess in np.geomspace(1e-3, 20, 200))}))
+TAUS = tuple(sorted({*REPORTED_TAUS, *(1 + float(excess) for excess in np.geomspace(1e-3, 20, 300))}))
 """Thresholds at which F(tau) is drawn: pass them to `compare`."""
 
 
@@ -36,28 +36,29 @@ def plot_mismatch(comparison: Comparison, path: Path) -> None:
 
 def _draw_tails(axes: Axes, comparison: Comparison) -> None:
     count = comparison.native.num_tokens
-    highest = 1.0
+    highest = 1.05
     for found, name, colour in (
         (comparison.native, "trainer's own routes", NATIVE),
         (comparison.replay, "rollout's routes replayed", REPLAY),
     ):
         shares = [(tau, share) for tau, share in sorted(found.ratio_tails.items()) if share > 0]
-        excess = [tau - 1 for tau, _ in shares]
+        taus = [tau for tau, _ in shares]
         label = f"{name}: KL (k3) {found.k3:.1e} nats per token"
-        axes.plot(excess, [share for _, share in shares], color=colour, linewidth=2, label=label)
-        highest = max([highest, *excess])
+        axes.plot(taus, [share for _, share in shares], color=colour, linewidth=2, label=label)
+        highest = max([highest, *taus])
     axes.axhline(1 / count, color="grey", linewidth=1, linestyle=":")
     axes.annotate("one token", (0, 1 / count), (4, 3), xycoords=("axes fraction", "data"),
                   textcoords="offset points", color="grey", fontsize=9)  # fmt: skip
-    # Ratios near 1 are where most tokens are; an axis that is logarithmic in tau itself would hide them.
-    axes.set(xscale="log", yscale="log", xlabel="ratio τ (axis logarithmic in τ - 1)", ylabel="F(τ), share of tokens")
-    axes.set_xlim(min(comparison.native.ratio_tails) - 1, highest * 1.2)
+    axes.set(xscale="log", yscale="log", xlabel="ratio τ", ylabel="F(τ), share of tokens")
+    right = highest**1.05
+    axes.set_xlim(1, right)
     axes.set_title(f"How many of {count:,} sampled tokens have a ratio\nof probabilities, trainer to rollout, beyond τ",
                    fontsize=11, loc="left")  # fmt: skip
-    ticks = [tau for tau in (1.001, 1.003, 1.01, 1.03, 1.1, 1.3, 2, 4, 11) if tau - 1 <= highest * 1.2]
-    axes.xaxis.set_major_locator(FixedLocator([tau - 1 for tau in ticks]))
+    # A logarithmic axis that spans less than a decade has no ticks of its own.
+    step = next(step for step in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5) if (right - 1) / step <= 7)
+    axes.xaxis.set_major_locator(FixedLocator([1 + step * number for number in range(8)]))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda excess, _: f"{1 + excess:.4g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda tau, _: f"{tau:.4g}"))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9, loc="upper right")
 

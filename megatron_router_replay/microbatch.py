@@ -91,6 +91,12 @@ def _check(masks: Sequence[RoutingMasks], layout: BatchLayout, geometry: Routing
                 f"masks of sequence {index} cover {one.end} tokens, the layout gives it {token_ids.numel()}: do not cut"
                 " a sequence shorter than its rollout without cutting its masks"
             )
+        if one.codec != masks[0].codec:
+            raise MasksPlacementError(
+                f"masks of sequence {index} use codec {one.codec!r}, those of sequence 0 {masks[0].codec!r}: one "
+                "microbatch needs one codec"
+            )
+        one.check_tokens(token_ids)
         # The last token of a rollout was sampled and not fed back: it alone has no row.
         if one.end < token_ids.numel() - 1 and not partial:
             raise MasksPlacementError(
@@ -98,12 +104,6 @@ def _check(masks: Sequence[RoutingMasks], layout: BatchLayout, geometry: Routing
                 " after them would be routed natively; join the masks of all turns (RoutingMasks.join), or pass"
                 " partial=True if these tokens were never in the rollout"
             )
-        if one.codec != masks[0].codec:
-            raise MasksPlacementError(
-                f"masks of sequence {index} use codec {one.codec!r}, those of sequence 0 {masks[0].codec!r}: one "
-                "microbatch needs one codec"
-            )
-        one.check_tokens(token_ids)
 
 
 def _spread_rows(codec: Codec, geometry: RoutingGeometry) -> Tensor:

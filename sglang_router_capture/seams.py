@@ -5,6 +5,7 @@ Tested with SGLang 0.5.23. `check` compares the ledger with the installed SGLang
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import inspect
 import pkgutil
@@ -230,7 +231,7 @@ def check(seams: tuple[Seam, ...] = SEAMS) -> None:
     """
     for seam in seams:
         try:
-            found = pkgutil.resolve_name(seam.target)
+            found = _resolve(seam.target)
         except (ImportError, AttributeError) as error:
             raise SeamError(_message(seam, f"nothing of that name ({error})")) from error
         if seam.parameters is None:
@@ -251,6 +252,19 @@ def require_applied(hooks: Mapping[str, tuple[Callable[..., Any], str]]) -> None
     for seam in SEAMS:
         if seam.hooked and hooks[seam.path][0] not in _held_by_wrappers(pkgutil.resolve_name(seam.target)):
             raise SeamError(_message(seam, "SGLang did not apply the hook; its log above says why"))
+
+
+def _resolve(target: str) -> Any:
+    try:
+        return pkgutil.resolve_name(target)
+    except AttributeError:
+        # It hides why a module on the way cannot be imported.
+        names = target.split(".")
+        for end in range(1, len(names)):
+            module = importlib.import_module(".".join(names[:end]))
+            if not hasattr(module, "__path__"):
+                break
+        raise
 
 
 def _held_by_wrappers(function: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Real servers, one per configuration, shared by the tests of a session: each takes most of a minute to start."""
+"""Real servers, one per configuration, each shared by the tests of a file: they take most of a minute to start."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ from tests.engine.probe import probing
 PAGED = ("--skip-tokenizer-init", "--chunked-prefill-size=64", "--max-total-tokens=4096", "--page-size=16")
 
 
-@pytest.fixture(scope="session")
-def sglang_format_server(small_model: Path) -> Iterator[Server]:
-    """`sglang serve` with pages of 16, whose upstream flag our recorder serves."""
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("--enable-return-routed-experts",),
+        ("--enable-router-capture", "--router-capture-format=sglang"),
+    ],
+    ids=["upstream's flag", "our flags"],
+)
+def sglang_format_server(small_model: Path, request: pytest.FixtureRequest) -> Iterator[Server]:
+    """`sglang serve` with pages of 16, whose routes our recorder gives in upstream's format."""
     command = (str(Path(sys.executable).parent / "sglang"), "serve")
-    with serve(small_model, "--enable-return-routed-experts", *PAGED, command=command) as server:
+    with serve(small_model, *request.param, *PAGED, command=command) as server:
         assert "router capture is on: format sglang, codec ordered" in server.log()
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def stock_server(small_model: Path) -> Iterator[Server]:
     """SGLang's own capture: the same flags, our plugin not among those that it may load."""
     environment = {"SGLANG_PLUGINS": "none"}
@@ -32,7 +39,7 @@ def stock_server(small_model: Path) -> Iterator[Server]:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def plain_server(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
     """A server without any flag, and the folder of its probes' reports."""
     folder = tmp_path_factory.mktemp("plain_probe")

@@ -23,8 +23,13 @@ def _play(server: Server) -> list[dict]:
     return answers
 
 
-def test_bytes_are_upstreams(sglang_format_server: Server, stock_server: Server) -> None:
-    ours, stock = _play(sglang_format_server), _play(stock_server)
+@pytest.fixture(scope="module")
+def stock(stock_server: Server) -> list[dict]:
+    return _play(stock_server)
+
+
+def test_bytes_are_upstreams(sglang_format_server: Server, stock: list[dict]) -> None:
+    ours = _play(sglang_format_server)
     assert [answer["output_ids"] for answer in ours] == [answer["output_ids"] for answer in stock]
     assert max(answer["meta_info"]["cached_tokens"] for answer in ours) >= 64
     for mine, theirs in zip(ours, stock, strict=True):

@@ -1,0 +1,69 @@
+"""`python -m examples.multi_turn_replay`, and the benchmark, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from benchmarks import mask_codec
+from cpu_engines.sglang.server import Server
+from examples import multi_turn_replay
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def _run(command, *arguments: str):
+    app = typer.Typer()
+    app.command()(command)
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_main_job_against_a_running_server(capture_server: Server, small_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    result = _run(
+        multi_turn_replay.main,
+        *("--server", capture_server.url, "--model", str(small_model), "--conversations", "64"),
+        *("--concurrency", "8", "--seed", "5", "--out", str(out)),
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "demo.json").read_text())
+    assert report["conversations"] == 64
+    assert report["seed"] == 5
+    assert report["turns"] >= 2 * 64
+    assert report["prefix_cached_tokens"] > 0
+    assert report["valid_rows"] + report["invalid_rows"] == report["tokens"]
+    # Only the last sampled token of a conversation was never fed back.
+    assert report["invalid_rows"] == 64
+    assert report["kl_k3"]["replay"] < report["kl_k3"]["native"]
+    assert report["route_mismatch"]["tokens"] >= report["route_mismatch"]["rows"] > 0
+    assert {"1.1", "2"} <= report["f_tau"].keys()
+    assert report["bytes_per_token"]["masks"] < report["bytes_per_token"]["sglang_base64"]
+    assert report["versions"]["sglang"] and report["versions"]["megatron-core"]
+    assert (out / "mismatch.png").stat().st_size > 10_000
+    assert f"{report['tokens']:,}" in result.output
+
+
+def test_main_job_without_a_server_says_so(small_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    result = _run(
+        multi_turn_replay.main, "--server", "http://127.0.0.1:9", "--model", str(small_model), "--out", str(out)
+    )
+    assert result.exit_code == 1
+    assert "http://127.0.0.1:9" in result.output.replace("\n", "")
+    assert not out.exists()
+
+
+def test_codec_benchmark_prints_and_writes_its_figures(tmp_path: Path) -> None:
+    file = tmp_path / "codec.json"
+    arguments = ("--model", "OLMoE-1B-7B", "--tokens", "16", "--rounds", "1", "--json", str(file))
+    result = _run(mask_codec.main, *arguments)
+    assert result.exit_code == 0, result.output
+    figures = json.loads(file.read_text())
+    assert figures["timed"]["median_seconds"].keys() >= {"int32, base64, JSON, and back", "ordered: pack only"}
+    assert figures["bytes_per_token"]["Qwen3-30B-A3B"]["ordered"] == 48 * 8 * 7 / 8
+    assert {"date", "hardware", "versions"} <= figures.keys()
+    assert "Qwen3-30B-A3B" in result.output
