@@ -14,8 +14,10 @@ from tests.engine.requests import generate, masks_of, prompt
 pytestmark = pytest.mark.timeout(900)
 
 
-def test_rows_of_loaded_kv_are_invalid_and_the_others_right(small_model: Path) -> None:
-    flags = ("--skip-tokenizer-init", "--max-total-tokens=600", "--hicache-write-policy=write_through", *HICACHE_FLAGS)
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_rows_of_loaded_kv_are_invalid_and_the_others_right(small_model: Path, page_size: int) -> None:
+    flags = ("--skip-tokenizer-init", "--max-total-tokens=640", "--hicache-write-policy=write_through", *HICACHE_FLAGS)
+    flags += (f"--page-size={page_size}",)
     prompts = [prompt(seed, 200) for seed in range(4)]
     with serve(small_model, "--enable-router-capture", *flags) as server:
         first = []

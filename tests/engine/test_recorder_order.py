@@ -18,8 +18,9 @@ ALLOCATOR = object()
 class Scheduler:
     """Issues passes as SGLang's overlap schedule does: launched in order, finished later."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
         self.version = "1"
+        self.device = device
         monkeypatch.setattr(recorder_module, "get_serving", lambda: SimpleNamespace(weight_version=self.version))
         self.recorder = recorder_module.Recorder(
             GEOMETRY,
@@ -27,18 +28,19 @@ class Scheduler:
             num_slots=16,
             max_tokens_per_pass=8,
             num_fused_shared_experts=0,
-            device="cpu",
+            device=device,
         )
         self.recorder.follow(ALLOCATOR)
 
     def allocate(self, *slots: int) -> None:
-        self.recorder.slots_allocated(ALLOCATOR, torch.tensor(slots))
+        self.recorder.slots_allocated(ALLOCATOR, torch.tensor(slots, device=self.device))
 
     def launch(self, slots: list[int], experts: list[int], layers: tuple[int, ...] = (1, 2)) -> Any:
         """A pass whose token i chose experts (e, e + 1) for e = experts[i] in each of `layers`."""
         for layer in layers:
-            self.recorder.device_cache.capture(layer, torch.tensor([[e, e + 1] for e in experts], dtype=torch.int32))
-        batch = SimpleNamespace(out_cache_loc=torch.tensor(slots), out_cache_loc_virtual=None)
+            ids = torch.tensor([[e, e + 1] for e in experts], dtype=torch.int32, device=self.device)
+            self.recorder.device_cache.capture(layer, ids)
+        batch = SimpleNamespace(out_cache_loc=torch.tensor(slots, device=self.device), out_cache_loc_virtual=None)
         return self.recorder.on_forward_end(batch, False, None, no_copy_to_cpu=True)
 
     def table(self, *slots: int) -> list[int | None]:
@@ -48,9 +50,9 @@ class Scheduler:
         return [int(expert) if ok else None for expert, ok in zip(first, valid, strict=True)]
 
 
-@pytest.fixture
-def scheduler(monkeypatch: pytest.MonkeyPatch) -> Scheduler:
-    return Scheduler(monkeypatch)
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def scheduler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Scheduler:
+    return Scheduler(monkeypatch, request.param)
 
 
 def test_slots_are_invalid_until_their_pass_is_done(scheduler: Scheduler) -> None:
@@ -96,14 +98,14 @@ def test_a_result_that_comes_twice_or_late_settles_nothing_else(scheduler: Sched
 def test_allocations_of_another_allocator_are_not_ours(scheduler: Scheduler) -> None:
     scheduler.allocate(3)
     scheduler.launch([3], [2]).finalize()
-    scheduler.recorder.slots_allocated(object(), torch.tensor([3]))
+    scheduler.recorder.slots_allocated(object(), torch.tensor([3], device=scheduler.device))
     scheduler.launch([4], [6]).finalize()
     assert scheduler.table(3) == [2]
 
 
 def test_an_allocators_tensor_may_change_after_the_call(scheduler: Scheduler) -> None:
     scheduler.launch([1, 2], [3, 4]).finalize()
-    slots = torch.tensor([1])
+    slots = torch.tensor([1], device=scheduler.device)
     scheduler.recorder.slots_allocated(ALLOCATOR, slots)
     slots.fill_(2)
     scheduler.launch([9], [0]).finalize()
@@ -122,7 +124,8 @@ def test_a_layer_that_reports_nothing_makes_the_row_invalid(
 def test_what_a_padded_pass_left_behind_is_nobodys_route(scheduler: Scheduler) -> None:
     """A graph's layers write the rows of its padding, which no pass reads; a layer that then reports nothing shows."""
     for layer in (1, 2):
-        scheduler.recorder.device_cache.capture(layer, torch.tensor([[0, 1]] * 8, dtype=torch.int32))
+        ids = torch.tensor([[0, 1]] * 8, dtype=torch.int32, device=scheduler.device)
+        scheduler.recorder.device_cache.capture(layer, ids)
     scheduler.launch([1, 2], [3, 4]).finalize()
     scheduler.launch([3, 4, 5, 6], [2, 2, 2, 2], layers=(1,)).finalize()
     assert scheduler.table(1, 2, 3, 4, 5, 6) == [3, 4, None, None, None, None]
