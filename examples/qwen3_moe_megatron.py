@@ -144,7 +144,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            tensors.update((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118
+            tensors.update((name, opened.get_tensor(name)) for name in opened.keys())  # noqa: SIM118 (no mapping)
     return tensors
 
 

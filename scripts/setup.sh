@@ -14,8 +14,7 @@ runs_3_12() { [ "$("$1" -c 'import sys; print(sys.version_info[:2] == (3, 12))' 
 
 inputs_hash() {
     # The folder is part of it: the scripts of a moved .venv point to the old place.
-    { pwd; cat requirements.lock pyproject.toml; [ ! -d csrc ] || find csrc -type f -print0 | sort -z | xargs -0r cat; } |
-        sha256sum | cut -d' ' -f1
+    { pwd; cat requirements.lock pyproject.toml; } | sha256sum | cut -d' ' -f1
 }
 
 find_uv() {
