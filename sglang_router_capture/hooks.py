@@ -8,9 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from routing_masks import RoutingGeometry, RoutingMaskError, choose_codec
-from sglang_router_capture import options, response, seams, support
+from sglang_router_capture import options, response, seam_check, seams, support
 from sglang_router_capture.options import CaptureOptions
-from sglang_router_capture.plugin import stop
 from sglang_router_capture.recorder import Recorder
 
 logger = logging.getLogger(__name__)
@@ -26,7 +25,7 @@ def after_from_cli_args(result: Any, cls: type, args: argparse.Namespace) -> Non
     try:
         chosen = options.from_arguments(args)
     except RoutingMaskError as error:
-        stop(error)
+        support.stop(error)
     if chosen is not None:
         chosen.export()
 
@@ -43,12 +42,12 @@ def around_resolve_once(original: Callable[[Any], None], server_args: Any) -> No
         server_args.enable_return_routed_experts = True
     original(server_args)
     try:
-        seams.require_applied(HOOKS)
+        seam_check.require_applied(HOOKS)
         support.require_supported_config(resolving_view(server_args))
         if chosen.format == "masks":
             support.require_whole_answers(resolving_view(server_args))
     except (seams.SeamError, RoutingMaskError) as error:
-        stop(error)
+        support.stop(error)
 
 
 def around_create(
@@ -73,12 +72,12 @@ def around_create(
             device=device,
         )
     try:
-        seams.require_applied(HOOKS)
+        seam_check.require_applied(HOOKS)
         geometry = RoutingGeometry.from_hf_config(model_config.hf_text_config)
         support.require_reporting_routers(model, geometry)
         codec = choose_codec(chosen.effective_codec, geometry)
     except (seams.SeamError, RoutingMaskError) as error:
-        stop(error)
+        support.stop(error)
     recorder = Recorder(
         geometry,
         codec,
@@ -117,7 +116,7 @@ def after_init_routed_experts_capturer(result: None, model_runner: Any) -> None:
             )
         support.require_supported_allocator(model_runner.token_to_kv_pool_allocator)
     except (seams.SeamError, RoutingMaskError) as error:
-        stop(error)
+        support.stop(error)
     recorder.follow(model_runner.token_to_kv_pool_allocator)
 
 
@@ -180,7 +179,7 @@ def _options_of_this_process() -> CaptureOptions | None:
     try:
         return CaptureOptions.from_environment()
     except RoutingMaskError as error:
-        stop(error)
+        support.stop(error)
 
 
 def _max_tokens_per_pass(schedule: Any, context_len: int, max_running_requests: int) -> int:

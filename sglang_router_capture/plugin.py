@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
 
-from sglang_router_capture import options, seams
+from sglang_router_capture import options, seam_check, seams, support
 from sglang_router_capture.options import CaptureOptions
 
 
@@ -20,17 +19,12 @@ def load() -> None:
         if CaptureOptions.from_environment() is not None or options.asked_on_command_line(sys.argv[1:]):
             _register()
     except Exception as error:
-        stop(error)
-
-
-def stop(error: Exception) -> NoReturn:
-    """Leave this process with `error` as its message: SGLang swallows a plugin's ordinary exceptions."""
-    raise SystemExit(f"router capture: {error}") from error
+        support.stop(error)
 
 
 def _register() -> None:
     # The ledger first: the hooks' own imports fail on a name that is gone, and would not say what it was for.
-    seams.check()
+    seam_check.check()
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from sglang_router_capture import hooks

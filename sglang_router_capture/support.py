@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from routing_masks import RoutingGeometry, RoutingMaskError
+
+
+def stop(error: Exception) -> NoReturn:
+    """Leave this process with `error` as its message: SGLang swallows a plugin's ordinary exceptions."""
+    raise SystemExit(f"router capture: {error}") from error
 
 
 class UnsupportedServerError(RoutingMaskError):

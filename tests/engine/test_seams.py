@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from sglang_router_capture import hooks, seams, support
+from sglang_router_capture import hooks, seam_check, support
 from sglang_router_capture.seams import SEAMS, SeamError
 
 
 def test_ledger_fits_the_installed_sglang() -> None:
-    seams.check()
+    seam_check.check()
 
 
 def test_every_hooked_seam_has_its_hook() -> None:
@@ -27,13 +27,13 @@ def test_renamed_seam() -> None:
     with pytest.raises(
         SeamError, match=r"sglang\.srt\.server_args\.ServerArgs\.add_flags: expected parameters \(parser\)"
     ):
-        seams.check((seam,))
+        seam_check.check((seam,))
 
 
 def test_changed_signature() -> None:
     seam = replace(SEAMS[0], parameters=("parser", "more"))
     with pytest.raises(SeamError, match=r"expected parameters \(parser, more\), found parameters \(parser\)"):
-        seams.check((seam,))
+        seam_check.check((seam,))
 
 
 def test_seam_that_only_a_base_class_has() -> None:
@@ -48,7 +48,7 @@ def test_seam_that_only_a_base_class_has() -> None:
     BaseTokenToKVPoolAllocator.available_size_of_base = lambda self, need_size: None
     try:
         with pytest.raises(SeamError, match="found nothing of that name but what BaseTokenToKVPoolAllocator bequeaths"):
-            seams.check((seam,))
+            seam_check.check((seam,))
     finally:
         del BaseTokenToKVPoolAllocator.available_size_of_base
 
@@ -67,7 +67,7 @@ def applied(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Callable[..., An
 
 
 def test_hooks_that_sglang_applied(applied: dict[str, tuple[Callable[..., Any], str]]) -> None:
-    seams.require_applied(applied)
+    seam_check.require_applied(applied)
 
 
 def test_hook_that_sglang_did_not_apply(
@@ -81,7 +81,7 @@ def test_hook_that_sglang_did_not_apply(
     other = _wrap_fn(stock, lambda result, *args, **kwargs: None, HookType.AFTER)
     monkeypatch.setattr(TokenToKVPoolAllocator, "alloc", other)
     with pytest.raises(SeamError, match=r"TokenToKVPoolAllocator\.alloc: .* did not apply the hook"):
-        seams.require_applied(applied)
+        seam_check.require_applied(applied)
 
 
 SUPPORTED = {
