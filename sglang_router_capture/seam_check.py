@@ -25,7 +25,7 @@ def check(seams: tuple[Seam, ...] = SEAMS) -> None:
             raise SeamError(_message(seam, f"nothing of that name ({error})")) from error
         if seam.parameters is None:
             continue
-        if seam.hooked and (owner := _inherited_from(seam)):
+        if owner := _inherited_from(seam):
             raise SeamError(_message(seam, f"nothing of that name but what {owner} bequeaths"))
         names = _parameter_names(found)
         if names != _without_receiver(seam.parameters):
