@@ -73,6 +73,12 @@ SEAMS: tuple[Seam, ...] = (
         until="never: the live layers are checked against the rollout's",
     ),
     Seam(
+        "megatron.core.transformer.multi_token_prediction.MultiTokenPredictionLayer.__init__",
+        ("self", "config", "submodules", "layer_number"),
+        why="holds the routers of multi-token prediction, which no rollout recorded",
+        until="MTP routers count their layers on from the decoder's",
+    ),
+    Seam(
         "megatron.core.tensor_parallel.random.CheckpointFunction.forward",
         ("ctx", "run_function", "distribute_saved_activations", "args"),
         why="takes the run_function that is wrapped, so that a recompute sees the masks of its own forward pass",
