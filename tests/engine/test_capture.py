@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3MoeForCausalLM
+from transformers import AutoTokenizer, Qwen3MoeForCausalLM
 
 from cpu_engines.sglang.server import Server
 from routing_masks import RoutingGeometry, RoutingMasks, masks_from_meta_info
@@ -161,6 +161,19 @@ def test_streaming_returns_the_masks_once(capture_server: Server) -> None:
     assert last["completion_tokens"] == 8
     assert len(last["routing_masks"]) == 1
     assert masks_from_meta_info(last).num_tokens == 30 + 8 - 1
+
+
+def test_text_prompt(capture_server: Server, small_model: Path) -> None:
+    """The server's own tokenizer makes the ids, and the detokenizer passes the masks on beside its text."""
+    sampling = {"max_new_tokens": 6, "temperature": 0, "ignore_eos": True}
+    body = {"text": "2 + 3 * 4", "return_routed_experts": True, "sampling_params": sampling}
+    answer = capture_server.post("/generate", body)
+    tokenizer = AutoTokenizer.from_pretrained(small_model)
+    ids = tokenizer.encode("2 + 3 * 4")
+    assert answer["text"] == tokenizer.decode(answer["output_ids"], skip_special_tokens=True)
+    masks = masks_of(answer, ids)
+    assert masks.end == len(ids) + 6 - 1
+    assert masks.valid.all()
 
 
 def test_request_that_does_not_ask_gets_no_masks(capture_server: Server) -> None:
