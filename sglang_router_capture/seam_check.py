@@ -40,7 +40,7 @@ def require_applied(hooks: Mapping[str, tuple[Callable[..., Any], str]]) -> None
     """
     for seam in SEAMS:
         if seam.hooked and hooks[seam.path][0] not in _held_by_wrappers(pkgutil.resolve_name(seam.target)):
-            raise SeamError(_message(seam, "it without our hook: SGLang did not apply the hook, and its log above says why"))
+            raise SeamError(_message(seam, "it unhooked: SGLang did not apply the hook, its log above says why"))
 
 
 def _resolve(target: str) -> Any:
