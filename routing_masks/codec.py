@@ -2,142 +2,160 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from routing_masks import reference
-from routing_masks.errors import GeometryMismatchError, MaskValueError, RoutingMaskError
+from routing_masks.errors import GeometryError, GeometryMismatchError, MaskValueError, RoutingMaskError
 from routing_masks.geometry import RoutingGeometry
+from routing_masks.ops import OPS
+
+NO_ROW = 0xFF
+"""Byte that fills rows which hold no routes. Unlike zeros, which are the experts 0 to K - 1 to codec 'rank', a row of
+these is refused by `check_rows` under every codec, except where all of a codec's numbers are in use."""
 
 
-class Codec(ABC):
+@dataclass(frozen=True)
+class Codec:
     """One way to write a token's routes. Rows have a fixed width, so that they can be sliced, gathered and tabled.
 
-    Shapes: T tokens, L = `geometry.num_moe_layers`, K = `geometry.top_k`, E = `geometry.num_experts`.
+    Shapes: L = `geometry.num_moe_layers`, K = `geometry.top_k`, E = `geometry.num_experts`; any leading shape, of which
+    a token is a place. `routing_masks.reference` says which bit means what, `torch.ops.routing_masks` does the work.
+
+    Attributes:
+        name: 'bitset', 'rank' or 'ordered'.
+        keeps_order: the experts come back in the router's column order, else ascending.
     """
 
     name: str
     keeps_order: bool
 
-    @abstractmethod
     def bits_per_layer(self, geometry: RoutingGeometry) -> int:
-        """Bits that one layer of one token takes."""
+        """Bits that one layer of one token takes.
+
+        Raises:
+            GeometryError: this codec cannot write such routes.
+        """
+        bits = reference.bits_per_layer(self.name, geometry.num_experts, geometry.top_k)
+        if self.name == "rank" and bits > reference.MAX_RANK_BITS:
+            raise GeometryError(
+                f"codec 'rank' numbers the sets of {geometry.top_k} of {geometry.num_experts} experts in {bits} bits,"
+                f" but its ranks have at most {reference.MAX_RANK_BITS}: choose 'auto', 'bitset' or 'ordered'"
+            )
+        return bits
 
     def row_bytes(self, geometry: RoutingGeometry) -> int:
         """Bytes of one token's row: its layers bit-tight, rounded up once."""
         return (geometry.num_moe_layers * self.bits_per_layer(geometry) + 7) // 8
 
-    def pack(self, indices: Tensor, geometry: RoutingGeometry) -> Tensor:
-        """Expert indices `int [T, L, K]` of any integer dtype and strides -> rows `uint8 [T, row_bytes]`.
+    def can_write(self, geometry: RoutingGeometry) -> bool:
+        """Whether this codec has a row for every choice of experts of this geometry."""
+        try:
+            self.bits_per_layer(geometry)
+        except GeometryError:
+            return False
+        return True
 
-        On the CPU the values are checked; on other devices that would wait for the device, so the caller vouches.
+    def pack(self, indices: Tensor, geometry: RoutingGeometry) -> Tensor:
+        """Expert indices `[..., L, K]` (uint8, int16, uint16, int32, int64; any strides) -> `uint8 [..., row_bytes]`.
+
+        On the CPU the values are checked. On a device that would wait for it: indices that are not K different experts
+        become fields that `check_rows` refuses wherever the codec has one to spare, and `check_indices` tells.
 
         Raises:
             GeometryMismatchError: another L or K than the geometry's.
-            MaskValueError: on the CPU, an index outside [0, E) or an expert twice in a row.
+            MaskValueError: on the CPU, an index outside [0, E) or an expert twice in a layer.
         """
-        expected = (geometry.num_moe_layers, geometry.top_k)
-        if indices.dim() != 3 or tuple(indices.shape[1:]) != expected:
-            raise GeometryMismatchError(
-                f"indices of shape {tuple(indices.shape)} do not fit the geometry: expected [tokens, {expected[0]} MoE"
-                f" layers, top-k {expected[1]}]"
-            )
-        if indices.device.type == "cpu":
+        self.bits_per_layer(geometry)
+        _require_shape(indices, geometry)
+        try:
+            return OPS.pack(indices, geometry.num_experts, self.name)
+        except RuntimeError:
             check_indices(indices, geometry)
-        return self.pack_unchecked(indices, geometry)
-
-    @abstractmethod
-    def pack_unchecked(self, indices: Tensor, geometry: RoutingGeometry) -> Tensor:
-        """`pack` without looking at shape and values: no host sync on any device, undefined rows for illegal input."""
-
-    @abstractmethod
-    def unpack_layer(self, rows: Tensor, geometry: RoutingGeometry, slot: int) -> Tensor:
-        """One stored layer of the rows as expert indices `int32 [T, K]`; ascending if order is not kept."""
-
-    @abstractmethod
-    def mask_layer(self, rows: Tensor, geometry: RoutingGeometry, slot: int) -> Tensor:
-        """One stored layer of the rows as a mask `bool [T, E]`: the routing map that dispatchers take."""
+            raise
 
     def unpack_indices(self, rows: Tensor, geometry: RoutingGeometry) -> Tensor:
-        """Rows `uint8 [T, row_bytes]` -> expert indices `int32 [T, L, K]`."""
-        self.require_row_bytes(rows, geometry)
-        return torch.stack([self.unpack_layer(rows, geometry, slot) for slot in range(geometry.num_moe_layers)], dim=1)
+        """Rows `uint8 [..., row_bytes]` -> expert indices `int32 [..., L, K]`.
 
-    def unpack_bitset(self, rows: Tensor, geometry: RoutingGeometry) -> Tensor:
-        """Rows `uint8 [T, row_bytes]` -> masks `bool [T, L, E]`."""
-        self.require_row_bytes(rows, geometry)
-        return torch.stack([self.mask_layer(rows, geometry, slot) for slot in range(geometry.num_moe_layers)], dim=1)
+        On the CPU the values are checked. On a device a field that is not K different experts reads as K times E.
+
+        Raises:
+            GeometryMismatchError: rows of another width or dtype.
+            MaskValueError: on the CPU, bits that `pack` cannot have written.
+        """
+        return self._checked(OPS.unpack_indices, rows, geometry)
+
+    def unpack_layer(self, rows: Tensor, geometry: RoutingGeometry, slot: int) -> Tensor:
+        """One stored layer of the rows as expert indices `int32 [..., K]`; as `unpack_indices` in all else."""
+        return self._checked(OPS.unpack_layer, rows, geometry, slot)
+
+    def unpack_bitset(self, rows: Tensor, geometry: RoutingGeometry, slot: int) -> Tensor:
+        """One stored layer of the rows as a mask `bool [..., E]`: the routing map that dispatchers take.
+
+        As `unpack_indices` in all else; a field that is not K different experts is all False.
+        """
+        return self._checked(OPS.unpack_bitset, rows, geometry, slot)
+
+    def unpack_valid(self, rows: Tensor, valid: Tensor, geometry: RoutingGeometry) -> Tensor:
+        """Rows `uint8 [T, row_bytes]` -> `int32 [T, L, K]`, -1 where `valid`, `bool [T]`, is False.
+
+        What the bytes of a row that is not valid hold does not matter.
+        """
+        if bool(valid.all()):
+            return self.unpack_indices(rows, geometry)
+        shape = (rows.shape[0], geometry.num_moe_layers, geometry.top_k)
+        indices = torch.full(shape, -1, dtype=torch.int32, device=rows.device)
+        indices[valid] = self.unpack_indices(rows[valid], geometry)
+        return indices
 
     def require_row_bytes(self, rows: Tensor, geometry: RoutingGeometry) -> None:
-        """Raise GeometryMismatchError unless `rows` is `uint8 [T, row_bytes]` of this codec and geometry."""
+        """Raise GeometryMismatchError unless `rows` is `uint8 [..., row_bytes]` of this codec and geometry."""
         width = self.row_bytes(geometry)
-        if rows.dtype != torch.uint8 or rows.dim() != 2 or rows.shape[1] != width:
+        if rows.dtype != torch.uint8 or rows.dim() == 0 or rows.shape[-1] != width:
             raise GeometryMismatchError(
                 f"rows of {rows.dtype} {tuple(rows.shape)} do not fit: codec {self.name!r} writes uint8 [tokens,"
                 f" {width}] for {geometry.num_moe_layers} MoE layers of {geometry.top_k} of {geometry.num_experts}"
                 " experts"
             )
 
-    def check_rows(self, rows: Tensor, geometry: RoutingGeometry) -> None:
-        """Refuse rows that no `pack` can have written (a corrupted byte, rows of another geometry). Reads values back.
+    def check_rows(self, rows: Tensor, geometry: RoutingGeometry, valid: Tensor | None = None) -> None:
+        """Refuse rows that no `pack` can have written (a corrupted byte, rows of another geometry). Waits for a device.
+
+        Args:
+            rows: `uint8 [..., row_bytes]`; `[T, row_bytes]` where `valid` is given.
+            valid: `bool [T]`; only the rows where it is True are looked at.
 
         Raises:
             MaskValueError: naming the first token and decoder layer that are wrong.
         """
-        indices = self.unpack_indices(rows, geometry)
-        check_indices(indices, geometry)
-        different = (self.pack_unchecked(indices, geometry) != rows).any(-1)
-        if different.any():
-            token = int(different.nonzero()[0])
-            raise MaskValueError(
-                f"row of token {token} has bits set beyond its top-k or its last layer: corrupted rows"
-            )
+        self.require_row_bytes(rows, geometry)
+        tokens = None
+        if valid is not None and not bool(valid.all()):
+            tokens = valid.nonzero().flatten()
+            rows = rows[tokens]
+        place = int(OPS.first_illegal_row(rows, *_arguments(geometry), self.name))
+        if place < 0:
+            return
+        token, slot = divmod(place, geometry.num_moe_layers)
+        token = token if tokens is None else int(tokens[token])
+        raise MaskValueError(
+            f"token {token}, decoder layer {geometry.moe_layers[slot]}: the bits are not {geometry.top_k} different"
+            f" experts of {geometry.num_experts} as codec {self.name!r} writes them: corrupted rows"
+        )
+
+    def _checked(self, op: Callable[..., Tensor], rows: Tensor, geometry: RoutingGeometry, *slot: int) -> Tensor:
+        self.require_row_bytes(rows, geometry)
+        try:
+            return op(rows, *slot, *_arguments(geometry), self.name)
+        except RuntimeError:
+            self.check_rows(rows, geometry)
+            raise
 
 
-class BitsetCodec(Codec):
-    """E bits per layer, expert e at bit e: the mask itself."""
-
-    name = "bitset"
-    keeps_order = False
-
-    def bits_per_layer(self, geometry: RoutingGeometry) -> int:
-        return geometry.num_experts
-
-    def pack_unchecked(self, indices: Tensor, geometry: RoutingGeometry) -> Tensor:
-        return reference.pack_bitset(indices, geometry.num_experts)
-
-    def unpack_layer(self, rows: Tensor, geometry: RoutingGeometry, slot: int) -> Tensor:
-        return reference.mask_to_indices(self.mask_layer(rows, geometry, slot), geometry.top_k)
-
-    def mask_layer(self, rows: Tensor, geometry: RoutingGeometry, slot: int) -> Tensor:
-        return reference.unpack_bitset_layer(rows, geometry.num_experts, slot)
-
-
-class OrderedCodec(Codec):
-    """K * ceil(log2 E) bits per layer: the indices in the router's own column order."""
-
-    name = "ordered"
-    keeps_order = True
-
-    def bits_per_layer(self, geometry: RoutingGeometry) -> int:
-        return geometry.top_k * self._bits_per_index(geometry)
-
-    def _bits_per_index(self, geometry: RoutingGeometry) -> int:
-        return (geometry.num_experts - 1).bit_length()
-
-    def pack_unchecked(self, indices: Tensor, geometry: RoutingGeometry) -> Tensor:
-        return reference.pack_ordered(indices, self._bits_per_index(geometry))
-
-    def unpack_layer(self, rows: Tensor, geometry: RoutingGeometry, slot: int) -> Tensor:
-        return reference.unpack_ordered_layer(rows, geometry.top_k, self._bits_per_index(geometry), slot)
-
-    def mask_layer(self, rows: Tensor, geometry: RoutingGeometry, slot: int) -> Tensor:
-        return reference.indices_to_mask(self.unpack_layer(rows, geometry, slot), geometry.num_experts)
-
-
-_CODECS: dict[str, Codec] = {codec.name: codec for codec in (BitsetCodec(), OrderedCodec())}
+_CODECS = {codec.name: codec for codec in (Codec("bitset", False), Codec("rank", False), Codec("ordered", True))}
 CODEC_NAMES = tuple(_CODECS)
 
 
@@ -153,37 +171,56 @@ def get_codec(name: str) -> Codec:
         raise RoutingMaskError(f"unknown codec {name!r}: this version knows {', '.join(CODEC_NAMES)}") from None
 
 
-def choose_codec(name: str, geometry: RoutingGeometry) -> Codec:
-    """The codec of that name, or for 'auto' the one with the smallest rows for this geometry."""
-    if name != "auto":
-        return get_codec(name)
-    return min(_CODECS.values(), key=lambda codec: codec.row_bytes(geometry))
+def choose_codec(name: str, geometry: RoutingGeometry, *, order: bool = False) -> Codec:
+    """The codec of that name, or for 'auto' the one with the smallest rows for this geometry.
+
+    Args:
+        order: the router's column order is needed: codecs that do not keep it are left out.
+
+    Raises:
+        RoutingMaskError: no such codec, or one that does not keep the order although it is needed.
+        GeometryError: a codec that cannot write the routes of this geometry.
+    """
+    if name == "auto":
+        able = [codec for codec in _CODECS.values() if codec.can_write(geometry) and (codec.keeps_order or not order)]
+        return min(able, key=lambda codec: codec.row_bytes(geometry))
+    codec = get_codec(name)
+    if order and not codec.keeps_order:
+        keeping = [other.name for other in _CODECS.values() if other.keeps_order]
+        raise RoutingMaskError(
+            f"codec {name!r} does not keep the top-k column order, which is needed here: choose 'auto' or"
+            f" {' or '.join(map(repr, keeping))}"
+        )
+    codec.bits_per_layer(geometry)
+    return codec
 
 
 def check_indices(indices: Tensor, geometry: RoutingGeometry) -> None:
-    """Refuse indices `int [T, L, K]` that are out of range or name an expert twice in a row. Reads values back.
+    """Refuse indices `int [..., L, K]` that are out of range or name an expert twice in a layer. Waits for a device.
 
     Raises:
+        GeometryMismatchError: another L or K than the geometry's.
         MaskValueError: naming the first token and decoder layer that are wrong.
     """
-    if indices.dtype not in _COMPARABLE:
-        indices = indices.to(torch.int64)
-    outside = ((indices < 0) | (indices >= geometry.num_experts)).any(-1)
-    if outside.any():
-        token, slot = outside.nonzero()[0].tolist()
-        raise MaskValueError(
-            f"token {token}, decoder layer {geometry.moe_layers[slot]}: expert indices {indices[token, slot].tolist()}"
-            f" are not all in [0, {geometry.num_experts})"
-        )
-    ordered = indices.sort(-1).values
-    repeated = (ordered[..., 1:] == ordered[..., :-1]).any(-1)
-    if repeated.any():
-        token, slot = repeated.nonzero()[0].tolist()
-        raise MaskValueError(
-            f"token {token}, decoder layer {geometry.moe_layers[slot]}: expert indices {indices[token, slot].tolist()}"
-            " name an expert twice"
+    _require_shape(indices, geometry)
+    place = int(OPS.first_illegal_indices(indices, geometry.num_experts))
+    if place < 0:
+        return
+    token, slot = divmod(place, geometry.num_moe_layers)
+    found = indices.reshape(-1, *indices.shape[-2:])[token, slot].tolist()
+    outside = any(not 0 <= index < geometry.num_experts for index in found)
+    problem = f"are not all in [0, {geometry.num_experts})" if outside else "name an expert twice"
+    raise MaskValueError(f"token {token}, decoder layer {geometry.moe_layers[slot]}: expert indices {found} {problem}")
+
+
+def _require_shape(indices: Tensor, geometry: RoutingGeometry) -> None:
+    expected = (geometry.num_moe_layers, geometry.top_k)
+    if tuple(indices.shape[-2:]) != expected:
+        raise GeometryMismatchError(
+            f"indices of shape {tuple(indices.shape)} do not fit the geometry: expected [tokens, {expected[0]} MoE"
+            f" layers, top-k {expected[1]}]"
         )
 
 
-# Others either wrap a number of experts above their range when compared with it (uint8), or cannot be sorted (uint16).
-_COMPARABLE = (torch.int16, torch.int32, torch.int64)
+def _arguments(geometry: RoutingGeometry) -> tuple[int, int, int]:
+    return geometry.num_moe_layers, geometry.num_experts, geometry.top_k

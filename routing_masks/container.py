@@ -70,7 +70,7 @@ def from_bytes(data: bytes) -> RoutingMasks:
             weight_versions=tuple((int(position), str(version)) for position, version in _runs(metadata)),
             token_digest=metadata["token_digest"],
         )
-        get_codec(masks.codec).check_rows(masks.rows[masks.valid], masks.geometry)
+        get_codec(masks.codec).check_rows(masks.rows, masks.geometry, masks.valid)
     except RoutingMaskError as error:
         raise ContainerError(f"a {FORMAT} file contradicts itself: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
@@ -88,7 +88,7 @@ def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) 
     fields = sorted((key, value) for key, value in metadata.items() if key != "crc32")
     checksum = zlib.crc32(_dense_json(fields).encode())
     for name in ("rows", "valid"):
-        checksum = zlib.crc32(tensors[name].numpy().tobytes(), checksum)
+        checksum = zlib.crc32(tensors[name].numpy().data, checksum)
     return f"{checksum:08x}"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from routing_masks.errors import GeometryError, GeometryMismatchError
 from routing_masks.hf_layers import Reader, config_reader, routed_layers
+from routing_masks.limits import MAX_EXPERTS, MAX_TOP_K
 
 _NUM_LAYERS_KEYS = ("num_hidden_layers", "num_layers")
 _NUM_EXPERTS_KEYS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
@@ -52,6 +53,11 @@ class RoutingGeometry:
             )
         if not 1 <= self.top_k <= self.num_experts:
             raise GeometryError(f"top_k is {self.top_k}, but must be between 1 and num_experts {self.num_experts}")
+        if self.num_experts > MAX_EXPERTS or self.top_k > MAX_TOP_K:
+            raise GeometryError(
+                f"top-{self.top_k} of {self.num_experts} experts: routing masks are built for up to {MAX_EXPERTS}"
+                f" experts and top-{MAX_TOP_K}; raise the limit in routing_masks/limits.py and build from source"
+            )
 
     @property
     def num_moe_layers(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from routing_masks.codec import choose_codec, get_codec
+from routing_masks.codec import NO_ROW, choose_codec, get_codec
 from routing_masks.digest import token_digest
 from routing_masks.errors import GeometryMismatchError, RoutingMaskError, TokenMismatchError
 from routing_masks.geometry import RoutingGeometry
@@ -43,10 +43,10 @@ class RoutingMasks:
 
     def __post_init__(self) -> None:
         get_codec(self.codec).require_row_bytes(self.rows, self.geometry)
-        if self.valid.dtype != torch.bool or self.valid.shape != self.rows.shape[:1]:
+        if self.valid.dtype != torch.bool or self.valid.shape != self.rows.shape[:-1] or self.rows.dim() != 2:
             raise GeometryMismatchError(
-                f"valid is {self.valid.dtype} {tuple(self.valid.shape)}, but {self.rows.shape[0]} rows need"
-                f" torch.bool [{self.rows.shape[0]}]"
+                f"valid is {self.valid.dtype} {tuple(self.valid.shape)} and rows are {tuple(self.rows.shape)}: one"
+                " sequence has rows [tokens, row_bytes] and valid torch.bool [tokens]"
             )
         if self.start < 0:
             raise RoutingMaskError(f"start is {self.start}, but a position in a sequence is not negative")
@@ -68,8 +68,7 @@ class RoutingMasks:
 
     def indices(self) -> Tensor:
         """Expert indices `int32 [num_tokens, L, K]`; rows that are not valid hold -1."""
-        indices = get_codec(self.codec).unpack_indices(self.rows, self.geometry)
-        return torch.where(self.valid[:, None, None], indices, -1)
+        return get_codec(self.codec).unpack_valid(self.rows, self.valid, self.geometry)
 
     def check_tokens(self, token_ids: TokenIds) -> None:
         """Refuse the pairing with a sequence whose first `end` token ids are not those that were recorded.
@@ -119,8 +118,12 @@ class RoutingMasks:
         end = start + indices.shape[0]
         if len(token_ids) < end:
             raise TokenMismatchError(f"rows up to position {end} were given with only {len(token_ids)} token ids")
-        rows = torch.zeros((indices.shape[0], chosen.row_bytes(geometry)), dtype=torch.uint8, device=indices.device)
-        rows[valid] = chosen.pack(indices[valid], geometry)
+        unknown = ~valid
+        if bool(unknown.any()):
+            placeholder = torch.arange(geometry.top_k, device=indices.device).to(indices.dtype)
+            indices = torch.where(valid[:, None, None], indices, placeholder)
+        rows = chosen.pack(indices, geometry)
+        rows[unknown] = NO_ROW
         return cls(rows, valid, start, geometry, chosen.name, weight_versions, token_digest(token_ids[:end]))
 
     @classmethod

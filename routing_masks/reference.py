@@ -1,75 +1,271 @@
-"""Codecs in plain torch: the meaning of a packed row.
+"""Codecs in plain torch: the meaning of a packed row, and what runs where the kernels cannot be loaded.
 
 A row holds one token's routes: the MoE layers one after the other, each in a field of fixed width, bit-tight, least
-significant bit first within a byte, the last byte filled up with zeros. Nothing here reads a value back to the host.
+significant bit first within a byte, the last byte filled up with zeros. Fields, by codec:
+
+    bitset   E bits, expert e at bit e
+    rank     the set's place in colexicographic order (combinatorial number system: D. H. Lehmer 1964; D. E. Knuth, The
+             Art of Computer Programming 4A, section 7.2.1.3, theorem L): experts c_1 < ... < c_K have the rank
+             C(c_1, 1) + ... + C(c_K, K), in ceil(log2 C(E, K)) bits
+    ordered  K indices of ceil(log2 E) bits, in the router's column order
+
+Indices that are not K different experts become a field that is illegal wherever the codec has one to spare: all bits
+set for rank, none for the others. An illegal field reads back as K times the index E, which is no expert.
+On the CPU either is refused; on other devices that would wait for the device, and the functions first_illegal_* tell.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-# Rows that are expanded to one byte per bit at a time: bounds the working memory to some tens of megabytes.
-_ROWS_AT_ONCE = 4096
+# Elements of the largest intermediate tensor: bounds the working memory to some tens of megabytes.
+_ELEMENTS_AT_ONCE = 1 << 21
+_LIMB_BITS = 32
+_LIMB = (1 << _LIMB_BITS) - 1
+# Longest rank; a limit of the kernels, which hold it in one 128-bit word.
+MAX_RANK_BITS = 128
 
 
-def pack_bits(bits: Tensor) -> Tensor:
-    """Bits `bool [T, n]` -> bytes `uint8 [T, ceil(n / 8)]`, bit i of a row in byte i // 8 at place i % 8."""
-    num_rows, num_bits = bits.shape
-    num_bytes = (num_bits + 7) // 8
-    packed = torch.empty((num_rows, num_bytes), dtype=torch.uint8, device=bits.device)
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    places = torch.ones_like(shifts) << shifts
-    for first in range(0, num_rows, _ROWS_AT_ONCE):
-        part = bits[first : first + _ROWS_AT_ONCE]
-        full = part.new_zeros((part.shape[0], num_bytes * 8))
-        full[:, :num_bits] = part
-        packed[first : first + _ROWS_AT_ONCE] = (full.view(len(part), num_bytes, 8) * places).sum(-1, dtype=torch.uint8)
-    return packed
+def bits_per_layer(codec: str, num_experts: int, top_k: int) -> int:
+    """Bits of one layer's field; for 'rank' possibly more than `MAX_RANK_BITS`, which no function here takes."""
+    match codec:
+        case "bitset":
+            return num_experts
+        case "rank":
+            return (math.comb(num_experts, top_k) - 1).bit_length()
+        case "ordered":
+            return top_k * (num_experts - 1).bit_length()
+    raise RuntimeError(f"unknown codec {codec!r}: the reference knows bitset, rank and ordered")
 
 
-def unpack_bits(packed: Tensor, first_bit: int, num_bits: int) -> Tensor:
-    """Bits [first_bit, first_bit + num_bits) of every row of `uint8 [T, B]`, as `bool [T, num_bits]`."""
-    lo, hi = first_bit // 8, (first_bit + num_bits + 7) // 8
-    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits = ((packed[:, lo:hi, None] >> shifts) & 1).bool().flatten(1)
-    skip = first_bit - lo * 8
-    return bits[:, skip : skip + num_bits]
+def row_bytes(codec: str, num_layers: int, num_experts: int, top_k: int) -> int:
+    """Bytes of one token's row: its layers bit-tight, rounded up once."""
+    return (num_layers * bits_per_layer(codec, num_experts, top_k) + 7) // 8
 
 
-def pack_bitset(indices: Tensor, num_experts: int) -> Tensor:
-    """Expert indices `int [T, L, K]` -> rows of `num_experts` bits per layer, expert e at bit e."""
-    return pack_bits(indices_to_mask(indices, num_experts).flatten(1))
+def pack(indices: Tensor, num_experts: int, codec: str) -> Tensor:
+    """Expert indices `int [..., L, K]` -> rows `uint8 [..., row_bytes]`."""
+    *leading, num_layers, top_k = indices.shape
+    width = bits_per_layer(codec, num_experts, top_k)
+    num_bytes = row_bytes(codec, num_layers, num_experts, top_k)
+    flat = indices.reshape(-1, num_layers, top_k).long()
+    _refuse_on_cpu(first_illegal_indices(flat, num_experts), num_layers, "the indices are", num_experts, top_k)
+    rows = torch.empty((flat.shape[0], num_bytes), dtype=torch.uint8, device=indices.device)
+    for part in _parts(flat.shape[0], num_layers * max(num_experts, width)):
+        fields = _encode(flat[part], num_experts, codec, width)
+        rows[part] = _bytes_of_bits(fields.flatten(1), num_bytes)
+    return rows.reshape(*leading, num_bytes)
 
 
-def unpack_bitset_layer(rows: Tensor, num_experts: int, slot: int) -> Tensor:
-    """One layer of rows made by `pack_bitset`, as `bool [T, num_experts]`."""
-    return unpack_bits(rows, slot * num_experts, num_experts)
+def unpack_indices(rows: Tensor, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
+    """Rows `uint8 [..., row_bytes]` -> expert indices `int32 [..., L, K]`, ascending where the order is not kept."""
+    indices = _unpack(rows, slice(0, num_layers), num_layers, num_experts, top_k, codec)
+    return indices.reshape(*rows.shape[:-1], num_layers, top_k)
 
 
-def pack_ordered(indices: Tensor, bits_per_index: int) -> Tensor:
-    """Expert indices `int [T, L, K]` -> rows of K indices of `bits_per_index` bits per layer, column order kept."""
-    shifts = torch.arange(bits_per_index, dtype=torch.int32, device=indices.device)
-    bits = ((indices.to(torch.int32)[..., None] >> shifts) & 1).bool()
-    return pack_bits(bits.flatten(1))
+def unpack_layer(rows: Tensor, slot: int, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
+    """One layer of the rows as expert indices `int32 [..., K]`."""
+    if not 0 <= slot < num_layers:
+        raise RuntimeError(f"slot {slot} is none of the {num_layers} MoE layers")
+    indices = _unpack(rows, slice(slot, slot + 1), num_layers, num_experts, top_k, codec)
+    return indices.reshape(*rows.shape[:-1], top_k)
 
 
-def unpack_ordered_layer(rows: Tensor, top_k: int, bits_per_index: int, slot: int) -> Tensor:
-    """One layer of rows made by `pack_ordered`, as `int32 [T, top_k]`."""
-    width = top_k * bits_per_index
-    bits = unpack_bits(rows, slot * width, width).view(rows.shape[0], top_k, bits_per_index)
-    shifts = torch.arange(bits_per_index, dtype=torch.int32, device=rows.device)
-    return (bits.to(torch.int32) << shifts).sum(-1, dtype=torch.int32)
+def unpack_bitset(rows: Tensor, slot: int, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
+    """One layer of the rows as a mask `bool [..., E]`; all False where the field is illegal."""
+    indices = unpack_layer(rows, slot, num_layers, num_experts, top_k, codec)
+    # One place more than there are experts, for what is none.
+    mask = torch.zeros((*rows.shape[:-1], num_experts + 1), dtype=torch.bool, device=rows.device)
+    return mask.scatter_(-1, indices.long(), True)[..., :num_experts].contiguous()
 
 
-def indices_to_mask(indices: Tensor, num_experts: int) -> Tensor:
-    """Expert indices `int [..., K]` -> mask `bool [..., num_experts]`."""
-    mask = torch.zeros((*indices.shape[:-1], num_experts), dtype=torch.bool, device=indices.device)
-    return mask.scatter_(-1, indices.long(), True)
+def first_illegal_indices(indices: Tensor, num_experts: int) -> Tensor:
+    """Place row * L + slot of the first K indices that are not K different experts, or -1: `int64 []`.
+
+    Args:
+        indices: `int [..., L, K]`; a row is a place in the leading dimensions.
+    """
+    return _first(~_legal(indices.long(), num_experts))
 
 
-def mask_to_indices(mask: Tensor, top_k: int) -> Tensor:
-    """Mask `bool [..., E]` with `top_k` bits set -> indices `int32 [..., top_k]`, ascending; E where a bit lacks."""
-    num_experts = mask.shape[-1]
-    experts = torch.arange(num_experts, dtype=torch.int32, device=mask.device)
-    return torch.where(mask, experts, num_experts).sort(dim=-1).values[..., :top_k].contiguous()
+def first_illegal_row(rows: Tensor, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
+    """Place row * L + slot of the first field that `pack` cannot have written, or -1: `int64 []`.
+
+    The bits behind a row's last field count as that field's.
+    """
+    flat = _flat_rows(rows, num_layers, num_experts, top_k, codec)
+    width = bits_per_layer(codec, num_experts, top_k)
+    illegal = torch.empty((flat.shape[0], num_layers), dtype=torch.bool, device=rows.device)
+    for part in _parts(flat.shape[0], num_layers * max(num_experts, width)):
+        bits = _bits_of_bytes(flat[part])
+        fields = bits[:, : num_layers * width].unflatten(1, (num_layers, width))
+        illegal[part] = ~_legal(_decode(fields, num_experts, top_k, codec).long(), num_experts)
+        illegal[part, -1] |= bits[:, num_layers * width :].any(-1)
+    return _first(illegal)
+
+
+def _unpack(rows: Tensor, slots: slice, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
+    flat = _flat_rows(rows, num_layers, num_experts, top_k, codec)
+    width = bits_per_layer(codec, num_experts, top_k)
+    num_slots = slots.stop - slots.start
+    indices = torch.empty((flat.shape[0], num_slots, top_k), dtype=torch.int32, device=rows.device)
+    for part in _parts(flat.shape[0], num_layers * max(num_experts, width)):
+        bits = _bits_of_bytes(flat[part])[:, slots.start * width : slots.stop * width]
+        indices[part] = _decode(bits.unflatten(1, (num_slots, width)), num_experts, top_k, codec)
+    _refuse_on_cpu(first_illegal_indices(indices, num_experts), num_slots, "these bits are", num_experts, top_k)
+    return indices
+
+
+def _encode(indices: Tensor, num_experts: int, codec: str, width: int) -> Tensor:
+    """Indices `int64 [T, L, K]` -> fields `bool [T, L, width]`."""
+    legal = _legal(indices, num_experts)[..., None]
+    indices = torch.where(legal, indices, 0)
+    if codec == "bitset":
+        mask = torch.zeros((*indices.shape[:-1], num_experts), dtype=torch.bool, device=indices.device)
+        return mask.scatter_(-1, indices, True) & legal
+    if codec == "ordered":
+        return _bits_of_integers(indices, (num_experts - 1).bit_length()).flatten(2) & legal
+    coefficients = _coefficients(num_experts, indices.shape[-1]).to(indices.device)
+    places = torch.arange(indices.shape[-1], device=indices.device)
+    limbs = coefficients[places, indices.sort(-1).values].sum(-2)
+    for low in range(limbs.shape[-1] - 1):
+        limbs[..., low + 1] += limbs[..., low] >> _LIMB_BITS
+    return _bits_of_integers(limbs & _LIMB, _LIMB_BITS).flatten(2)[..., :width] | ~legal
+
+
+def _decode(fields: Tensor, num_experts: int, top_k: int, codec: str) -> Tensor:
+    """Fields `bool [T, L, width]` -> indices `int32 [T, L, K]`."""
+    if codec == "bitset":
+        experts = torch.arange(num_experts, dtype=torch.int32, device=fields.device)
+        indices = torch.where(fields, experts, num_experts).sort(-1).values[..., :top_k]
+        legal = fields.sum(-1) == top_k
+    elif codec == "ordered":
+        indices = (
+            _integers_of_bits(fields.unflatten(2, (top_k, -1))) if fields.shape[-1] else fields.new_zeros(1).long()
+        )
+        indices = indices.expand(*fields.shape[:-1], top_k)
+        legal = _legal(indices, num_experts)
+    else:
+        indices, legal = _unrank(fields, num_experts, top_k)
+    return torch.where(legal[..., None], indices, num_experts).int()
+
+
+def _unrank(fields: Tensor, num_experts: int, top_k: int) -> tuple[Tensor, Tensor]:
+    """Ranks `bool [T, L, width]` -> `(indices int64 [T, L, K] ascending, legal bool [T, L])`."""
+    coefficients = _coefficients(num_experts, top_k).to(fields.device)
+    num_limbs = coefficients.shape[-1]
+    padded = fields.new_zeros((*fields.shape[:-1], num_limbs * _LIMB_BITS))
+    padded[..., : fields.shape[-1]] = fields
+    rank = _integers_of_bits(padded.unflatten(2, (num_limbs, _LIMB_BITS)))
+    num_sets = _limbs(math.comb(num_experts, top_k), num_limbs + 1).to(fields.device)
+    legal = ~_not_above(num_sets, torch.nn.functional.pad(rank, (0, 1)))
+    rank = torch.where(legal[..., None], rank, 0)
+    indices = torch.empty((*fields.shape[:-1], top_k), dtype=torch.int64, device=fields.device)
+    for place in reversed(range(top_k)):
+        # The coefficients of one place rise with the expert: as many as are not above the rank, less one.
+        expert = _not_above(coefficients[place], rank[..., None, :]).sum(-1) - 1
+        indices[..., place] = expert
+        rank = rank - coefficients[place][expert]
+        for low in range(num_limbs - 1):
+            borrow = (rank[..., low] < 0).long()
+            rank[..., low] += borrow << _LIMB_BITS
+            rank[..., low + 1] -= borrow
+    return indices, legal
+
+
+@functools.cache
+def _coefficients(num_experts: int, top_k: int) -> Tensor:
+    """C(c, k + 1) at [k, c] in limbs of 32 bits, lowest first: `int64 [K, E, limbs]`.
+
+    Expert c cannot be at place k if fewer than K - 1 - k experts are above it; the largest number stands there.
+    """
+    num_limbs = max(1, -(-bits_per_layer("rank", num_experts, top_k) // _LIMB_BITS))
+    if num_limbs * _LIMB_BITS > MAX_RANK_BITS:
+        raise RuntimeError(
+            f"codec 'rank' has ranks of up to {MAX_RANK_BITS} bits, and the sets of {top_k} of {num_experts} experts"
+            " need more: choose 'bitset' or 'ordered'"
+        )
+    largest = (1 << num_limbs * _LIMB_BITS) - 1
+    return torch.stack(
+        [
+            torch.stack(
+                [
+                    _limbs(math.comb(c, k + 1) if c <= num_experts - top_k + k else largest, num_limbs)
+                    for c in range(num_experts)
+                ]
+            )
+            for k in range(top_k)
+        ]
+    )
+
+
+def _limbs(number: int, count: int) -> Tensor:
+    return torch.tensor([number >> limb * _LIMB_BITS & _LIMB for limb in range(count)])
+
+
+def _not_above(a: Tensor, b: Tensor) -> Tensor:
+    """Whether a <= b, for numbers in limbs along the last dimension."""
+    result = torch.ones((), dtype=torch.bool, device=a.device)
+    for limb in range(a.shape[-1]):
+        result = (a[..., limb] < b[..., limb]) | ((a[..., limb] == b[..., limb]) & result)
+    return result
+
+
+def _legal(indices: Tensor, num_experts: int) -> Tensor:
+    """Whether `int [..., K]` are K different experts: `bool [...]`."""
+    ordered = indices.sort(-1).values
+    inside = (ordered[..., 0] >= 0) & (ordered[..., -1] < num_experts)
+    return inside & (ordered[..., 1:] != ordered[..., :-1]).all(-1)
+
+
+def _first(illegal: Tensor) -> Tensor:
+    flat = illegal.flatten()
+    places = torch.arange(flat.numel(), device=flat.device)
+    first = torch.where(flat, places, flat.numel()).amin() if flat.numel() else places.new_tensor(-1)
+    return torch.where(first == flat.numel(), -1, first)
+
+
+def _refuse_on_cpu(place: Tensor, num_slots: int, what: str, num_experts: int, top_k: int) -> None:
+    if place.device.type == "cpu" and place >= 0:
+        token, slot = divmod(int(place), num_slots)
+        raise RuntimeError(f"token {token}, MoE layer {slot}: {what} not {top_k} different experts of {num_experts}")
+
+
+def _flat_rows(rows: Tensor, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
+    expected = row_bytes(codec, num_layers, num_experts, top_k)
+    if rows.dtype != torch.uint8 or rows.shape[-1] != expected:
+        raise RuntimeError(f"rows are {rows.dtype} {tuple(rows.shape)}, not uint8 [..., {expected}]")
+    return rows.reshape(math.prod(rows.shape[:-1]), expected)
+
+
+def _parts(num_rows: int, elements_per_row: int) -> Iterator[slice]:
+    step = max(1, _ELEMENTS_AT_ONCE // elements_per_row)
+    return (slice(first, first + step) for first in range(0, num_rows, step))
+
+
+def _bytes_of_bits(bits: Tensor, num_bytes: int) -> Tensor:
+    """Bits `bool [T, n]` -> `uint8 [T, num_bytes]`, bit i of a row in byte i // 8 at place i % 8."""
+    full = bits.new_zeros((bits.shape[0], num_bytes * 8))
+    full[:, : bits.shape[1]] = bits
+    places = torch.tensor([1 << place for place in range(8)], dtype=torch.uint8, device=bits.device)
+    return (full.unflatten(1, (num_bytes, 8)) * places).sum(-1, dtype=torch.uint8)
+
+
+def _bits_of_bytes(rows: Tensor) -> Tensor:
+    """Bytes `uint8 [T, B]` -> bits `bool [T, 8 B]`."""
+    return ((rows[..., None] >> torch.arange(8, dtype=torch.uint8, device=rows.device)) & 1).bool().flatten(1)
+
+
+def _bits_of_integers(integers: Tensor, width: int) -> Tensor:
+    """Integers `int64 [...]` -> their lowest bits `bool [..., width]`."""
+    return ((integers[..., None] >> torch.arange(width, device=integers.device)) & 1).bool()
+
+
+def _integers_of_bits(bits: Tensor) -> Tensor:
+    """Bits `bool [..., width]` -> integers `int64 [...]`."""
+    return (bits.long() << torch.arange(bits.shape[-1], device=bits.device)).sum(-1)

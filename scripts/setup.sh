@@ -14,7 +14,9 @@ runs_3_12() { [ "$("$1" -c 'import sys; print(sys.version_info[:2] == (3, 12))' 
 
 inputs_hash() {
     # The folder is part of it: the scripts of a moved .venv point to the old place.
-    { pwd; cat requirements.lock pyproject.toml; } | sha256sum | cut -d' ' -f1
+    # So is nvcc, with which the kernels are built for CUDA, too.
+    { pwd; command -v nvcc || true; cat requirements.lock pyproject.toml setup.py routing_masks/limits.py csrc/*; } |
+        sha256sum | cut -d' ' -f1
 }
 
 find_uv() {
@@ -72,7 +74,7 @@ say "installing $(grep -c '==' requirements.lock) pinned packages (the first tim
 # Byte code is compiled once here: SGLang starts three processes, and an environment that forbids them to write it
 # (PYTHONDONTWRITEBYTECODE) would compile some thousand modules in each of them.
 "$UV" pip sync --python .venv/bin/python --require-hashes --compile-bytecode requirements.lock
-say "installing this project, editable"
+say "installing this project, editable, with its kernels (compiled here: a minute or two)"
 "$UV" pip install --python .venv/bin/python --quiet --no-deps --no-build-isolation --editable .
 echo "$WANTED" >"$STAMP"
 say "done"

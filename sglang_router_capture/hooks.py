@@ -75,7 +75,7 @@ def around_create(
         seam_check.require_applied(HOOKS)
         geometry = RoutingGeometry.from_hf_config(model_config.hf_text_config)
         support.require_reporting_routers(model, geometry)
-        codec = choose_codec(chosen.effective_codec, geometry)
+        codec = choose_codec(chosen.codec, geometry, order=chosen.needs_order)
     except (seams.SeamError, RoutingMaskError) as error:
         support.stop(error)
     recorder = Recorder(

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from routing_masks import CODEC_NAMES, RoutingMaskError
+from routing_masks import CODEC_NAMES, RoutingMaskError, get_codec
 
 ENABLE_FLAG = "--enable-router-capture"
 FORMAT_FLAG = "--router-capture-format"
@@ -39,16 +39,16 @@ class CaptureOptions:
         for name, value, known in (("format", self.format, FORMATS), ("codec", self.codec, CODECS)):
             if value not in known:
                 raise RoutingMaskError(f"router capture {name} {value!r} is unknown: choose one of {', '.join(known)}")
-        if self.format == "sglang" and self.codec not in ("auto", "ordered"):
+        if self.needs_order and self.codec != "auto" and not get_codec(self.codec).keeps_order:
             raise RoutingMaskError(
                 f"{FORMAT_FLAG} sglang returns the experts in top-k order, which codec {self.codec!r} does not keep:"
                 f" leave {CODEC_FLAG} away or choose 'ordered'"
             )
 
     @property
-    def effective_codec(self) -> str:
-        """The codec's name, 'auto' resolved as far as the format decides it."""
-        return "ordered" if self.format == "sglang" else self.codec
+    def needs_order(self) -> bool:
+        """Whether the format has the experts in the router's column order."""
+        return self.format == "sglang"
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> CaptureOptions | None:
@@ -91,8 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         CODEC_FLAG,
         choices=CODECS,
         default=None,
-        help="How rows are packed: bitset (the mask), ordered (keeps the top-k column order), auto (default: the"
-        f" smallest). Environment: {CODEC_VARIABLE}.",
+        help="How rows are packed: bitset (one bit per expert), rank (the number of the expert set, smallest for most"
+        " models), ordered (keeps the top-k column order), auto (default: the smallest that the format can use)."
+        f" Environment: {CODEC_VARIABLE}.",
     )
 
 

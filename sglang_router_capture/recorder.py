@@ -115,7 +115,7 @@ class Recorder(RoutedExpertsCapturer):
             recorder=self,
             released=torch.cat(self._released) if self._released else slots.new_empty(0),
             slots=slots.clone(),
-            rows=self.codec.pack_unchecked(indices, self.geometry),
+            rows=self.codec.pack(indices, self.geometry),
             complete=complete,
             version=self._version_number(get_serving().weight_version),
         )
@@ -158,9 +158,8 @@ class Recorder(RoutedExpertsCapturer):
         first = min(start_len, seqlen - 1)
         slots = self.slots_of(req_pool_idx, first, seqlen - 1, req_to_token_pool)
         rows, valid, _ = self.table.read(slots)
-        routed = torch.where(valid[:, None, None], self.codec.unpack_indices(rows, self.geometry), -1)
         full = torch.zeros((len(slots), self.geometry.num_layers, self.geometry.top_k), dtype=torch.int32)
-        full[:, list(self.geometry.moe_layers)] = routed
+        full[:, list(self.geometry.moe_layers)] = self.codec.unpack_valid(rows, valid, self.geometry)
         return full
 
     def destroy(self) -> None:

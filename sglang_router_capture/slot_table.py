@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from routing_masks import NO_ROW
+
 
 class SlotTable:
     """Rows on the host, keyed by KV slot.
@@ -19,7 +21,7 @@ class SlotTable:
     """
 
     def __init__(self, num_slots: int, row_bytes: int, *, pin: bool) -> None:
-        self.rows = torch.zeros((num_slots, row_bytes), dtype=torch.uint8, pin_memory=pin)
+        self.rows = torch.full((num_slots, row_bytes), NO_ROW, dtype=torch.uint8, pin_memory=pin)
         self.valid = torch.zeros(num_slots, dtype=torch.bool)
         self.versions = torch.zeros(num_slots, dtype=torch.int32)
 
@@ -40,6 +42,9 @@ class SlotTable:
         self.valid[slots] = valid
 
     def read(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Copies of `(rows, valid, versions)` at slots `int [n]`; rows that are not valid are all zero bytes."""
+        """Copies of `(rows, valid, versions)` at slots `int [n]`; rows that are not valid are filled with `NO_ROW`."""
         valid = self.valid[slots]
-        return torch.where(valid[:, None], self.rows[slots], 0), valid, self.versions[slots]
+        rows = self.rows.index_select(0, slots)
+        if not bool(valid.all()):
+            rows[~valid] = NO_ROW
+        return rows, valid, self.versions[slots]

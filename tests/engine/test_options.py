@@ -32,7 +32,7 @@ def test_off_by_default() -> None:
 def test_flags() -> None:
     assert _parse("--enable-router-capture") == CaptureOptions("masks", "auto")
     assert _parse("--enable-router-capture", "--router-capture-codec", "bitset") == CaptureOptions("masks", "bitset")
-    assert _parse("--enable-router-capture", "--router-capture-format=sglang").effective_codec == "ordered"
+    assert _parse("--enable-router-capture", "--router-capture-format=sglang").needs_order
 
 
 def test_upstreams_flag_alone_keeps_its_format() -> None:
@@ -79,5 +79,5 @@ def test_choices_that_cannot_be(argv: list[str], words: str) -> None:
 def test_unknown_value_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(options.ENABLE_VARIABLE, "1")
     monkeypatch.setenv(options.CODEC_VARIABLE, "zip")
-    with pytest.raises(RoutingMaskError, match="'zip' is unknown: choose one of auto, bitset, ordered"):
+    with pytest.raises(RoutingMaskError, match="'zip' is unknown: choose one of auto, bitset, rank, ordered"):
         CaptureOptions.from_environment()

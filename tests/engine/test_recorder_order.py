@@ -46,7 +46,7 @@ class Scheduler:
     def table(self, *slots: int) -> list[int | None]:
         """First expert of layer 1 per slot; None where the row is not valid."""
         rows, valid, _ = self.recorder.table.read(torch.tensor(slots))
-        first = self.recorder.codec.unpack_indices(rows, GEOMETRY)[:, 0, 0]
+        first = self.recorder.codec.unpack_valid(rows, valid, GEOMETRY)[:, 0, 0]
         return [int(expert) if ok else None for expert, ok in zip(first, valid, strict=True)]
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from routing_masks import (
     CODEC_NAMES,
+    GeometryError,
     GeometryMismatchError,
     MaskValueError,
     RoutingGeometry,
@@ -17,16 +18,17 @@ from routing_masks import (
     choose_codec,
     get_codec,
 )
-from tests.masks.routes import codec_names, expected_row, geometries, random_indices, seeds
+from tests.masks.routes import coded_geometries, expected_row, geometries, random_indices, seeds
 
 QWEN3_30B = RoutingGeometry(48, tuple(range(48)), 128, 8)
 MIXTRAL = RoutingGeometry(32, tuple(range(32)), 8, 2)
 DTYPES = {torch.uint8: 255, torch.int16: 32767, torch.uint16: 65535, torch.int32: 2**31, torch.int64: 2**31}
 
 
-@given(geometries(), codec_names, st.integers(0, 5), seeds)
-@settings(max_examples=80, deadline=None)
-def test_rows_are_the_documented_bits(geometry, name, num_tokens, seed):
+@given(coded_geometries(), st.integers(0, 5), seeds)
+@settings(max_examples=120, deadline=None)
+def test_rows_are_the_documented_bits(coded, num_tokens, seed):
+    geometry, name = coded
     indices = random_indices(geometry, num_tokens, seed)
     rows = get_codec(name).pack(indices, geometry)
     assert rows.dtype == torch.uint8
@@ -45,9 +47,10 @@ def test_bitset_rows_are_numpys_packbits(geometry, num_tokens, seed):
     np.testing.assert_array_equal(get_codec("bitset").pack(indices, geometry).numpy(), expected)
 
 
-@given(geometries(), codec_names, st.integers(0, 5), seeds)
-@settings(max_examples=80, deadline=None)
-def test_round_trip(geometry, name, num_tokens, seed):
+@given(coded_geometries(), st.integers(0, 5), seeds)
+@settings(max_examples=120, deadline=None)
+def test_round_trip(coded, num_tokens, seed):
+    geometry, name = coded
     codec = get_codec(name)
     indices = random_indices(geometry, num_tokens, seed)
     rows = codec.pack(indices, geometry)
@@ -57,10 +60,9 @@ def test_round_trip(geometry, name, num_tokens, seed):
     assert torch.equal(unpacked, expected.int())
     mask = torch.zeros(num_tokens, geometry.num_moe_layers, geometry.num_experts, dtype=torch.bool)
     mask.scatter_(-1, indices, True)
-    assert torch.equal(codec.unpack_bitset(rows, geometry), mask)
     for slot in range(geometry.num_moe_layers):
         assert torch.equal(codec.unpack_layer(rows, geometry, slot), unpacked[:, slot])
-        assert torch.equal(codec.mask_layer(rows, geometry, slot), mask[:, slot])
+        assert torch.equal(codec.unpack_bitset(rows, geometry, slot), mask[:, slot])
     codec.check_rows(rows, geometry)
 
 
@@ -96,7 +98,7 @@ def test_strides_do_not_matter(name):
 
 
 @pytest.mark.parametrize("name", CODEC_NAMES)
-def test_more_rows_than_are_packed_at_once(name):
+def test_more_rows_than_one_thread_takes(name):
     geometry, codec = RoutingGeometry(1, (0,), 9, 3), get_codec(name)
     indices = random_indices(geometry, 9000, seed=2)
     rows = codec.pack(indices, geometry)
@@ -108,6 +110,8 @@ def test_sizes():
     assert get_codec("ordered").row_bytes(QWEN3_30B) == 48 * 8 * 7 // 8
     assert get_codec("bitset").row_bytes(MIXTRAL) == 32
     assert get_codec("ordered").row_bytes(MIXTRAL) == 24
+    assert get_codec("rank").row_bytes(QWEN3_30B) == 48 * 41 // 8
+    assert get_codec("rank").row_bytes(MIXTRAL) == 32 * 5 // 8
     assert get_codec("bitset").row_bytes(RoutingGeometry(3, (0, 1, 2), 3, 1)) == 2
 
 
@@ -118,13 +122,33 @@ def test_auto_takes_the_smallest():
     assert choose_codec("bitset", QWEN3_30B).name == "bitset"
 
 
+@pytest.mark.parametrize("geometry", [QWEN3_30B, MIXTRAL, RoutingGeometry(1, (0,), 1024, 64)])
+def test_auto_keeps_the_order_where_it_is_needed(geometry):
+    assert choose_codec("auto", geometry, order=True).keeps_order
+    assert choose_codec("ordered", geometry, order=True).name == "ordered"
+    with pytest.raises(RoutingMaskError, match=r"'rank' does not keep the top-k column order.*'ordered'"):
+        choose_codec("rank", geometry, order=True)
+
+
+def test_rank_refuses_what_does_not_fit_in_128_bits_and_auto_goes_elsewhere():
+    fits, too_many = RoutingGeometry(2, (0, 1), 512, 22), RoutingGeometry(2, (0, 1), 512, 23)
+    assert get_codec("rank").bits_per_layer(fits) == 128
+    with pytest.raises(GeometryError, match=r"'rank' .* 23 of 512 experts in 132 bits.*at most 128.*'bitset'"):
+        choose_codec("rank", too_many)
+    with pytest.raises(GeometryError, match="'rank'"):
+        get_codec("rank").pack(random_indices(too_many, 1, 0), too_many)
+    assert choose_codec("auto", too_many).name == "ordered"
+    assert choose_codec("auto", RoutingGeometry(1, (0,), 1024, 64)).name == "ordered"
+    assert choose_codec("auto", RoutingGeometry(1, (0,), 192, 60)).name == "bitset"
+
+
 def test_unknown_codec_is_named_with_those_known():
     with pytest.raises(RoutingMaskError, match=r"'zip'.*bitset.*ordered"):
         get_codec("zip")
 
 
 @pytest.mark.parametrize("name", CODEC_NAMES)
-@pytest.mark.parametrize("shape", [(4, 48, 7), (4, 47, 8), (48, 8), (1, 4, 48, 8)])
+@pytest.mark.parametrize("shape", [(4, 48, 7), (4, 47, 8), (8,), (1, 4, 47, 8)])
 def test_other_shapes_are_refused(name, shape):
     with pytest.raises(GeometryMismatchError, match=r"48 MoE layers, top-k 8"):
         get_codec(name).pack(torch.zeros(shape, dtype=torch.int64), QWEN3_30B)
@@ -134,7 +158,7 @@ def test_other_shapes_are_refused(name, shape):
 def test_rows_of_another_width_or_dtype_are_refused(name):
     codec = get_codec(name)
     width = codec.row_bytes(QWEN3_30B)
-    for rows in (torch.zeros(3, width + 1), torch.zeros(width), torch.zeros(3, width, dtype=torch.int8)):
+    for rows in (torch.zeros(3, width + 1), torch.zeros(()), torch.zeros(3, width, dtype=torch.int8)):
         with pytest.raises(GeometryMismatchError, match=rf"{name}.*\[tokens, {width}\].*8 of 128"):
             codec.unpack_indices(rows.to(torch.uint8) if rows.dtype == torch.float32 else rows, QWEN3_30B)
 

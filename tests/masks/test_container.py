@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from routing_masks import ContainerError, RoutingGeometry, RoutingMasks, from_bytes, load, to_bytes
 from routing_masks.stores import inline
-from tests.masks.routes import codec_names, geometries, random_indices, seeds
+from tests.masks.routes import coded_geometries, random_indices, seeds
 
 GEOMETRY = RoutingGeometry(5, (1, 2, 4), 17, 3)
 
@@ -48,9 +48,10 @@ def tampered(data: bytes, metadata: dict | None = None, **tensors: torch.Tensor)
     return safetensors.torch.save({**safetensors.torch.load(data), **tensors}, changed)
 
 
-@given(geometries(), codec_names, st.integers(0, 5), seeds, st.integers(0, 4))
-@settings(max_examples=50, deadline=None)
-def test_round_trip(geometry, codec, num_tokens, seed, start):
+@given(coded_geometries(), st.integers(0, 5), seeds, st.integers(0, 4))
+@settings(max_examples=60, deadline=None)
+def test_round_trip(coded, num_tokens, seed, start):
+    geometry, codec = coded
     masks = make_masks(codec, geometry, num_tokens, seed, start)
     assert_same(from_bytes(to_bytes(masks)), masks)
     handle = json.loads(json.dumps(inline.put(masks)))

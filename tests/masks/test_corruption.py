@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from routing_masks import CODEC_NAMES, MaskValueError, RoutingGeometry, get_codec
-from tests.masks.routes import codec_names, geometries, legal_row, random_indices, seeds
+from routing_masks import CODEC_NAMES, NO_ROW, MaskValueError, RoutingGeometry, get_codec
+from tests.masks.routes import coded_geometries, geometries, legal_row, random_indices, seeds
 
 
 def _refused(name: str, rows: torch.Tensor, geometry: RoutingGeometry) -> bool:
@@ -30,10 +30,11 @@ def test_every_flipped_bit_of_a_bitset_is_found(geometry, seed):
         assert _refused("bitset", flipped, geometry)
 
 
-@given(geometries(max_experts=40, max_layers=4), codec_names, seeds, st.data())
-@settings(max_examples=60, deadline=None)
-def test_exactly_the_legal_rows_pass(geometry, name, seed, data):
+@given(coded_geometries(max_experts=40, max_layers=4), seeds, st.data())
+@settings(max_examples=120, deadline=None)
+def test_exactly_the_legal_rows_pass(coded, seed, data):
     """Legal as the row's definition in Python integers says, for rows with a few flipped bits and for random bytes."""
+    geometry, name = coded
     codec = get_codec(name)
     row = codec.pack(random_indices(geometry, 1, seed), geometry)
     width = row.shape[1]
@@ -55,11 +56,11 @@ def test_a_padding_bit_is_found_and_its_token_named(name):
 
 
 @pytest.mark.parametrize("name", CODEC_NAMES)
-def test_a_row_of_zeros_is_found_and_located(name):
-    """A missing row is marked as such; zeros that stand for one by mistake are no legal row."""
+def test_what_fills_missing_rows_is_found_and_located(name):
+    """A missing row is marked as such; should the mark be lost, what fills it is no legal row."""
     geometry = RoutingGeometry(9, (2, 5), 32, 4)
     rows = get_codec(name).pack(random_indices(geometry, 4, seed=1), geometry)
-    rows[3] = 0
+    rows[3] = NO_ROW
     with pytest.raises(MaskValueError, match="token 3, decoder layer 2"):
         get_codec(name).check_rows(rows, geometry)
 

@@ -1,0 +1,144 @@
+// What the ops of every device check and allocate before their kernels run, and the choice of the code.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "mask_codec.h"
+
+namespace routing_masks {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Part>
+void require(bool condition, const Part&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error("routing_masks: " + message.str());
+}
+
+enum class Codec { kBitset, kRank, kOrdered };
+
+inline Codec codec_named(const std::string& name) {
+  if (name == "bitset") return Codec::kBitset;
+  if (name == "rank") return Codec::kRank;
+  require(name == "ordered", "unknown codec '", name, "': the kernels know bitset, rank and ordered");
+  return Codec::kOrdered;
+}
+
+inline int bit_length(Wide value) {
+  int length = 0;
+  for (; value != 0; value >>= 1) ++length;
+  return length;
+}
+
+struct Geometry {
+  int64_t num_layers;
+  int num_experts, top_k;
+
+  Geometry(int64_t layers, int64_t experts, int64_t k)
+      : num_layers(layers), num_experts(static_cast<int>(experts)), top_k(static_cast<int>(k)) {
+    require(layers >= 1, layers, " MoE layers, but a row has at least one");
+    require(experts >= 1 && experts <= kMaxExperts, experts, " experts, but the kernels take 1 to ", kMaxExperts);
+    require(k >= 1 && k <= kMaxTopK, "top-k ", k, ", but the kernels take 1 to ", kMaxTopK);
+    require(k <= experts, "top-k ", k, " of only ", experts, " experts");
+  }
+
+  int64_t row_bytes(int bits_per_layer) const { return (num_layers * bits_per_layer + 7) / 8; }
+};
+
+// Calls `run` with the code for this codec and geometry. `NarrowSearch` finds ranks below 2^63.
+template <int KMax, class NarrowSearch, class MakeSearch, class Run>
+void with_code(Codec codec, const Geometry& geometry, const MakeSearch& make_search, const Run& run) {
+  const int experts = geometry.num_experts, top_k = geometry.top_k;
+  if (codec == Codec::kBitset) return run(BitsetCode<KMax>{experts, top_k});
+  if (codec == Codec::kOrdered) return run(OrderedCode<KMax>{experts, top_k, bit_length(experts - 1)});
+  const Wide num_sets = count_of_sets(experts, top_k);
+  require(
+      num_sets != ~Wide{0}, "codec 'rank' has ranks of up to 128 bits, and the sets of ", top_k, " of ", experts,
+      " experts need more: choose 'bitset' or 'ordered'");
+  const int width = bit_length(num_sets - 1);
+  if (width < 64) {
+    return run(RankCode<KMax, uint64_t, NarrowSearch>{
+        experts, top_k, width, static_cast<uint64_t>(num_sets), make_search(experts, top_k)});
+  }
+  run(RankCode<KMax, Wide, Bisection<Wide>>{experts, top_k, width, num_sets, Bisection<Wide>(experts)});
+}
+
+// Sizes of the leading dimensions, then `last`.
+inline std::vector<int64_t> sizes_with(const Tensor& like, int64_t kept_dims, std::vector<int64_t> last) {
+  std::vector<int64_t> sizes;
+  for (int64_t dim = 0; dim < kept_dims; ++dim) sizes.push_back(like.size(dim));
+  sizes.insert(sizes.end(), last.begin(), last.end());
+  return sizes;
+}
+
+// The leading dimensions as one, copied only where strides do not allow a view; `last_dims` dimensions stay.
+inline Tensor with_one_leading_dim(const Tensor& tensor, int64_t last_dims) {
+  const int64_t leading = tensor.dim() - last_dims;
+  if (leading == 0) return torch::stable::unsqueeze(tensor, 0);
+  return leading == 1 ? tensor : torch::stable::flatten(tensor, 0, leading - 1);
+}
+
+inline Tensor empty_beside(const Tensor& tensor, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return torch::stable::new_empty(tensor, {sizes.data(), sizes.size()}, dtype);
+}
+
+inline Tensor zeros_beside(const Tensor& tensor, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return torch::stable::new_zeros(tensor, {sizes.data(), sizes.size()}, dtype);
+}
+
+inline void require_index_type(bool known) {
+  require(known, "indices must be uint8, int16, uint16, int32 or int64");
+}
+
+// Indices `int [..., L, K]`.
+struct Indices {
+  Tensor flat;
+  Geometry geometry;
+  const void* data;
+  int64_t num_rows, row_stride, layer_stride, k_stride;
+
+  static Indices of(const Tensor& indices, int64_t num_experts) {
+    require(indices.dim() >= 2, "indices have ", indices.dim(), " dimension(s), but [..., MoE layers, top-k] has two or more");
+    const int64_t dim = indices.dim();
+    const Geometry geometry(indices.size(dim - 2), num_experts, indices.size(dim - 1));
+    const Tensor flat = with_one_leading_dim(indices, 2);
+    return {flat, geometry, flat.const_data_ptr(), flat.size(0), flat.stride(0), flat.stride(1), flat.stride(2)};
+  }
+};
+
+// Rows `uint8 [..., row_bytes]`, as packed by `code`.
+template <class Code>
+PackedRows packed_rows(
+    const Tensor& flat, const Geometry& geometry, const Code& code, int64_t first_layer, int64_t layers) {
+  const int64_t expected = geometry.row_bytes(code.bits());
+  require(
+      flat.size(1) == expected, "rows of ", flat.size(1), " bytes, but this codec writes ", expected, " for ",
+      geometry.num_layers, " MoE layers of ", geometry.top_k, " of ", geometry.num_experts, " experts");
+  return {
+      static_cast<const uint8_t*>(flat.const_data_ptr()), flat.stride(0), expected, geometry.num_layers, first_layer,
+      layers};
+}
+
+inline Tensor flat_rows(const Tensor& rows) {
+  require(rows.scalar_type() == ScalarType::Byte && rows.dim() >= 1, "rows must be uint8 [..., row_bytes]");
+  const Tensor flat = with_one_leading_dim(rows, 1);
+  return flat.size(1) > 1 && flat.stride(1) != 1 ? torch::stable::contiguous(flat) : flat;
+}
+
+inline void require_slot(int64_t slot, const Geometry& geometry) {
+  require(
+      slot >= 0 && slot < geometry.num_layers, "slot ", slot, " is none of the ", geometry.num_layers, " MoE layers");
+}
+
+}  // namespace routing_masks

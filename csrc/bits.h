@@ -1,0 +1,108 @@
+// Bits of a packed row: least significant bit first within a byte, fields one after the other without gaps.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define ROUTING_MASKS_FN __host__ __device__ __forceinline__
+#define ROUTING_MASKS_UNROLL _Pragma("unroll")
+#else
+#define ROUTING_MASKS_FN inline __attribute__((always_inline))
+#define ROUTING_MASKS_UNROLL
+#endif
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "rows are read and written as little-endian words");
+
+namespace routing_masks {
+
+// Bits [0, count) set, count in [0, 64].
+ROUTING_MASKS_FN uint64_t low_bits(int count) {
+  return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
+}
+
+ROUTING_MASKS_FN int count_bits(uint64_t word) {
+#ifdef __CUDA_ARCH__
+  return __popcll(word);
+#else
+  return __builtin_popcountll(word);
+#endif
+}
+
+// Place of the lowest set bit of a word that has one.
+ROUTING_MASKS_FN int lowest_bit(uint64_t word) {
+#ifdef __CUDA_ARCH__
+  return __ffsll(static_cast<long long>(word)) - 1;
+#else
+  return __builtin_ctzll(word);
+#endif
+}
+
+// One field's place in a row of `row_bytes` bytes.
+struct Field {
+  const uint8_t* row;
+  int64_t row_bytes;
+  int64_t first_bit;
+};
+
+// Bits [first, first + count) of a row, count in [0, 64]. Never reads outside of the row.
+ROUTING_MASKS_FN uint64_t read_bits(const uint8_t* row, int64_t row_bytes, int64_t first, int count) {
+  if (count == 0) return 0;
+  const uint8_t* at = row + (first >> 3);
+  const int shift = static_cast<int>(first & 7);
+  uint64_t word = 0;
+#ifdef __CUDA_ARCH__
+  // Rows have any width, so a wider load would not be aligned.
+  for (int byte = 0; byte < 8 && 8 * byte < shift + count; ++byte) word |= static_cast<uint64_t>(at[byte]) << (8 * byte);
+#else
+  const int64_t left = row_bytes - (first >> 3);
+  if (left >= 8) {
+    std::memcpy(&word, at, 8);
+  } else {
+    for (int byte = 0; byte < left; ++byte) word |= static_cast<uint64_t>(at[byte]) << (8 * byte);
+  }
+#endif
+  word >>= shift;
+  if (shift + count > 64) word |= static_cast<uint64_t>(at[8]) << (64 - shift);
+  return word & low_bits(count);
+}
+
+// Appends fields to bytes that nobody else writes; what it writes begins at a byte's first bit.
+class BitWriter {
+ public:
+  ROUTING_MASKS_FN explicit BitWriter(uint8_t* out) : out_(out) {}
+
+  // The low `count` bits of `value`, whose other bits are 0; count in [0, 64].
+  ROUTING_MASKS_FN void append(uint64_t value, int count) {
+    pending_ |= value << filled_;  // filled_ < 64
+    if (filled_ + count < 64) {
+      filled_ += count;
+      return;
+    }
+    store(8);
+    const int written = 64 - filled_;
+    pending_ = written < 64 ? value >> written : 0;
+    filled_ += count - 64;
+  }
+
+  // Writes what is pending, the last byte filled up with zeros.
+  ROUTING_MASKS_FN void finish() { store((filled_ + 7) / 8); }
+
+ private:
+  ROUTING_MASKS_FN void store(int bytes) {
+#ifndef __CUDA_ARCH__
+    if (bytes == 8) {
+      std::memcpy(out_, &pending_, 8);
+      out_ += 8;
+      return;
+    }
+#endif
+    for (int byte = 0; byte < bytes; ++byte) *out_++ = static_cast<uint8_t>(pending_ >> (8 * byte));
+  }
+
+  uint8_t* out_;
+  uint64_t pending_ = 0;
+  int filled_ = 0;
+};
+
+}  // namespace routing_masks

@@ -1,0 +1,250 @@
+// The ops on a CUDA device: no synchronisation and no look at values; the ops named first_illegal_* are the check.
+
+#include "python_module.h"
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+
+#include <type_traits>
+
+#include "arguments.h"
+
+namespace routing_masks {
+namespace {
+
+constexpr int kThreads = 256;
+// A thread takes more than one piece of work only where a grid cannot be as large as the work.
+constexpr int64_t kMaxBlocks = 1 << 20;
+
+enum class IndexType { kUInt8, kInt16, kUInt16, kInt32, kInt64 };
+
+// Reads indices of a dtype known only at run time: all threads take the same branch.
+struct IndexReader {
+  const void* data;
+  int64_t row_stride, layer_stride, k_stride;
+  IndexType type;
+
+  __device__ __forceinline__ int64_t operator()(int64_t row, int64_t layer, int k) const {
+    const int64_t at = row * row_stride + layer * layer_stride + k * k_stride;
+    switch (type) {
+      case IndexType::kUInt8:
+        return static_cast<const uint8_t*>(data)[at];
+      case IndexType::kInt16:
+        return static_cast<const int16_t*>(data)[at];
+      case IndexType::kUInt16:
+        return static_cast<const uint16_t*>(data)[at];
+      case IndexType::kInt32:
+        return static_cast<const int32_t*>(data)[at];
+      default:
+        return static_cast<const int64_t*>(data)[at];
+    }
+  }
+};
+
+__device__ __forceinline__ int64_t first_of_thread() { return blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x; }
+
+__device__ __forceinline__ int64_t all_threads() { return gridDim.x * static_cast<int64_t>(kThreads); }
+
+template <class Code>
+__global__ void __launch_bounds__(kThreads)
+    pack_kernel(Code code, IndexReader read, int64_t num_layers, int64_t row_bytes, uint8_t* rows, int64_t groups) {
+  for (int64_t group = first_of_thread(); group < groups; group += all_threads()) {
+    pack_group<1>(code, num_layers, row_bytes, rows, read, group);
+  }
+}
+
+template <class Code>
+__global__ void __launch_bounds__(kThreads)
+    unpack_kernel(Code code, PackedRows packed, int32_t* indices, int64_t items) {
+  for (int64_t item = first_of_thread(); item < items; item += all_threads()) {
+    unpack_items<1>(code, packed, items, item, [&](int64_t at, int k, int expert) {
+      indices[at * code.top_k + k] = expert;
+    });
+  }
+}
+
+template <class Code>
+__global__ void __launch_bounds__(kThreads) map_kernel(Code code, PackedRows packed, bool* map, int64_t items) {
+  for (int64_t item = first_of_thread(); item < items; item += all_threads()) {
+    unpack_items<1>(code, packed, items, item, [&](int64_t at, int, int expert) {
+      if (expert < code.num_experts) map[at * code.num_experts + expert] = true;
+    });
+  }
+}
+
+template <int KMax>
+__global__ void __launch_bounds__(kThreads)
+    check_indices_kernel(NoCode<KMax> code, IndexReader read, int64_t num_layers, int64_t groups, unsigned long long* first) {
+  for (int64_t group = first_of_thread(); group < groups; group += all_threads()) {
+    const int64_t place = pack_group<1>(code, num_layers, 0, nullptr, read, group);
+    if (place >= 0) atomicMin(first, static_cast<unsigned long long>(place));
+  }
+}
+
+template <class Code>
+__global__ void __launch_bounds__(kThreads)
+    check_rows_kernel(Code code, PackedRows packed, int64_t items, unsigned long long* first) {
+  for (int64_t item = first_of_thread(); item < items; item += all_threads()) {
+    const int64_t place = check_items<1>(code, packed, items, item);
+    if (place >= 0) atomicMin(first, static_cast<unsigned long long>(place));
+  }
+}
+
+// Launches on the current stream of the tensor's device.
+template <class... Parameter, class... Argument>
+void launch(const Tensor& on, void (*kernel)(Parameter...), int64_t threads, const Argument&... arguments) {
+  if (threads == 0) return;
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device(), &stream));
+  const int64_t blocks = (threads + kThreads - 1) / kThreads;
+  kernel<<<blocks < kMaxBlocks ? blocks : kMaxBlocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// Calls run with a bound of K as an integral constant: arrays of that size stay in registers.
+template <class Run>
+void with_top_k(int top_k, const Run& run) {
+  if (top_k <= 8) return run(std::integral_constant<int, 8>{});
+  if (top_k <= 16) return run(std::integral_constant<int, 16>{});
+  run(std::integral_constant<int, kMaxTopK>{});
+}
+
+template <class Run>
+void with_cuda_code(Codec codec, const Geometry& geometry, const Run& run) {
+  with_top_k(geometry.top_k, [&](auto k_max) {
+    const auto bisection = [](int experts, int) { return Bisection<uint64_t>(experts); };
+    with_code<k_max, Bisection<uint64_t>>(codec, geometry, bisection, run);
+  });
+}
+
+IndexReader reader(const Indices& in) {
+  IndexReader reader{in.data, in.row_stride, in.layer_stride, in.k_stride, IndexType::kInt64};
+  switch (in.flat.scalar_type()) {
+    case ScalarType::Byte:
+      reader.type = IndexType::kUInt8;
+      break;
+    case ScalarType::Short:
+      reader.type = IndexType::kInt16;
+      break;
+    case ScalarType::UInt16:
+      reader.type = IndexType::kUInt16;
+      break;
+    case ScalarType::Int:
+      reader.type = IndexType::kInt32;
+      break;
+    default:
+      require_index_type(in.flat.scalar_type() == ScalarType::Long);
+  }
+  return reader;
+}
+
+Tensor pack(const Tensor& indices, int64_t num_experts, const std::string& codec) {
+  const torch::stable::accelerator::DeviceGuard guard(indices.get_device());
+  const Indices in = Indices::of(indices, num_experts);
+  const int64_t num_layers = in.geometry.num_layers;
+  Tensor rows;
+  with_cuda_code(codec_named(codec), in.geometry, [&](const auto& code) {
+    const int64_t row_bytes = in.geometry.row_bytes(code.bits());
+    rows = empty_beside(indices, sizes_with(indices, indices.dim() - 2, {row_bytes}), ScalarType::Byte);
+    const int64_t groups = in.num_rows * num_groups(num_layers);
+    launch(
+        indices, pack_kernel<std::decay_t<decltype(code)>>, groups, code, reader(in), num_layers, row_bytes,
+        static_cast<uint8_t*>(rows.mutable_data_ptr()), groups);
+  });
+  return rows;
+}
+
+Tensor unpack(
+    const Tensor& rows, int64_t first_layer, int64_t layers, const std::vector<int64_t>& last_sizes,
+    const Geometry& geometry, const std::string& codec) {
+  const torch::stable::accelerator::DeviceGuard guard(rows.get_device());
+  const Tensor flat = flat_rows(rows);
+  const Tensor indices = empty_beside(rows, sizes_with(rows, rows.dim() - 1, last_sizes), ScalarType::Int);
+  with_cuda_code(codec_named(codec), geometry, [&](const auto& code) {
+    const int64_t items = flat.size(0) * layers;
+    launch(
+        rows, unpack_kernel<std::decay_t<decltype(code)>>, items, code,
+        packed_rows(flat, geometry, code, first_layer, layers), static_cast<int32_t*>(indices.mutable_data_ptr()),
+        items);
+  });
+  return indices;
+}
+
+Tensor unpack_indices(
+    const Tensor& rows, int64_t num_layers, int64_t num_experts, int64_t top_k, const std::string& codec) {
+  return unpack(rows, 0, num_layers, {num_layers, top_k}, Geometry(num_layers, num_experts, top_k), codec);
+}
+
+Tensor unpack_layer(
+    const Tensor& rows, int64_t slot, int64_t num_layers, int64_t num_experts, int64_t top_k, const std::string& codec) {
+  const Geometry geometry(num_layers, num_experts, top_k);
+  require_slot(slot, geometry);
+  return unpack(rows, slot, 1, {top_k}, geometry, codec);
+}
+
+Tensor unpack_bitset(
+    const Tensor& rows, int64_t slot, int64_t num_layers, int64_t num_experts, int64_t top_k, const std::string& codec) {
+  const torch::stable::accelerator::DeviceGuard guard(rows.get_device());
+  const Geometry geometry(num_layers, num_experts, top_k);
+  require_slot(slot, geometry);
+  const Tensor flat = flat_rows(rows);
+  const Tensor map = zeros_beside(rows, sizes_with(rows, rows.dim() - 1, {num_experts}), ScalarType::Bool);
+  with_cuda_code(codec_named(codec), geometry, [&](const auto& code) {
+    launch(
+        rows, map_kernel<std::decay_t<decltype(code)>>, flat.size(0), code, packed_rows(flat, geometry, code, slot, 1),
+        static_cast<bool*>(map.mutable_data_ptr()), flat.size(0));
+  });
+  return map;
+}
+
+// An int64 scalar of -1, nothing illegal found; to atomicMin on unsigned numbers it is above every place.
+Tensor nowhere(const Tensor& beside) {
+  Tensor place = empty_beside(beside, {}, ScalarType::Long);
+  return torch::stable::fill_(place, -1);
+}
+
+unsigned long long* address(const Tensor& place) { return static_cast<unsigned long long*>(place.mutable_data_ptr()); }
+
+Tensor first_illegal_indices(const Tensor& indices, int64_t num_experts) {
+  const torch::stable::accelerator::DeviceGuard guard(indices.get_device());
+  const Indices in = Indices::of(indices, num_experts);
+  const int64_t num_layers = in.geometry.num_layers;
+  const int64_t groups = in.num_rows * num_groups(num_layers);
+  const Tensor place = nowhere(indices);
+  with_top_k(in.geometry.top_k, [&](auto k_max) {
+    const NoCode<k_max> code{in.geometry.num_experts, in.geometry.top_k};
+    launch(indices, check_indices_kernel<k_max>, groups, code, reader(in), num_layers, groups, address(place));
+  });
+  return place;
+}
+
+Tensor first_illegal_row(
+    const Tensor& rows, int64_t num_layers, int64_t num_experts, int64_t top_k, const std::string& codec) {
+  const torch::stable::accelerator::DeviceGuard guard(rows.get_device());
+  const Geometry geometry(num_layers, num_experts, top_k);
+  const Tensor flat = flat_rows(rows);
+  const Tensor place = nowhere(rows);
+  with_cuda_code(codec_named(codec), geometry, [&](const auto& code) {
+    const int64_t items = flat.size(0) * num_layers;
+    launch(
+        rows, check_rows_kernel<std::decay_t<decltype(code)>>, items, code,
+        packed_rows(flat, geometry, code, 0, num_layers), items, address(place));
+  });
+  return place;
+}
+
+}  // namespace
+}  // namespace routing_masks
+
+STABLE_TORCH_LIBRARY_IMPL(routing_masks, CUDA, library) {
+  library.impl("pack", TORCH_BOX(&routing_masks::pack));
+  library.impl("unpack_indices", TORCH_BOX(&routing_masks::unpack_indices));
+  library.impl("unpack_layer", TORCH_BOX(&routing_masks::unpack_layer));
+  library.impl("unpack_bitset", TORCH_BOX(&routing_masks::unpack_bitset));
+  library.impl("first_illegal_indices", TORCH_BOX(&routing_masks::first_illegal_indices));
+  library.impl("first_illegal_row", TORCH_BOX(&routing_masks::first_illegal_row));
+}
+
+ROUTING_MASKS_PYTHON_MODULE(_kernels_cuda)

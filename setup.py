@@ -1,0 +1,90 @@
+"""Builds the kernels of csrc/; everything else about the package is in pyproject.toml.
+
+Both libraries use LibTorch's stable ABI and nothing of Python, so that one wheel serves every Python from 3.12 on and
+every torch from 2.10 on; the CUDA library needs a torch of the CUDA major version that it was built with.
+
+ROUTING_MASKS_KERNELS: "cuda" (fail without nvcc), "cpu" (leave CUDA out), "none" (plain torch only); by default CUDA is
+built where torch and nvcc have it. TORCH_CUDA_ARCH_LIST: architectures, by default those of A100, H100 and B200, and
+PTX for later ones.
+"""
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+
+def find_cuda() -> None:
+    """Tell torch's build where CUDA is; by itself it takes the folder above nvcc's, and nvcc may be a wrapper."""
+    nvcc = shutil.which("nvcc")
+    if nvcc and not os.environ.get("CUDA_HOME") and not os.environ.get("CUDA_PATH"):
+        dry_run = subprocess.run(
+            [nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+        )
+        if top := re.search(r"TOP=(.+)", dry_run.stderr):
+            os.environ["CUDA_HOME"] = str(Path(top[1].strip()).resolve())
+
+
+find_cuda()
+
+import torch  # noqa: E402, after find_cuda: cpp_extension looks for CUDA as soon as it is imported
+from setuptools import setup  # noqa: E402
+from torch.utils import cpp_extension  # noqa: E402
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+ABI3 = "cp312"
+LIMITS = runpy.run_path(str(Path(__file__).parent / "routing_masks" / "limits.py"))
+MACROS = [
+    ("TORCH_TARGET_VERSION", "0x020a000000000000"),
+    ("ROUTING_MASKS_MAX_EXPERTS", str(LIMITS["MAX_EXPERTS"])),
+    ("ROUTING_MASKS_MAX_TOP_K", str(LIMITS["MAX_TOP_K"])),
+]
+HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
+CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", "-Wno-attributes", "-Wno-unused-parameter"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "--resource-usage", "--threads=0"]
+
+
+def kernels_wanted() -> list[str]:
+    """Of "cpu" and "cuda", those to build."""
+    asked = os.environ.get("ROUTING_MASKS_KERNELS", "auto")
+    if asked not in ("auto", "cuda", "cpu", "none"):
+        sys.exit(f"ROUTING_MASKS_KERNELS is {asked!r}: use cuda, cpu or none, or leave it unset")
+    if asked in ("cpu", "none"):
+        return ["cpu"] if asked == "cpu" else []
+    missing = None
+    if torch.version.cuda is None:
+        missing = f"torch {torch.__version__} is built without CUDA"
+    elif cpp_extension.CUDA_HOME is None:
+        missing = "there is no nvcc (on the PATH, or under CUDA_HOME)"
+    if missing is None:
+        return ["cpu", "cuda"]
+    if asked == "cuda":
+        sys.exit(f"ROUTING_MASKS_KERNELS=cuda, but {missing}")
+    print(f"routing_masks: building the kernels for the CPU only, because {missing}", file=sys.stderr)
+    return ["cpu"]
+
+
+def extension(kernels: str):
+    """The library for one kind of device, as a Python module without contents: its import registers the kernels."""
+    build, source = (CppExtension, "mask_codec_cpu.cpp") if kernels == "cpu" else (CUDAExtension, "mask_codec_cuda.cu")
+    return build(
+        f"routing_masks._kernels_{kernels}",
+        [f"csrc/{source}"],
+        define_macros=MACROS,
+        depends=HEADERS,
+        extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+        # torch's build names more libraries than are used.
+        extra_link_args=["-Wl,--as-needed"],
+        py_limited_api=True,
+    )
+
+
+os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0 9.0 10.0+PTX")
+setup(
+    ext_modules=[extension(kernels) for kernels in kernels_wanted()],
+    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=False)},
+    options={"bdist_wheel": {"py_limited_api": ABI3}},
+)
