@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lock
+.PHONY: help setup demo test kernels wheel lock
 
 help:  ## Show the targets.
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -15,6 +15,16 @@ test: setup  ## Lint, types and all tests.
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	.venv/bin/pytest
+
+kernels: setup  ## Compile the CUDA kernels anew; print their registers and spills.
+	@mkdir -p build
+	ROUTING_MASKS_KERNELS=cuda .venv/bin/python setup.py build_ext --force --build-lib build/kernels \
+		--build-temp build/kernels >build/kernels.log 2>&1 || { cat build/kernels.log; exit 1; }
+	@.venv/bin/python scripts/kernel_resources.py <build/kernels.log
+
+wheel: setup  ## Build a wheel into dist/; test it with other releases of torch by scripts/test_wheel.sh.
+	rm -rf build/lib* build/bdist* dist
+	.venv/bin/python setup.py -q bdist_wheel
 
 lock: setup  ## Write requirements.lock anew from pyproject.toml and constraints/.
 	bash scripts/lock.sh

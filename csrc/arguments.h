@@ -56,6 +56,10 @@ struct Geometry {
   int64_t row_bytes(int bits_per_layer) const { return (num_layers * bits_per_layer + 7) / 8; }
 };
 
+// Experts of a layer that a code holds at once while it reads, which a bound KMax is for. Only `ordered` needs them all,
+// to see whether they differ; without this, the other codes would be compiled for every bound to the same instructions.
+inline int held_while_reading(Codec codec, int top_k) { return codec == Codec::kOrdered ? top_k : 1; }
+
 // Calls `run` with the code for this codec and geometry. `NarrowSearch` finds ranks below 2^63.
 template <int KMax, class NarrowSearch, class MakeSearch, class Run>
 void with_code(Codec codec, const Geometry& geometry, const MakeSearch& make_search, const Run& run) {

@@ -120,14 +120,13 @@ struct OrderedCode {
   template <int N>
   ROUTING_MASKS_FN void load_and_check(const Field (&fields)[N], Experts<KMax, N>& given, bool (&legal)[N]) const {
     for (int n = 0; n < N; ++n) {
-      load_lane(given, n, top_k, num_experts, [&](int k) {
+      load_lane(given, n, top_k, [&](int k) {
         const int64_t first = fields[n].first_bit + k * index_bits;
         return static_cast<int64_t>(read_bits(fields[n].row, fields[n].row_bytes, first, index_bits));
       });
     }
     Experts<KMax, N> sorted = given;
-    sort_lanes(sorted, top_k);
-    check_lanes(sorted, top_k, legal);
+    sort_lanes(sorted, top_k, num_experts, legal);
   }
 };
 
@@ -166,6 +165,9 @@ struct RankCode {
       legal[n] = rank[n] < num_sets;
       rank[n] = legal[n] ? rank[n] : 0;
     }
+    bool all_legal = true;
+    for (int n = 0; n < N; ++n) all_legal &= legal[n];
+    if (N > 1 && all_legal) return unrank_lanes<Rank>(search, top_k, rank, visit);
     unrank_lanes<Rank>(search, top_k, rank, [&](int n, int k, int c) { visit(n, k, legal[n] ? c : num_experts); });
   }
 
@@ -207,12 +209,11 @@ pack_group(const Code& code, int64_t num_layers, int64_t row_bytes, uint8_t* row
     Experts<Code::KMax, N> given;
     for (int n = 0; n < N; ++n) {
       const int64_t layer = first + (n < lanes ? n : 0);
-      load_lane(given, n, code.top_k, code.num_experts, [&](int k) { return read(row, layer, k); });
+      load_lane(given, n, code.top_k, [&](int k) { return read(row, layer, k); });
     }
     Experts<Code::KMax, N> sorted = given;
-    sort_lanes(sorted, code.top_k);
     bool legal[N];
-    check_lanes(sorted, code.top_k, legal);
+    sort_lanes(sorted, code.top_k, code.num_experts, legal);
     for (int n = 0; n < lanes; ++n) {
       if (!legal[n] && illegal < 0) illegal = row * num_layers + first + n;
     }

@@ -26,8 +26,14 @@ void with_top_k(int top_k, const Run& run) {
 }
 
 template <class Run>
-void with_cpu_code(Codec codec, const Geometry& geometry, const Run& run) {
-  with_top_k(geometry.top_k, [&](auto k_max) { with_code<k_max, Guess>(codec, geometry, &Guess::of, run); });
+void with_cpu_code(Codec codec, const Geometry& geometry, int held, const Run& run) {
+  with_top_k(held, [&](auto k_max) { with_code<k_max, Guess>(codec, geometry, &Guess::of, run); });
+}
+
+template <class Run>
+void with_reading_code(const std::string& name, const Geometry& geometry, const Run& run) {
+  const Codec codec = codec_named(name);
+  with_cpu_code(codec, geometry, held_while_reading(codec, geometry.top_k), run);
 }
 
 // Calls run(i) for i < count in parallel; returns the smallest result that is not negative, or -1.
@@ -89,7 +95,7 @@ void require_legal_rows(int64_t item, const PackedRows& packed, const Geometry& 
 Tensor pack(const Tensor& indices, int64_t num_experts, const std::string& codec) {
   const Indices in = Indices::of(indices, num_experts);
   Tensor rows;
-  with_cpu_code(codec_named(codec), in.geometry, [&](const auto& code) {
+  with_cpu_code(codec_named(codec), in.geometry, in.geometry.top_k, [&](const auto& code) {
     const int64_t num_layers = in.geometry.num_layers, row_bytes = in.geometry.row_bytes(code.bits());
     rows = empty_beside(indices, sizes_with(indices, indices.dim() - 2, {row_bytes}), ScalarType::Byte);
     uint8_t* out = static_cast<uint8_t*>(rows.mutable_data_ptr());
@@ -117,7 +123,7 @@ Tensor unpack(
   const Tensor flat = flat_rows(rows);
   const Tensor indices = empty_beside(rows, sizes_with(rows, rows.dim() - 1, last_sizes), ScalarType::Int);
   int32_t* out = static_cast<int32_t*>(indices.mutable_data_ptr());
-  with_cpu_code(codec_named(codec), geometry, [&](const auto& code) {
+  with_reading_code(codec, geometry, [&](const auto& code) {
     const int64_t top_k = geometry.top_k;
     read_rows(
         code, packed_rows(flat, geometry, code, first_layer, layers), flat.size(0), geometry,
@@ -145,7 +151,7 @@ Tensor unpack_bitset(
   const Tensor flat = flat_rows(rows);
   const Tensor map = zeros_beside(rows, sizes_with(rows, rows.dim() - 1, {num_experts}), ScalarType::Bool);
   bool* out = static_cast<bool*>(map.mutable_data_ptr());
-  with_cpu_code(codec_named(codec), geometry, [&](const auto& code) {
+  with_reading_code(codec, geometry, [&](const auto& code) {
     read_rows(
         code, packed_rows(flat, geometry, code, slot, 1), flat.size(0), geometry,
         [=](int64_t item, int, int expert) { if (expert < num_experts) out[item * num_experts + expert] = true; });
@@ -179,7 +185,7 @@ Tensor first_illegal_row(
   const Geometry geometry(num_layers, num_experts, top_k);
   const Tensor flat = flat_rows(rows);
   int64_t place = kNone;
-  with_cpu_code(codec_named(codec), geometry, [&](const auto& code) {
+  with_reading_code(codec, geometry, [&](const auto& code) {
     const PackedRows packed = packed_rows(flat, geometry, code, 0, num_layers);
     const int64_t items = flat.size(0) * num_layers;
     place = first_found((items + kLanes - 1) / kLanes, [&](int64_t task) {

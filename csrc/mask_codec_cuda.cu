@@ -112,11 +112,17 @@ void with_top_k(int top_k, const Run& run) {
 }
 
 template <class Run>
-void with_cuda_code(Codec codec, const Geometry& geometry, const Run& run) {
-  with_top_k(geometry.top_k, [&](auto k_max) {
+void with_cuda_code(Codec codec, const Geometry& geometry, int held, const Run& run) {
+  with_top_k(held, [&](auto k_max) {
     const auto bisection = [](int experts, int) { return Bisection<uint64_t>(experts); };
     with_code<k_max, Bisection<uint64_t>>(codec, geometry, bisection, run);
   });
+}
+
+template <class Run>
+void with_reading_code(const std::string& name, const Geometry& geometry, const Run& run) {
+  const Codec codec = codec_named(name);
+  with_cuda_code(codec, geometry, held_while_reading(codec, geometry.top_k), run);
 }
 
 IndexReader reader(const Indices& in) {
@@ -145,7 +151,7 @@ Tensor pack(const Tensor& indices, int64_t num_experts, const std::string& codec
   const Indices in = Indices::of(indices, num_experts);
   const int64_t num_layers = in.geometry.num_layers;
   Tensor rows;
-  with_cuda_code(codec_named(codec), in.geometry, [&](const auto& code) {
+  with_cuda_code(codec_named(codec), in.geometry, in.geometry.top_k, [&](const auto& code) {
     const int64_t row_bytes = in.geometry.row_bytes(code.bits());
     rows = empty_beside(indices, sizes_with(indices, indices.dim() - 2, {row_bytes}), ScalarType::Byte);
     const int64_t groups = in.num_rows * num_groups(num_layers);
@@ -162,7 +168,7 @@ Tensor unpack(
   const torch::stable::accelerator::DeviceGuard guard(rows.get_device());
   const Tensor flat = flat_rows(rows);
   const Tensor indices = empty_beside(rows, sizes_with(rows, rows.dim() - 1, last_sizes), ScalarType::Int);
-  with_cuda_code(codec_named(codec), geometry, [&](const auto& code) {
+  with_reading_code(codec, geometry, [&](const auto& code) {
     const int64_t items = flat.size(0) * layers;
     launch(
         rows, unpack_kernel<std::decay_t<decltype(code)>>, items, code,
@@ -191,7 +197,7 @@ Tensor unpack_bitset(
   require_slot(slot, geometry);
   const Tensor flat = flat_rows(rows);
   const Tensor map = zeros_beside(rows, sizes_with(rows, rows.dim() - 1, {num_experts}), ScalarType::Bool);
-  with_cuda_code(codec_named(codec), geometry, [&](const auto& code) {
+  with_reading_code(codec, geometry, [&](const auto& code) {
     launch(
         rows, map_kernel<std::decay_t<decltype(code)>>, flat.size(0), code, packed_rows(flat, geometry, code, slot, 1),
         static_cast<bool*>(map.mutable_data_ptr()), flat.size(0));
@@ -226,7 +232,7 @@ Tensor first_illegal_row(
   const Geometry geometry(num_layers, num_experts, top_k);
   const Tensor flat = flat_rows(rows);
   const Tensor place = nowhere(rows);
-  with_cuda_code(codec_named(codec), geometry, [&](const auto& code) {
+  with_reading_code(codec, geometry, [&](const auto& code) {
     const int64_t items = flat.size(0) * num_layers;
     launch(
         rows, check_rows_kernel<std::decay_t<decltype(code)>>, items, code,

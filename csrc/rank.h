@@ -41,10 +41,7 @@ ROUTING_MASKS_FN void rank_lanes(const Search& search, const Experts<KMax, N>& s
   ROUTING_MASKS_UNROLL
   for (int k = 0; k < places<KMax>(top_k); ++k) {
     if (k >= top_k) break;
-    for (int n = 0; n < N; ++n) {
-      const int16_t expert = sorted.at[k][n];
-      rank[n] += search.coefficient(k + 1, expert == kNoExpert ? 0 : expert);
-    }
+    for (int n = 0; n < N; ++n) rank[n] += search.coefficient(k + 1, sorted.at[k][n]);
   }
 }
 

@@ -27,6 +27,7 @@ from torch import Tensor
 _ELEMENTS_AT_ONCE = 1 << 21
 _LIMB_BITS = 32
 _LIMB = (1 << _LIMB_BITS) - 1
+INDEX_DTYPES = (torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64)
 # Longest rank; a limit of the kernels, which hold it in one 128-bit word.
 MAX_RANK_BITS = 128
 
@@ -53,6 +54,8 @@ def pack(indices: Tensor, num_experts: int, codec: str) -> Tensor:
     *leading, num_layers, top_k = indices.shape
     width = bits_per_layer(codec, num_experts, top_k)
     num_bytes = row_bytes(codec, num_layers, num_experts, top_k)
+    if indices.dtype not in INDEX_DTYPES:
+        raise RuntimeError(f"indices are {indices.dtype}, but must be uint8, int16, uint16, int32 or int64")
     flat = indices.reshape(-1, num_layers, top_k).long()
     _refuse_on_cpu(first_illegal_indices(flat, num_experts), num_layers, "the indices are", num_experts, top_k)
     rows = torch.empty((flat.shape[0], num_bytes), dtype=torch.uint8, device=indices.device)

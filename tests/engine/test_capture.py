@@ -198,4 +198,4 @@ def test_bad_start_is_refused_and_the_server_goes_on(capture_server: Server, sta
 
 
 def test_server_says_what_it_records(capture_server: Server) -> None:
-    assert "router capture is on: format masks, codec ordered, 5 MoE layers of 4 of 32 experts" in capture_server.log()
+    assert "router capture is on: format masks, codec rank, 5 MoE layers of 4 of 32 experts" in capture_server.log()

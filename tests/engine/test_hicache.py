@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cpu_engines.sglang.server import HICACHE_FLAGS, serve
+from routing_masks import NO_ROW
 from tests.engine.requests import generate, masks_of, prompt
 
 pytestmark = pytest.mark.timeout(900)
@@ -34,7 +35,7 @@ def test_rows_of_loaded_kv_are_invalid_and_the_others_right(small_model: Path, p
             assert int((~after.valid).sum()) == from_host
             computed = after.valid
             assert torch.equal(after.rows[computed], before.rows[computed])
-            # Unknown bytes are zeros, and -1 as indices: nothing of the slot's previous owner.
-            assert not after.rows[~computed].any()
+            # Nothing of the slot's previous owner.
+            assert (after.rows[~computed] == NO_ROW).all()
             assert (after.indices()[~computed] == -1).all()
     assert loaded >= 200
