@@ -24,7 +24,7 @@ kernels: setup  ## Compile the CUDA kernels anew; print their registers and spil
 
 wheel: setup  ## Build a wheel into dist/; test it with other releases of torch by scripts/test_wheel.sh.
 	rm -rf build/lib* build/bdist* dist
-	.venv/bin/python setup.py -q bdist_wheel
+	.venv/bin/python -c 'from setuptools.build_meta import build_wheel; print(build_wheel("dist"))' | tail -1
 
 lock: setup  ## Write requirements.lock anew from pyproject.toml and constraints/.
 	bash scripts/lock.sh

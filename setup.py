@@ -42,6 +42,7 @@ MACROS = [
     ("ROUTING_MASKS_MAX_EXPERTS", str(LIMITS["MAX_EXPERTS"])),
     ("ROUTING_MASKS_MAX_TOP_K", str(LIMITS["MAX_TOP_K"])),
 ]
+CUDA_MAJOR = (torch.version.cuda or "").partition(".")[0]
 HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", "-Wno-attributes", "-Wno-unused-parameter"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "--resource-usage", "--threads=0"]
@@ -54,11 +55,7 @@ def kernels_wanted() -> list[str]:
         sys.exit(f"ROUTING_MASKS_KERNELS is {asked!r}: use cuda, cpu or none, or leave it unset")
     if asked in ("cpu", "none"):
         return ["cpu"] if asked == "cpu" else []
-    missing = None
-    if torch.version.cuda is None:
-        missing = f"torch {torch.__version__} is built without CUDA"
-    elif cpp_extension.CUDA_HOME is None:
-        missing = "there is no nvcc (on the PATH, or under CUDA_HOME)"
+    missing = why_no_cuda()
     if missing is None:
         return ["cpu", "cuda"]
     if asked == "cuda":
@@ -67,13 +64,35 @@ def kernels_wanted() -> list[str]:
     return ["cpu"]
 
 
+def why_no_cuda() -> str | None:
+    """What is missing to build for CUDA, if anything is."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if cpp_extension.CUDA_HOME is None:
+        return "there is no nvcc (on the PATH, or under CUDA_HOME)"
+    nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.", version)
+    if release is None or release[1] != CUDA_MAJOR:
+        found = f"CUDA {release[1]}" if release else "no version"
+        return (
+            f"{nvcc} is of {found}, and torch {torch.__version__} of CUDA {CUDA_MAJOR}: to build beside the torch that"
+            " is installed, and not beside the newest, use --no-build-isolation"
+        )
+    return None
+
+
 def extension(kernels: str):
-    """The library for one kind of device, as a Python module without contents: its import registers the kernels."""
+    """The library for one kind of device, as a Python module without contents: its import registers the kernels.
+
+    Its name has the CUDA major version, so that a torch of another one does not load it.
+    """
     build, source = (CppExtension, "mask_codec_cpu.cpp") if kernels == "cpu" else (CUDAExtension, "mask_codec_cuda.cu")
+    name = f"_kernels_{kernels}" if kernels == "cpu" else f"_kernels_{kernels}{CUDA_MAJOR}"
     return build(
-        f"routing_masks._kernels_{kernels}",
+        f"routing_masks.{name}",
         [f"csrc/{source}"],
-        define_macros=MACROS,
+        define_macros=[*MACROS, ("ROUTING_MASKS_MODULE", name)],
         depends=HEADERS,
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
         # torch's build names more libraries than are used.

@@ -1,17 +1,16 @@
-"""How many bytes a token's routes take in each codec, and what packing costs on this CPU.
+"""How many bytes a token's routes take in each codec, and what packing and carrying them costs.
 
     python -m benchmarks.mask_codec [--json FILE]
 
-Sizes are for the geometries of released models. Times are for one of them, beside what a server without this project
-does with the same routes: gather int32, base64, JSON, and back.
+Sizes and speeds are for the geometries of released models; the whole way from the server to the trainer is for one of
+them, beside what a server without this project does with the same routes: gather int32, base64, JSON, and back.
 """
 
 from __future__ import annotations
 
-import base64
 import datetime
-import json
 import math
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,31 +21,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.interleaved import median_seconds
+from benchmarks.interleaved import Seconds, median_seconds
 from benchmarks.machine import hardware, versions, write_json
-from routing_masks import CODEC_NAMES, RoutingGeometry, RoutingMasks, from_bytes, get_codec, to_bytes
-
-# name: (MoE layers, top-k, experts), the dense layers of the released models left out.
-MODELS = {
-    "Qwen3-30B-A3B": (48, 8, 128),
-    "Qwen3-235B-A22B": (94, 8, 128),
-    "DeepSeek-V3": (58, 8, 256),
-    "Kimi-K2": (60, 8, 384),
-    "gpt-oss-120b": (36, 4, 128),
-    "Mixtral-8x7B": (32, 2, 8),
-    "Qwen3-Next-80B": (48, 10, 512),
-    "OLMoE-1B-7B": (16, 8, 64),
-}
+from benchmarks.mask_codec_gpu import gigabytes_per_second
+from benchmarks.models import MODELS, geometry_of
+from benchmarks.routes_pipeline import pipelines
+from routing_masks import CODEC_NAMES, RoutingGeometry, choose_codec, get_codec
+from routing_masks.ops import MISSING_KERNELS
 
 
-def geometry_of(name: str) -> RoutingGeometry:
-    """Geometry with the model's routed layers only."""
-    layers, top_k, num_experts = MODELS[name]
-    return RoutingGeometry(layers, tuple(range(layers)), num_experts, top_k)
-
-
-def sizes(name: str) -> dict[str, float]:
-    """Bytes per token of each way to write the routes.
+def sizes(name: str) -> dict[str, float | str]:
+    """Bytes per token of each way to write the routes, and the codec that 'auto' chooses.
 
     'base64' is that of int32, 'narrow' is uint8 or uint16, 'bound' the entropy of uniformly chosen expert sets.
     """
@@ -58,79 +43,101 @@ def sizes(name: str) -> dict[str, float]:
         "narrow": choices * (1 if geometry.num_experts <= 256 else 2),
         **{codec: get_codec(codec).row_bytes(geometry) for codec in CODEC_NAMES},
         "bound": geometry.num_moe_layers * math.log2(math.comb(geometry.num_experts, geometry.top_k)) / 8,
+        "auto": choose_codec("auto", geometry).name,
     }
 
 
 def random_indices(geometry: RoutingGeometry, num_tokens: int) -> Tensor:
-    """Uniform expert sets, `int32 [num_tokens, L, K]`."""
-    scores = torch.rand((num_tokens, geometry.num_moe_layers, geometry.num_experts))
-    return scores.topk(geometry.top_k).indices.to(torch.int32)
+    """Uniform expert sets in random order, `int32 [num_tokens, L, K]`."""
+    indices = torch.empty((num_tokens, geometry.num_moe_layers, geometry.top_k), dtype=torch.int32)
+    for part in indices.split(1024):
+        scores = torch.rand((len(part), geometry.num_moe_layers, geometry.num_experts))
+        part.copy_(scores.topk(geometry.top_k).indices)
+    return indices
 
 
-def times(name: str, num_tokens: int, rounds: int) -> dict[str, float]:
-    """Median seconds of packing, carrying and unpacking the routes of `num_tokens` tokens."""
+def speeds(name: str, num_tokens: int, rounds: int) -> dict[str, float]:
+    """Thousands of tokens per second that each codec packs and unpacks, and that numpy.packbits packs.
+
+    numpy is given the one-hot masks, which somebody has to make first.
+    """
     geometry = geometry_of(name)
-    torch.manual_seed(0)
-    indices = random_indices(geometry, num_tokens)
-    table, token_ids = indices.clone(), list(range(num_tokens + 1))
-    everything = torch.ones(num_tokens, dtype=torch.bool)
-    slots = torch.randperm(num_tokens)
+    # What the server's staging buffer holds.
+    indices = random_indices(geometry, num_tokens).to(torch.int16)
+    variants: dict[str, Any] = {}
+    for codec in map(get_codec, CODEC_NAMES):
+        rows = codec.pack(indices, geometry)
+        variants[f"{codec.name} pack"] = lambda codec=codec: codec.pack(indices, geometry)
+        variants[f"{codec.name} unpack"] = lambda codec=codec, rows=rows: codec.unpack_indices(rows, geometry)
+    mask = torch.zeros((num_tokens, geometry.num_moe_layers, geometry.num_experts), dtype=torch.bool)
+    one_hot = mask.scatter_(-1, indices.long(), True).flatten(1).numpy()
+    variants["numpy.packbits"] = lambda: np.packbits(one_hot, axis=1, bitorder="little")
+    return {each: num_tokens / taken.wall / 1e3 for each, taken in median_seconds(variants, rounds).items()}
 
-    def int32_base64_json() -> Tensor:
-        text = json.dumps({"routed_experts": base64.b64encode(table[slots].numpy().tobytes()).decode("ascii")})
-        data = base64.b64decode(json.loads(text)["routed_experts"])
-        return torch.from_numpy(np.frombuffer(data, np.int32).reshape(indices.shape).copy())
 
-    def masks(codec: str) -> Tensor:
-        packed = RoutingMasks.from_indices(
-            indices, everything, start=0, geometry=geometry, codec=codec, token_ids=token_ids
-        )
-        return from_bytes(to_bytes(packed)).indices()
+def _table(title: str, first: str, rows: dict[str, dict[str, Any]], number: str) -> Table:
+    columns = list(next(iter(rows.values())))
+    table = Table(first, *columns, title=title, title_justify="left")
+    table.columns[0].no_wrap = True
+    for name, row in rows.items():
+        table.add_row(name, *(each if isinstance(each, str) else format(each, number) for each in row.values()))
+    return table
 
-    variants: dict[str, Any] = {"int32, base64, JSON, and back": int32_base64_json}
-    for codec in CODEC_NAMES:
-        variants[f"{codec}: pack, container, check, unpack"] = lambda codec=codec: masks(codec)
-        rows = get_codec(codec).pack_unchecked(indices, geometry)
-        variants[f"{codec}: pack only"] = lambda codec=codec: get_codec(codec).pack_unchecked(indices, geometry)
-        variants[f"{codec}: unpack only"] = lambda codec=codec, rows=rows: get_codec(codec).unpack_indices(
-            rows, geometry
-        )
-    return median_seconds(variants, rounds)
+
+def _way_table(ways: dict[str, Seconds], title: str) -> Table:
+    table = Table("", "CPU ms", "wall ms", "CPU of 1st", "CPU of 2nd", title=title, title_justify="left")
+    first, second = list(ways.values())[:2]
+    for name, taken in ways.items():
+        milliseconds = f"{taken.cpu * 1e3:.1f}", f"{taken.wall * 1e3:.1f}"
+        table.add_row(name, *milliseconds, f"{taken.cpu / first.cpu:.3f}", f"{taken.cpu / second.cpu:.3f}")
+    return table
 
 
 def main(
-    model: Annotated[str, typer.Option(help=f"Geometry to time: {', '.join(MODELS)}.")] = "Qwen3-30B-A3B",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to time.")] = 4096,
+    model: Annotated[str, typer.Option(help=f"Geometry whose way is timed: {', '.join(MODELS)}.")] = "Qwen3-30B-A3B",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens on that way.")] = 32768,
+    speed_tokens: Annotated[int, typer.Option(min=1, help="Tokens for the speeds of all models.")] = 2048,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds; medians are reported.")] = 5,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Of torch. With one, CPU time is work alone; more wait for each other in it.")
+    ] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here, too.")] = None,
 ) -> None:
     """Sizes and times of the mask codecs."""
     if model not in MODELS:
         raise typer.BadParameter(f"{model!r} is not one of {', '.join(MODELS)}")
-    console = Console()
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    console = Console(width=None if sys.stdout.isatty() else 120)
     by_model = {name: sizes(name) for name in MODELS}
-    size_table = Table("model", *by_model[model], title="Bytes per token", title_justify="left")
-    size_table.columns[0].no_wrap = True
-    for name, row in by_model.items():
-        size_table.add_row(name, *(f"{size:,.1f}" for size in row.values()))
-    console.print(size_table)
-    seconds = times(model, tokens, rounds)
-    baseline = next(iter(seconds.values()))
-    time_table = Table(
-        "", "ms", "Mtokens/s", "of the first", title=f"{tokens:,} tokens of {model}, median of {rounds}",
-        title_justify="left",
-    )  # fmt: skip
-    for name, taken in seconds.items():
-        time_table.add_row(name, f"{taken * 1e3:.1f}", f"{tokens / taken / 1e6:.3f}", f"{taken / baseline:.2f}")
-    console.print(time_table)
+    console.print(_table("Bytes per token", "model", by_model, ",.1f"))
+    by_speed = {name: speeds(name, speed_tokens, rounds) for name in MODELS}
+    title = f"Thousand tokens per second, {speed_tokens:,} tokens, {threads} thread(s), median of {rounds}"
+    console.print(_table(title, "model", by_speed, ",.0f"))
+    indices = random_indices(geometry_of(model), tokens)
+    ways = median_seconds(pipelines(geometry_of(model), indices), rounds)
+    console.print(
+        _way_table(ways, f"{tokens:,} tokens of {model} to the trainer, {threads} thread(s), {rounds} rounds")
+    )
     figures = {
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
         "versions": versions(),
+        "missing_kernels": dict(MISSING_KERNELS),
         "bytes_per_token": by_model,
-        "timed": {"model": model, "tokens": tokens, "rounds": rounds, "median_seconds": seconds},
-    }
-    console.print({key: figures[key] for key in ("date", "hardware", "versions")})
+        "thousand_tokens_per_second": {"tokens": speed_tokens, "threads": threads, "models": by_speed},
+        "way_to_the_trainer": {
+            "model": model, "tokens": tokens, "rounds": rounds, "threads": threads,
+            "median_seconds": {name: taken._asdict() for name, taken in ways.items()},
+        },
+    }  # fmt: skip
+    if torch.cuda.is_available():
+        on_gpu = gigabytes_per_second(geometry_of(model), indices.to(torch.int16), max(rounds, 20))
+        figures["gigabytes_per_second_on_gpu"] = on_gpu
+        console.print(
+            _table("Read and written on the GPU", "", {name: {"GB/s": rate} for name, rate in on_gpu.items()}, ",.0f")
+        )
+    console.print({key: figures[key] for key in ("date", "hardware", "versions", "missing_kernels")})
     if json_file is not None:
         write_json(figures, json_file)
 

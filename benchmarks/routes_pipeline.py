@@ -21,8 +21,8 @@ from routing_masks.stores import inline
 def pipelines(geometry: RoutingGeometry, indices: Tensor) -> dict[str, Callable[[], Any]]:
     """Ways for routes `int32 [T, L, K]`, of which the first is the one to compare with.
 
-    Each begins with the routes as they leave the forward pass and ends with `int32 [T, L, K]` at the trainer. In the
-    first two the host table holds int32 (its filling, a copy of all routes, is not counted); masks are packed first.
+    Each ends with `int32 [T, L, K]` at the trainer. The first two begin with a host table of int32, whose filling is
+    not counted; those with masks begin with the staging buffer, `int16 [T, L, K]`, and pack it.
     """
     num_tokens = indices.shape[0]
     shape = tuple(indices.shape)
@@ -30,6 +30,7 @@ def pipelines(geometry: RoutingGeometry, indices: Tensor) -> dict[str, Callable[
     slots = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(0))
     in_slots = torch.empty_like(indices)
     in_slots[slots] = indices
+    staged = in_slots.to(torch.int16)
     codec = choose_codec("auto", geometry)
     valid, digest = torch.ones(num_tokens, dtype=torch.bool), token_digest(range(num_tokens))
 
@@ -46,7 +47,7 @@ def pipelines(geometry: RoutingGeometry, indices: Tensor) -> dict[str, Callable[
         return np.frombuffer(data, np.int32).reshape(shape)
 
     def gathered() -> RoutingMasks:
-        table = codec.pack(in_slots, geometry)
+        table = codec.pack(staged, geometry)
         rows = table.index_select(0, slots)
         return RoutingMasks(rows, valid, 0, geometry, codec.name, (), digest)
 

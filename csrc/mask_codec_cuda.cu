@@ -252,5 +252,3 @@ STABLE_TORCH_LIBRARY_IMPL(routing_masks, CUDA, library) {
   library.impl("first_illegal_indices", TORCH_BOX(&routing_masks::first_illegal_indices));
   library.impl("first_illegal_row", TORCH_BOX(&routing_masks::first_illegal_row));
 }
-
-ROUTING_MASKS_PYTHON_MODULE(_kernels_cuda)

@@ -4,8 +4,15 @@
 // Before every other header. Py_LIMITED_API comes from the build.
 #include <Python.h>
 
-#define ROUTING_MASKS_PYTHON_MODULE(name)                                                      \
-  PyMODINIT_FUNC PyInit_##name(void) {                                                         \
-    static PyModuleDef definition = {PyModuleDef_HEAD_INIT, #name, nullptr, 0, nullptr, nullptr, nullptr, nullptr, nullptr}; \
-    return PyModuleDef_Init(&definition);                                                      \
-  }
+// The module's name comes from the build, too.
+#define ROUTING_MASKS_INIT_OF(name) PyInit_##name
+#define ROUTING_MASKS_INIT(name) ROUTING_MASKS_INIT_OF(name)
+#define ROUTING_MASKS_TEXT_OF(name) #name
+#define ROUTING_MASKS_TEXT(name) ROUTING_MASKS_TEXT_OF(name)
+
+PyMODINIT_FUNC ROUTING_MASKS_INIT(ROUTING_MASKS_MODULE)(void) {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, ROUTING_MASKS_TEXT(ROUTING_MASKS_MODULE), nullptr, 0, nullptr, nullptr, nullptr, nullptr,
+      nullptr};
+  return PyModuleDef_Init(&definition);
+}

@@ -80,30 +80,31 @@ def _define() -> None:
         _library.impl(name, in_plain_torch, "CompositeExplicitAutograd")
 
 
-def _load(kernels: str) -> str | None:
+def _load(library: str, needs: str) -> str | None:
     """Load the library of one kind of device; why that is not possible, or None."""
-    name = f"routing_masks._kernels_{kernels}"
     try:
-        importlib.import_module(name)
+        importlib.import_module(f"routing_masks.{library}")
     except ModuleNotFoundError:
-        return f"they were not built when routing_masks was installed (that needs {_NEEDS[kernels]})"
+        return f"{library} was not built when routing_masks was installed, which needs {needs}"
     except ImportError as error:
-        return f"{name} does not load with torch {torch.__version__}: {error}"
+        return f"{library} does not load with torch {torch.__version__}: {error}"
     return None
 
 
-_NEEDS = {"cpu": "a C++17 compiler", "cuda": "nvcc and a torch with CUDA"}
+# By device: the library, and what its build needs. Of CUDA there may be several, for torch's of different CUDA majors.
+_LIBRARIES = {"cpu": ("_kernels_cpu", "a C++17 compiler")}
+if torch.version.cuda is not None:
+    _major = torch.version.cuda.partition(".")[0]
+    _LIBRARIES["cuda"] = (f"_kernels_cuda{_major}", f"nvcc of CUDA {_major} and a torch with it")
 
 _define()
 OPS = torch.ops.routing_masks
 """The ops, defined as soon as this module is imported."""
 MISSING_KERNELS: dict[str, str] = {}
 """Devices ("cpu", "cuda") whose kernels could not be loaded, and why; plain torch runs in their place."""
-for _kernels in _NEEDS:
-    if _kernels == "cuda" and torch.version.cuda is None:
-        continue
-    if (_reason := _load(_kernels)) is not None:
-        MISSING_KERNELS[_kernels] = _reason
+for _device, (_name, _needs) in _LIBRARIES.items():
+    if (_reason := _load(_name, _needs)) is not None:
+        MISSING_KERNELS[_device] = _reason
 _missed = [name for name in MISSING_KERNELS if name == "cpu" or torch.cuda.is_available()]
 if _missed:
     warnings.warn(

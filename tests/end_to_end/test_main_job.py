@@ -59,11 +59,13 @@ def test_main_job_without_a_server_says_so(small_model: Path, tmp_path: Path) ->
 
 def test_codec_benchmark_prints_and_writes_its_figures(tmp_path: Path) -> None:
     file = tmp_path / "codec.json"
-    arguments = ("--model", "OLMoE-1B-7B", "--tokens", "16", "--rounds", "1", "--json", str(file))
-    result = _run(mask_codec.main, *arguments)
+    few = ("--tokens", "16", "--speed-tokens", "16", "--rounds", "1")
+    result = _run(mask_codec.main, "--model", "OLMoE-1B-7B", *few, "--json", str(file))
     assert result.exit_code == 0, result.output
     figures = json.loads(file.read_text())
-    assert figures["timed"]["median_seconds"].keys() >= {"int32, base64, JSON, and back", "ordered: pack only"}
+    assert "masks (rank), container" in figures["way_to_the_trainer"]["median_seconds"]
+    assert figures["thousand_tokens_per_second"]["models"]["Mixtral-8x7B"].keys() >= {"rank pack", "numpy.packbits"}
+    assert figures["bytes_per_token"]["Qwen3-30B-A3B"]["rank"] == 48 * 41 / 8
     assert figures["bytes_per_token"]["Qwen3-30B-A3B"]["ordered"] == 48 * 8 * 7 / 8
     assert {"date", "hardware", "versions"} <= figures.keys()
     assert "Qwen3-30B-A3B" in result.output

@@ -13,6 +13,7 @@ import torch
 import routing_masks
 
 LIBRARIES = {path.name.split(".")[0]: path for path in Path(routing_masks.__file__).parent.glob("_kernels_*.so")}
+CUDA = f"_kernels_cuda{(torch.version.cuda or '').partition('.')[0]}"
 
 # LibTorch's stable C functions, CUDA's runtime, the one function of Python's limited API, what every library has, and
 # the parts of libstdc++ that torch's libraries bring for systems where it is older.
@@ -29,7 +30,7 @@ def undefined_symbols(library: Path) -> list[str]:
 def test_cuda_is_built_where_nvcc_is() -> None:
     expected = {"_kernels_cpu"}
     if shutil.which("nvcc") and torch.version.cuda:
-        expected.add("_kernels_cuda")
+        expected.add(CUDA)
     assert set(LIBRARIES) == expected
 
 
@@ -49,8 +50,8 @@ def test_the_libraries_name_says_that_any_python_may_load_it(name: str) -> None:
 
 
 def test_the_cuda_library_has_code_for_a100_h100_and_b200() -> None:
-    if "_kernels_cuda" not in LIBRARIES:
+    if CUDA not in LIBRARIES:
         pytest.skip("built without nvcc")
-    listed = LIBRARIES["_kernels_cuda"].read_bytes()
+    listed = LIBRARIES[CUDA].read_bytes()
     for architecture in (80, 90, 100):
         assert f"sm_{architecture}".encode() in listed

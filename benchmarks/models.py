@@ -1,0 +1,23 @@
+"""Geometries of released mixture-of-experts models."""
+
+from __future__ import annotations
+
+from routing_masks import RoutingGeometry
+
+# name: (MoE layers, top-k, experts), the dense layers of the released models left out.
+MODELS = {
+    "Qwen3-30B-A3B": (48, 8, 128),
+    "Qwen3-235B-A22B": (94, 8, 128),
+    "DeepSeek-V3": (58, 8, 256),
+    "Kimi-K2": (60, 8, 384),
+    "gpt-oss-120b": (36, 4, 128),
+    "Mixtral-8x7B": (32, 2, 8),
+    "Qwen3-Next-80B": (48, 10, 512),
+    "OLMoE-1B-7B": (16, 8, 64),
+}
+
+
+def geometry_of(name: str) -> RoutingGeometry:
+    """Geometry with the model's routed layers only."""
+    layers, top_k, num_experts = MODELS[name]
+    return RoutingGeometry(layers, tuple(range(layers)), num_experts, top_k)
