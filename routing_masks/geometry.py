@@ -118,8 +118,8 @@ class RoutingGeometry:
                 f"the router of this model also chooses among {get('zero_expert_num')} experts without weights"
                 " (zero_expert_num); routing replay does not cover such models"
             )
-        num_experts = _first(get, _NUM_EXPERTS_KEYS)
-        top_k = _first(get, _TOP_K_KEYS)
+        num_experts = _first(_same_in_every_layer(get, num_layers), _NUM_EXPERTS_KEYS)
+        top_k = _first(_same_in_every_layer(get, num_layers), _TOP_K_KEYS)
         if not num_experts or not top_k:
             raise GeometryError(
                 f"this looks like a dense model ({get('model_type') or 'model_type unknown'}): none of"
@@ -127,6 +127,23 @@ class RoutingGeometry:
                 " turn capture and replay off for a dense model"
             )
         return cls(num_layers, routed_layers(get, num_layers), num_experts, top_k)
+
+
+def _same_in_every_layer(get: Reader, num_layers: int) -> Reader:
+    """A reader that takes a list of one number per layer (HunYuan-MoE) for that number."""
+
+    def read(key: str) -> Any:
+        value = get(key)
+        if not isinstance(value, list | tuple):
+            return value
+        if len(value) != num_layers or len(set(value)) != 1:
+            raise GeometryError(
+                f"{key} is {value}: masks are for models with one number of experts and one top-k in all of their"
+                f" {num_layers} decoder layers"
+            )
+        return value[0]
+
+    return read
 
 
 def _first(get: Reader, keys: tuple[str, ...]) -> int | None:

@@ -15,7 +15,7 @@ runs_3_12() { [ "$("$1" -c 'import sys; print(sys.version_info[:2] == (3, 12))' 
 inputs_hash() {
     # The folder is part of it: the scripts of a moved .venv point to the old place.
     # So is nvcc, with which the kernels are built for CUDA, too.
-    { pwd; command -v nvcc || true; cat requirements.lock pyproject.toml setup.py routing_masks/limits.py csrc/*; } |
+    { pwd; nvcc --version 2>/dev/null || true; cat requirements.lock pyproject.toml setup.py routing_masks/limits.py csrc/*; } |
         sha256sum | cut -d' ' -f1
 }
 

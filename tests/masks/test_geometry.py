@@ -78,6 +78,13 @@ def test_the_number_of_layers_may_come_from_their_kinds():
         ({"decoder_sparse_step": 0}, r"0 of 6.*dense model"),
         ({"enable_moe_block": False}, r"0 of 6.*dense model"),
         ({"num_experts_per_tok": 9}, r"top_k is 9.*num_experts 8"),
+        (
+            {"num_experts_per_tok": [2, 2, 2, 2, 2, 3]},
+            r"num_experts_per_tok is \[2, 2, 2, 2, 2, 3\]: .* one top-k in all",
+        ),
+        ({"num_experts": [8, 8]}, r"num_experts is \[8, 8\]: .* 6 decoder layers"),
+        ({"num_experts": 2048, "num_experts_per_tok": 8}, "top-8 of 2048 experts: .* up to 1024 experts and top-64"),
+        ({"num_experts": 128, "num_experts_per_tok": 65}, "top-65 of 128 experts: .* up to 1024 experts and top-64"),
     ],
 )
 def test_refused(fields, message):
@@ -96,6 +103,11 @@ def test_refused(fields, message):
 def test_a_dense_model_is_named_as_such(config):
     with pytest.raises(GeometryError, match=r"dense model \(llama\)"):
         RoutingGeometry.from_hf_config(config)
+
+
+def test_a_list_of_one_number_for_every_layer_is_that_number():
+    config = {"num_hidden_layers": 6, "num_experts": [8] * 6, "moe_topk": [2] * 6}
+    assert RoutingGeometry.from_hf_config(config) == RoutingGeometry.from_hf_config(MOE)
 
 
 def test_a_configuration_without_layers_is_refused():
