@@ -56,10 +56,6 @@ struct Geometry {
   int64_t row_bytes(int bits_per_layer) const { return (num_layers * bits_per_layer + 7) / 8; }
 };
 
-// Experts of a layer that a code holds at once while it reads, which a bound KMax is for. Only `ordered` needs them all,
-// to see whether they differ; without this, the other codes would be compiled for every bound to the same instructions.
-inline int held_while_reading(Codec codec, int top_k) { return codec == Codec::kOrdered ? top_k : 1; }
-
 // Calls `run` with the code for this codec and geometry. `NarrowSearch` finds ranks below 2^63.
 template <int KMax, class NarrowSearch, class MakeSearch, class Run>
 void with_code(Codec codec, const Geometry& geometry, const MakeSearch& make_search, const Run& run) {
@@ -99,6 +95,12 @@ inline Tensor empty_beside(const Tensor& tensor, const std::vector<int64_t>& siz
 
 inline Tensor zeros_beside(const Tensor& tensor, const std::vector<int64_t>& sizes, ScalarType dtype) {
   return torch::stable::new_zeros(tensor, {sizes.data(), sizes.size()}, dtype);
+}
+
+// A number that is -1: to unsigned numbers, as atomicMin takes them, it is above every place.
+inline Tensor minus_one_beside(const Tensor& tensor) {
+  Tensor number = empty_beside(tensor, {}, ScalarType::Long);
+  return torch::stable::fill_(number, -1);
 }
 
 inline void require_index_type(bool known) {

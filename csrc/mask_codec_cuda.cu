@@ -4,12 +4,11 @@
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
 
 #include <type_traits>
 
-#include "arguments.h"
+#include "ops.h"
 
 namespace routing_masks {
 namespace {
@@ -111,20 +110,6 @@ void with_top_k(int top_k, const Run& run) {
   run(std::integral_constant<int, kMaxTopK>{});
 }
 
-template <class Run>
-void with_cuda_code(Codec codec, const Geometry& geometry, int held, const Run& run) {
-  with_top_k(held, [&](auto k_max) {
-    const auto bisection = [](int experts, int) { return Bisection<uint64_t>(experts); };
-    with_code<k_max, Bisection<uint64_t>>(codec, geometry, bisection, run);
-  });
-}
-
-template <class Run>
-void with_reading_code(const std::string& name, const Geometry& geometry, const Run& run) {
-  const Codec codec = codec_named(name);
-  with_cuda_code(codec, geometry, held_while_reading(codec, geometry.top_k), run);
-}
-
 IndexReader reader(const Indices& in) {
   IndexReader reader{in.data, in.row_stride, in.layer_stride, in.k_stride, IndexType::kInt64};
   switch (in.flat.scalar_type()) {
@@ -146,109 +131,56 @@ IndexReader reader(const Indices& in) {
   return reader;
 }
 
-Tensor pack(const Tensor& indices, int64_t num_experts, const std::string& codec) {
-  const torch::stable::accelerator::DeviceGuard guard(indices.get_device());
-  const Indices in = Indices::of(indices, num_experts);
-  const int64_t num_layers = in.geometry.num_layers;
-  Tensor rows;
-  with_cuda_code(codec_named(codec), in.geometry, in.geometry.top_k, [&](const auto& code) {
-    const int64_t row_bytes = in.geometry.row_bytes(code.bits());
-    rows = empty_beside(indices, sizes_with(indices, indices.dim() - 2, {row_bytes}), ScalarType::Byte);
-    const int64_t groups = in.num_rows * num_groups(num_layers);
-    launch(
-        indices, pack_kernel<std::decay_t<decltype(code)>>, groups, code, reader(in), num_layers, row_bytes,
-        static_cast<uint8_t*>(rows.mutable_data_ptr()), groups);
-  });
-  return rows;
-}
+struct Cuda {
+  struct Guard {
+    explicit Guard(const Tensor& tensor) : guard(tensor.get_device()) {}
+    torch::stable::accelerator::DeviceGuard guard;
+  };
 
-Tensor unpack(
-    const Tensor& rows, int64_t first_layer, int64_t layers, const std::vector<int64_t>& last_sizes,
-    const Geometry& geometry, const std::string& codec) {
-  const torch::stable::accelerator::DeviceGuard guard(rows.get_device());
-  const Tensor flat = flat_rows(rows);
-  const Tensor indices = empty_beside(rows, sizes_with(rows, rows.dim() - 1, last_sizes), ScalarType::Int);
-  with_reading_code(codec, geometry, [&](const auto& code) {
-    const int64_t items = flat.size(0) * layers;
-    launch(
-        rows, unpack_kernel<std::decay_t<decltype(code)>>, items, code,
-        packed_rows(flat, geometry, code, first_layer, layers), static_cast<int32_t*>(indices.mutable_data_ptr()),
-        items);
-  });
-  return indices;
-}
+  template <class Run>
+  static void with_code(Codec codec, const Geometry& geometry, int held, const Run& run) {
+    with_top_k(held, [&](auto k_max) {
+      const auto bisection = [](int experts, int) { return Bisection<uint64_t>(experts); };
+      routing_masks::with_code<k_max, Bisection<uint64_t>>(codec, geometry, bisection, run);
+    });
+  }
 
-Tensor unpack_indices(
-    const Tensor& rows, int64_t num_layers, int64_t num_experts, int64_t top_k, const std::string& codec) {
-  return unpack(rows, 0, num_layers, {num_layers, top_k}, Geometry(num_layers, num_experts, top_k), codec);
-}
+  template <class Code>
+  static void pack(const Code& code, const Indices& in, int64_t row_bytes, uint8_t* rows) {
+    const int64_t num_layers = in.geometry.num_layers, groups = in.num_rows * num_groups(num_layers);
+    launch(in.flat, pack_kernel<Code>, groups, code, reader(in), num_layers, row_bytes, rows, groups);
+  }
 
-Tensor unpack_layer(
-    const Tensor& rows, int64_t slot, int64_t num_layers, int64_t num_experts, int64_t top_k, const std::string& codec) {
-  const Geometry geometry(num_layers, num_experts, top_k);
-  require_slot(slot, geometry);
-  return unpack(rows, slot, 1, {top_k}, geometry, codec);
-}
+  template <class Code>
+  static void unpack(const Code& code, const PackedRows& packed, const Tensor& rows, const Geometry&, int32_t* indices) {
+    const int64_t items = rows.size(0) * packed.layers;
+    launch(rows, unpack_kernel<Code>, items, code, packed, indices, items);
+  }
 
-Tensor unpack_bitset(
-    const Tensor& rows, int64_t slot, int64_t num_layers, int64_t num_experts, int64_t top_k, const std::string& codec) {
-  const torch::stable::accelerator::DeviceGuard guard(rows.get_device());
-  const Geometry geometry(num_layers, num_experts, top_k);
-  require_slot(slot, geometry);
-  const Tensor flat = flat_rows(rows);
-  const Tensor map = zeros_beside(rows, sizes_with(rows, rows.dim() - 1, {num_experts}), ScalarType::Bool);
-  with_reading_code(codec, geometry, [&](const auto& code) {
-    launch(
-        rows, map_kernel<std::decay_t<decltype(code)>>, flat.size(0), code, packed_rows(flat, geometry, code, slot, 1),
-        static_cast<bool*>(map.mutable_data_ptr()), flat.size(0));
-  });
-  return map;
-}
+  template <class Code>
+  static void map(const Code& code, const PackedRows& packed, const Tensor& rows, const Geometry&, bool* map) {
+    launch(rows, map_kernel<Code>, rows.size(0), code, packed, map, rows.size(0));
+  }
 
-// An int64 scalar of -1, nothing illegal found; to atomicMin on unsigned numbers it is above every place.
-Tensor nowhere(const Tensor& beside) {
-  Tensor place = empty_beside(beside, {}, ScalarType::Long);
-  return torch::stable::fill_(place, -1);
-}
+  static void check_indices(const Indices& in, int64_t* place) {
+    const int64_t num_layers = in.geometry.num_layers, groups = in.num_rows * num_groups(num_layers);
+    with_top_k(in.geometry.top_k, [&](auto k_max) {
+      const NoCode<k_max> code{in.geometry.num_experts, in.geometry.top_k};
+      launch(in.flat, check_indices_kernel<k_max>, groups, code, reader(in), num_layers, groups, unsigned_(place));
+    });
+  }
 
-unsigned long long* address(const Tensor& place) { return static_cast<unsigned long long*>(place.mutable_data_ptr()); }
+  template <class Code>
+  static void check_rows(const Code& code, const PackedRows& packed, const Tensor& rows, int64_t* place) {
+    const int64_t items = rows.size(0) * packed.layers;
+    launch(rows, check_rows_kernel<Code>, items, code, packed, items, unsigned_(place));
+  }
 
-Tensor first_illegal_indices(const Tensor& indices, int64_t num_experts) {
-  const torch::stable::accelerator::DeviceGuard guard(indices.get_device());
-  const Indices in = Indices::of(indices, num_experts);
-  const int64_t num_layers = in.geometry.num_layers;
-  const int64_t groups = in.num_rows * num_groups(num_layers);
-  const Tensor place = nowhere(indices);
-  with_top_k(in.geometry.top_k, [&](auto k_max) {
-    const NoCode<k_max> code{in.geometry.num_experts, in.geometry.top_k};
-    launch(indices, check_indices_kernel<k_max>, groups, code, reader(in), num_layers, groups, address(place));
-  });
-  return place;
-}
-
-Tensor first_illegal_row(
-    const Tensor& rows, int64_t num_layers, int64_t num_experts, int64_t top_k, const std::string& codec) {
-  const torch::stable::accelerator::DeviceGuard guard(rows.get_device());
-  const Geometry geometry(num_layers, num_experts, top_k);
-  const Tensor flat = flat_rows(rows);
-  const Tensor place = nowhere(rows);
-  with_reading_code(codec, geometry, [&](const auto& code) {
-    const int64_t items = flat.size(0) * num_layers;
-    launch(
-        rows, check_rows_kernel<std::decay_t<decltype(code)>>, items, code,
-        packed_rows(flat, geometry, code, 0, num_layers), items, address(place));
-  });
-  return place;
-}
+ private:
+  static unsigned long long* unsigned_(int64_t* place) { return reinterpret_cast<unsigned long long*>(place); }
+};
 
 }  // namespace
 }  // namespace routing_masks
 
-STABLE_TORCH_LIBRARY_IMPL(routing_masks, CUDA, library) {
-  library.impl("pack", TORCH_BOX(&routing_masks::pack));
-  library.impl("unpack_indices", TORCH_BOX(&routing_masks::unpack_indices));
-  library.impl("unpack_layer", TORCH_BOX(&routing_masks::unpack_layer));
-  library.impl("unpack_bitset", TORCH_BOX(&routing_masks::unpack_bitset));
-  library.impl("first_illegal_indices", TORCH_BOX(&routing_masks::first_illegal_indices));
-  library.impl("first_illegal_row", TORCH_BOX(&routing_masks::first_illegal_row));
-}
+STABLE_TORCH_LIBRARY_IMPL(routing_masks, CUDA, library) { routing_masks::register_ops<routing_masks::Cuda>(library); }

@@ -1,0 +1,118 @@
+// The ops, once for all devices: arguments are checked, outputs allocated, and the code for codec and geometry chosen.
+//
+// A Device brings the rows to the codes:
+//   Guard(tensor)                                       makes the tensor's device the current one
+//   with_code(codec, geometry, held, run)               run(code), whose KMax is at least `held`
+//   pack(code, indices, row_bytes, rows)                all rows
+//   unpack(code, packed, rows, geometry, indices)       int32 [num_rows, packed.layers, K]
+//   map(code, packed, rows, geometry, map)              bool [num_rows, E] that is all False, for one layer
+//   check_indices(indices, place)                       writes the first place of illegal ones, where there are any, into
+//   check_rows(code, packed, rows, place)               a number that is -1
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include "arguments.h"
+
+namespace routing_masks {
+
+// Experts of a layer that a code holds at once while it reads. Only `ordered` needs them all, to see whether they differ;
+// without this, the other codes would be compiled to the same instructions for every bound of K.
+inline int held_while_reading(Codec codec, int top_k) { return codec == Codec::kOrdered ? top_k : 1; }
+
+template <class Device>
+struct Ops {
+  static Tensor pack(const Tensor& indices, int64_t num_experts, const std::string& codec) {
+    const typename Device::Guard guard(indices);
+    const Indices in = Indices::of(indices, num_experts);
+    Tensor rows;
+    Device::with_code(codec_named(codec), in.geometry, in.geometry.top_k, [&](const auto& code) {
+      const int64_t row_bytes = in.geometry.row_bytes(code.bits());
+      rows = empty_beside(indices, sizes_with(indices, indices.dim() - 2, {row_bytes}), ScalarType::Byte);
+      Device::pack(code, in, row_bytes, static_cast<uint8_t*>(rows.mutable_data_ptr()));
+    });
+    return rows;
+  }
+
+  static Tensor unpack_indices(
+      const Tensor& rows, int64_t num_layers, int64_t num_experts, int64_t top_k, const std::string& codec) {
+    return unpack(rows, 0, num_layers, {num_layers, top_k}, Geometry(num_layers, num_experts, top_k), codec);
+  }
+
+  static Tensor unpack_layer(
+      const Tensor& rows, int64_t slot, int64_t num_layers, int64_t num_experts, int64_t top_k,
+      const std::string& codec) {
+    const Geometry geometry(num_layers, num_experts, top_k);
+    require_slot(slot, geometry);
+    return unpack(rows, slot, 1, {top_k}, geometry, codec);
+  }
+
+  static Tensor unpack_bitset(
+      const Tensor& rows, int64_t slot, int64_t num_layers, int64_t num_experts, int64_t top_k,
+      const std::string& codec) {
+    const typename Device::Guard guard(rows);
+    const Geometry geometry(num_layers, num_experts, top_k);
+    require_slot(slot, geometry);
+    const Tensor flat = flat_rows(rows);
+    const Tensor map = zeros_beside(rows, sizes_with(rows, rows.dim() - 1, {num_experts}), ScalarType::Bool);
+    with_reading_code(codec, geometry, [&](const auto& code) {
+      const PackedRows packed = packed_rows(flat, geometry, code, slot, 1);
+      Device::map(code, packed, flat, geometry, static_cast<bool*>(map.mutable_data_ptr()));
+    });
+    return map;
+  }
+
+  static Tensor first_illegal_indices(const Tensor& indices, int64_t num_experts) {
+    const typename Device::Guard guard(indices);
+    const Indices in = Indices::of(indices, num_experts);
+    const Tensor place = minus_one_beside(indices);
+    Device::check_indices(in, static_cast<int64_t*>(place.mutable_data_ptr()));
+    return place;
+  }
+
+  static Tensor first_illegal_row(
+      const Tensor& rows, int64_t num_layers, int64_t num_experts, int64_t top_k, const std::string& codec) {
+    const typename Device::Guard guard(rows);
+    const Geometry geometry(num_layers, num_experts, top_k);
+    const Tensor flat = flat_rows(rows);
+    const Tensor place = minus_one_beside(rows);
+    with_reading_code(codec, geometry, [&](const auto& code) {
+      const PackedRows packed = packed_rows(flat, geometry, code, 0, num_layers);
+      Device::check_rows(code, packed, flat, static_cast<int64_t*>(place.mutable_data_ptr()));
+    });
+    return place;
+  }
+
+ private:
+  static Tensor unpack(
+      const Tensor& rows, int64_t first_layer, int64_t layers, const std::vector<int64_t>& last_sizes,
+      const Geometry& geometry, const std::string& codec) {
+    const typename Device::Guard guard(rows);
+    const Tensor flat = flat_rows(rows);
+    const Tensor indices = empty_beside(rows, sizes_with(rows, rows.dim() - 1, last_sizes), ScalarType::Int);
+    with_reading_code(codec, geometry, [&](const auto& code) {
+      const PackedRows packed = packed_rows(flat, geometry, code, first_layer, layers);
+      Device::unpack(code, packed, flat, geometry, static_cast<int32_t*>(indices.mutable_data_ptr()));
+    });
+    return indices;
+  }
+
+  template <class Run>
+  static void with_reading_code(const std::string& name, const Geometry& geometry, const Run& run) {
+    const Codec codec = codec_named(name);
+    Device::with_code(codec, geometry, held_while_reading(codec, geometry.top_k), run);
+  }
+};
+
+// The schemas are defined in routing_masks/ops.py.
+template <class Device, class Library>
+void register_ops(Library& library) {
+  library.impl("pack", TORCH_BOX(&Ops<Device>::pack));
+  library.impl("unpack_indices", TORCH_BOX(&Ops<Device>::unpack_indices));
+  library.impl("unpack_layer", TORCH_BOX(&Ops<Device>::unpack_layer));
+  library.impl("unpack_bitset", TORCH_BOX(&Ops<Device>::unpack_bitset));
+  library.impl("first_illegal_indices", TORCH_BOX(&Ops<Device>::first_illegal_indices));
+  library.impl("first_illegal_row", TORCH_BOX(&Ops<Device>::first_illegal_row));
+}
+
+}  // namespace routing_masks
