@@ -41,9 +41,11 @@ MACROS = [
     ("TORCH_TARGET_VERSION", "0x020a000000000000"),
     ("ROUTING_MASKS_MAX_EXPERTS", str(LIMITS["MAX_EXPERTS"])),
     ("ROUTING_MASKS_MAX_TOP_K", str(LIMITS["MAX_TOP_K"])),
+    ("ROUTING_MASKS_MAX_RANK_BITS", str(LIMITS["MAX_RANK_BITS"])),
 ]
 CUDA_MAJOR = (torch.version.cuda or "").partition(".")[0]
-HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
+# What the libraries are made of, beside their sources: a change of any of it builds them anew.
+INPUTS = ["setup.py", "routing_masks/limits.py", *sorted(str(path) for path in Path("csrc").glob("*.h"))]
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", "-Wno-attributes", "-Wno-unused-parameter"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "--resource-usage", "--threads=0"]
 
@@ -70,16 +72,32 @@ def why_no_cuda() -> str | None:
         return f"torch {torch.__version__} is built without CUDA"
     if cpp_extension.CUDA_HOME is None:
         return "there is no nvcc (on the PATH, or under CUDA_HOME)"
-    nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
-    release = re.search(r"release (\d+)\.", version)
-    if release is None or release[1] != CUDA_MAJOR:
-        found = f"CUDA {release[1]}" if release else "no version"
+    release = nvcc_release()
+    if release is None:
+        # torch takes a folder for CUDA's that may hold its runtime alone.
+        return f"there is no nvcc in {cpp_extension.CUDA_HOME}, and none on the PATH"
+    if str(release[0]) != CUDA_MAJOR:
         return (
-            f"{nvcc} is of {found}, and torch {torch.__version__} of CUDA {CUDA_MAJOR}: to build beside the torch that"
-            " is installed, and not beside the newest, use --no-build-isolation"
+            f"nvcc is of CUDA {release[0]}, and torch {torch.__version__} of CUDA {CUDA_MAJOR}: to build beside the"
+            " torch that is installed, and not beside the newest, use --no-build-isolation"
         )
     return None
+
+
+def nvcc_release() -> tuple[int, int] | None:
+    """Major and minor release of the nvcc that torch's build calls."""
+    nvcc = Path(cpp_extension.CUDA_HOME, "bin", "nvcc")
+    if not nvcc.is_file():
+        return None
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.(\d+)", version)
+    return (int(release[1]), int(release[2])) if release else None
+
+
+def architectures() -> str:
+    """Those to build for by default: A100, H100 and B200, and PTX of the last for later ones."""
+    # compute_100 came with CUDA 12.8.
+    return "8.0 9.0 10.0+PTX" if nvcc_release() >= (12, 8) else "8.0 9.0+PTX"
 
 
 def extension(kernels: str):
@@ -89,11 +107,13 @@ def extension(kernels: str):
     """
     build, source = (CppExtension, "mask_codec_cpu.cpp") if kernels == "cpu" else (CUDAExtension, "mask_codec_cuda.cu")
     name = f"_kernels_{kernels}" if kernels == "cpu" else f"_kernels_{kernels}{CUDA_MAJOR}"
+    if kernels == "cuda":
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures())
     return build(
         f"routing_masks.{name}",
         [f"csrc/{source}"],
         define_macros=[*MACROS, ("ROUTING_MASKS_MODULE", name)],
-        depends=HEADERS,
+        depends=INPUTS,
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
         # torch's build names more libraries than are used.
         extra_link_args=["-Wl,--as-needed"],
@@ -101,7 +121,6 @@ def extension(kernels: str):
     )
 
 
-os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0 9.0 10.0+PTX")
 setup(
     ext_modules=[extension(kernels) for kernels in kernels_wanted()],
     cmdclass={"build_ext": BuildExtension.with_options(use_ninja=False)},

@@ -41,13 +41,16 @@ inline int bit_length(Wide value) {
   return length;
 }
 
+// More than any model has, and so few that bits and places are counted without overflow.
+constexpr int64_t kMaxLayers = 1 << 20;
+
 struct Geometry {
   int64_t num_layers;
   int num_experts, top_k;
 
   Geometry(int64_t layers, int64_t experts, int64_t k)
       : num_layers(layers), num_experts(static_cast<int>(experts)), top_k(static_cast<int>(k)) {
-    require(layers >= 1, layers, " MoE layers, but a row has at least one");
+    require(layers >= 1 && layers <= kMaxLayers, layers, " MoE layers, but a row has 1 to ", kMaxLayers);
     require(experts >= 1 && experts <= kMaxExperts, experts, " experts, but the kernels take 1 to ", kMaxExperts);
     require(k >= 1 && k <= kMaxTopK, "top-k ", k, ", but the kernels take 1 to ", kMaxTopK);
     require(k <= experts, "top-k ", k, " of only ", experts, " experts");
@@ -64,7 +67,7 @@ void with_code(Codec codec, const Geometry& geometry, const MakeSearch& make_sea
   if (codec == Codec::kOrdered) return run(OrderedCode<KMax>{experts, top_k, bit_length(experts - 1)});
   const Wide num_sets = count_of_sets(experts, top_k);
   require(
-      num_sets != ~Wide{0}, "codec 'rank' has ranks of up to 128 bits, and the sets of ", top_k, " of ", experts,
+      num_sets != ~Wide{0}, "codec 'rank' has ranks of up to ", ROUTING_MASKS_MAX_RANK_BITS, " bits, and the sets of ", top_k, " of ", experts,
       " experts need more: choose 'bitset' or 'ordered'");
   const int width = bit_length(num_sets - 1);
   if (width < 64) {
@@ -95,12 +98,6 @@ inline Tensor empty_beside(const Tensor& tensor, const std::vector<int64_t>& siz
 
 inline Tensor zeros_beside(const Tensor& tensor, const std::vector<int64_t>& sizes, ScalarType dtype) {
   return torch::stable::new_zeros(tensor, {sizes.data(), sizes.size()}, dtype);
-}
-
-// A number that is -1: to unsigned numbers, as atomicMin takes them, it is above every place.
-inline Tensor minus_one_beside(const Tensor& tensor) {
-  Tensor number = empty_beside(tensor, {}, ScalarType::Long);
-  return torch::stable::fill_(number, -1);
 }
 
 inline void require_index_type(bool known) {

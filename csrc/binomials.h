@@ -5,9 +5,9 @@
 
 #include "bits.h"
 
-// Both come from routing_masks/limits.py, through the build.
-#if !defined(ROUTING_MASKS_MAX_EXPERTS) || !defined(ROUTING_MASKS_MAX_TOP_K)
-#error "define ROUTING_MASKS_MAX_EXPERTS and ROUTING_MASKS_MAX_TOP_K (see setup.py)"
+// These come from routing_masks/limits.py, through the build.
+#if !defined(ROUTING_MASKS_MAX_EXPERTS) || !defined(ROUTING_MASKS_MAX_TOP_K) || !defined(ROUTING_MASKS_MAX_RANK_BITS)
+#error "define ROUTING_MASKS_MAX_EXPERTS, ROUTING_MASKS_MAX_TOP_K and ROUTING_MASKS_MAX_RANK_BITS (see setup.py)"
 #endif
 
 namespace routing_masks {
@@ -17,6 +17,7 @@ using Wide = unsigned __int128;
 constexpr int kMaxExperts = ROUTING_MASKS_MAX_EXPERTS;
 constexpr int kMaxTopK = ROUTING_MASKS_MAX_TOP_K;
 static_assert((kMaxExperts & (kMaxExperts - 1)) == 0, "the binary search steps through a power of two");
+static_assert(8 * sizeof(Wide) == ROUTING_MASKS_MAX_RANK_BITS, "the limit of ranks is the width of their word");
 static_assert(kMaxExperts < INT16_MAX, "experts are held as int16");
 
 // Coefficients that do not fit into Rank are its largest value, which is above every rank that does.

@@ -1,7 +1,7 @@
 // How one MoE layer's experts are written into a field of `bits()` bits and read back.
 //
-// Indices that are not K different experts become a field that is illegal wherever the code has one to spare; an illegal
-// field reads back as K times `num_experts`, which is no expert.
+// Indices that are not K different experts become a field that is illegal wherever the code has one to spare: no bit set
+// for bitset, all for the others. An illegal field reads back as K times `num_experts`, which is no expert.
 //
 // Codes work on N fields ("lanes") at once, which suits the vector units of a CPU; a CUDA thread has one lane.
 // KMax >= K bounds the arrays, so that they fit into a CUDA thread's registers.
@@ -86,7 +86,7 @@ struct OrderedCode {
       ROUTING_MASKS_UNROLL
       for (int k = 0; k < places<KMax>(top_k); ++k) {
         if (k >= top_k) break;
-        out.append(legal[n] ? given.at[k][n] : 0, index_bits);
+        out.append(legal[n] ? given.at[k][n] : low_bits(index_bits), index_bits);
       }
     }
   }
@@ -173,19 +173,6 @@ struct RankCode {
     }
     return rank;
   }
-};
-
-// Writes nothing: `pack_group` then only checks the indices.
-template <int KMax_>
-struct NoCode {
-  static constexpr int KMax = KMax_;
-  int num_experts, top_k;
-
-  ROUTING_MASKS_FN int bits() const { return 0; }
-
-  template <int N>
-  ROUTING_MASKS_FN void write(
-      BitWriter&, const Experts<KMax, N>&, const Experts<KMax, N>&, const bool (&)[N], int) const {}
 };
 
 }  // namespace routing_masks

@@ -14,33 +14,56 @@ constexpr int kGroup = 8;
 
 ROUTING_MASKS_FN int64_t num_groups(int64_t num_layers) { return (num_layers + kGroup - 1) / kGroup; }
 
-// Packs layers [8 g, 8 g + 8) of a token, g = group % groups of a row; `read(row, layer, k)` is an index.
-// Returns the place row * num_layers + layer of its first layer that is not K different experts, or -1.
-template <int N, class Code, class Read>
-ROUTING_MASKS_FN int64_t
-pack_group(const Code& code, int64_t num_layers, int64_t row_bytes, uint8_t* rows, const Read& read, int64_t group) {
+// Layers [8 g, 8 g + 8) of a token, g = group % groups of a row, N at a time; `read(row, layer, k)` is an index. Calls
+// use(first, lanes, given, sorted, legal), where lane n is the place row * num_layers + layer = first + n.
+template <int N, int KMax, class Read, class Use>
+ROUTING_MASKS_FN void
+for_lanes(int num_experts, int top_k, int64_t num_layers, int64_t group, const Read& read, const Use& use) {
   const int64_t row = group / num_groups(num_layers);
   const int64_t begin = group % num_groups(num_layers) * kGroup;
   const int64_t end = begin + kGroup < num_layers ? begin + kGroup : num_layers;
-  BitWriter out(rows + row * row_bytes + begin / kGroup * code.bits());
-  int64_t illegal = -1;
   for (int64_t first = begin; first < end; first += N) {
     const int lanes = static_cast<int>(end - first < N ? end - first : N);
-    Experts<Code::KMax, N> given;
+    Experts<KMax, N> given;
     for (int n = 0; n < N; ++n) {
       const int64_t layer = first + (n < lanes ? n : 0);
-      load_lane(given, n, code.top_k, [&](int k) { return read(row, layer, k); });
+      load_lane(given, n, top_k, [&](int k) { return read(row, layer, k); });
     }
-    Experts<Code::KMax, N> sorted = given;
+    Experts<KMax, N> sorted = given;
     bool legal[N];
-    sort_lanes(sorted, code.top_k, code.num_experts, legal);
-    for (int n = 0; n < lanes; ++n) {
-      if (!legal[n] && illegal < 0) illegal = row * num_layers + first + n;
-    }
-    code.write(out, given, sorted, legal, lanes);
+    sort_lanes(sorted, top_k, num_experts, legal);
+    use(row * num_layers + first, lanes, given, sorted, legal);
   }
+}
+
+// Packs a group of layers. Returns the place of the first one that is not K different experts, or -1.
+template <int N, class Code, class Read>
+ROUTING_MASKS_FN int64_t
+pack_group(const Code& code, int64_t num_layers, int64_t row_bytes, uint8_t* rows, const Read& read, int64_t group) {
+  const int64_t row = group / num_groups(num_layers), part = group % num_groups(num_layers);
+  BitWriter out(rows + row * row_bytes + part * code.bits());
+  int64_t illegal = -1;
+  for_lanes<N, Code::KMax>(
+      code.num_experts, code.top_k, num_layers, group, read,
+      [&](int64_t first, int lanes, const auto& given, const auto& sorted, const auto& legal) {
+        for (int n = 0; n < lanes; ++n) {
+          if (!legal[n] && illegal < 0) illegal = first + n;
+        }
+        code.write(out, given, sorted, legal, lanes);
+      });
   out.finish();
   return illegal;
+}
+
+// Writes for each place of a group whether it is K different experts.
+template <int N, int KMax, class Read>
+ROUTING_MASKS_FN void
+check_group(int num_experts, int top_k, int64_t num_layers, const Read& read, int64_t group, bool* is_legal) {
+  for_lanes<N, KMax>(
+      num_experts, top_k, num_layers, group, read,
+      [&](int64_t first, int lanes, const auto&, const auto&, const auto& legal) {
+        for (int n = 0; n < lanes; ++n) is_legal[first + n] = legal[n];
+      });
 }
 
 // Rows as `pack_group` wrote them, of which layers [first_layer, first_layer + layers) are read.
@@ -83,13 +106,6 @@ struct Items {
       }
     }
   }
-
-  ROUTING_MASKS_FN int64_t first_illegal(const bool (&legal)[N]) const {
-    for (int n = 0; n < N; ++n) {
-      if (!legal[n] || !zeros_after[n]) return at[n];
-    }
-    return -1;
-  }
 };
 
 // Reads the items: visit(item, k, expert) for each of their K places, possibly twice for the last item.
@@ -100,16 +116,20 @@ unpack_items(const Code& code, const PackedRows& packed, int64_t num_items, int6
   const Items<N> items(packed, code.bits(), num_items, first);
   bool legal[N];
   code.template read<N>(items.fields, legal, [&](int n, int k, int expert) { visit(items.at[n], k, expert); });
-  return items.first_illegal(legal);
+  for (int n = 0; n < N; ++n) {
+    if (!legal[n] || !items.zeros_after[n]) return items.at[n];
+  }
+  return -1;
 }
 
-// As unpack_items, without reading what the items hold.
+// Writes for each of the items whether it is K different experts.
 template <int N, class Code>
-ROUTING_MASKS_FN int64_t check_items(const Code& code, const PackedRows& packed, int64_t num_items, int64_t first) {
+ROUTING_MASKS_FN void
+check_items(const Code& code, const PackedRows& packed, int64_t num_items, int64_t first, bool* is_legal) {
   const Items<N> items(packed, code.bits(), num_items, first);
   bool legal[N];
   code.template check<N>(items.fields, legal);
-  return items.first_illegal(legal);
+  for (int n = 0; n < N; ++n) is_legal[items.at[n]] = legal[n] && items.zeros_after[n];
 }
 
 }  // namespace routing_masks

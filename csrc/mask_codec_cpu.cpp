@@ -33,6 +33,13 @@ int64_t first_found(int64_t count, const Run& run) {
   return first.load() == INT64_MAX ? kNone : first.load();
 }
 
+template <class Run>
+void for_all(int64_t count, const Run& run) {
+  torch::stable::parallel_for(0, count, kTasksPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) run(i);
+  });
+}
+
 // Calls run with a bound of K as an integral constant.
 template <class Run>
 void with_top_k(int top_k, const Run& run) {
@@ -79,9 +86,15 @@ struct Cpu {
 
   template <class Code>
   static void pack(const Code& code, const Indices& in, int64_t row_bytes, uint8_t* rows) {
-    const int64_t place = pack_groups(code, in, row_bytes, rows);
+    const int64_t num_layers = in.geometry.num_layers;
+    int64_t place = kNone;
+    with_reader(in, [&](const auto& read) {
+      place = first_found(in.num_rows * num_groups(num_layers), [&](int64_t group) {
+        return pack_group<kLanes>(code, num_layers, row_bytes, rows, read, group);
+      });
+    });
     require(
-        place == kNone, "token ", place / in.geometry.num_layers, ", MoE layer ", place % in.geometry.num_layers,
+        place == kNone, "token ", place / num_layers, ", MoE layer ", place % num_layers,
         ": the indices are not ", in.geometry.top_k, " different experts in [0, ", in.geometry.num_experts, ")");
   }
 
@@ -103,33 +116,27 @@ struct Cpu {
     });
   }
 
-  static void check_indices(const Indices& in, int64_t* place) {
-    with_top_k(in.geometry.top_k, [&](auto k_max) {
-      *place = pack_groups(NoCode<k_max>{in.geometry.num_experts, in.geometry.top_k}, in, 0, nullptr);
+  static void check_indices(const Indices& in, bool* legal) {
+    const Geometry& geometry = in.geometry;
+    with_top_k(geometry.top_k, [&](auto k_max) {
+      with_reader(in, [&](const auto& read) {
+        for_all(in.num_rows * num_groups(geometry.num_layers), [&](int64_t group) {
+          check_group<kLanes, k_max>(
+              geometry.num_experts, geometry.top_k, geometry.num_layers, read, group, legal);
+        });
+      });
     });
   }
 
   template <class Code>
-  static void check_rows(const Code& code, const PackedRows& packed, const Tensor& rows, int64_t* place) {
+  static void check_rows(const Code& code, const PackedRows& packed, const Tensor& rows, bool* legal) {
     const int64_t items = rows.size(0) * packed.layers;
-    *place = first_found((items + kLanes - 1) / kLanes, [&](int64_t task) {
-      return check_items<kLanes>(code, packed, items, task * kLanes);
+    for_all((items + kLanes - 1) / kLanes, [&](int64_t task) {
+      check_items<kLanes>(code, packed, items, task * kLanes, legal);
     });
   }
 
  private:
-  template <class Code>
-  static int64_t pack_groups(const Code& code, const Indices& in, int64_t row_bytes, uint8_t* rows) {
-    const int64_t num_layers = in.geometry.num_layers;
-    int64_t place = kNone;
-    with_reader(in, [&](const auto& read) {
-      place = first_found(in.num_rows * num_groups(num_layers), [&](int64_t group) {
-        return pack_group<kLanes>(code, num_layers, row_bytes, rows, read, group);
-      });
-    });
-    return place;
-  }
-
   // `visit` as in unpack_items.
   template <class Code, class Visit>
   static void read(

@@ -1,4 +1,4 @@
-// The ops on a CUDA device: no synchronisation and no look at values; the ops named first_illegal_* are the check.
+// The ops on a CUDA device: no synchronisation and no look at values; the ops named legal_* are the check.
 
 #include "python_module.h"
 
@@ -74,20 +74,17 @@ __global__ void __launch_bounds__(kThreads) map_kernel(Code code, PackedRows pac
 }
 
 template <int KMax>
-__global__ void __launch_bounds__(kThreads)
-    check_indices_kernel(NoCode<KMax> code, IndexReader read, int64_t num_layers, int64_t groups, unsigned long long* first) {
+__global__ void __launch_bounds__(kThreads) check_indices_kernel(
+    IndexReader read, int num_experts, int top_k, int64_t num_layers, int64_t groups, bool* legal) {
   for (int64_t group = first_of_thread(); group < groups; group += all_threads()) {
-    const int64_t place = pack_group<1>(code, num_layers, 0, nullptr, read, group);
-    if (place >= 0) atomicMin(first, static_cast<unsigned long long>(place));
+    check_group<1, KMax>(num_experts, top_k, num_layers, read, group, legal);
   }
 }
 
 template <class Code>
-__global__ void __launch_bounds__(kThreads)
-    check_rows_kernel(Code code, PackedRows packed, int64_t items, unsigned long long* first) {
+__global__ void __launch_bounds__(kThreads) check_rows_kernel(Code code, PackedRows packed, int64_t items, bool* legal) {
   for (int64_t item = first_of_thread(); item < items; item += all_threads()) {
-    const int64_t place = check_items<1>(code, packed, items, item);
-    if (place >= 0) atomicMin(first, static_cast<unsigned long long>(place));
+    check_items<1>(code, packed, items, item, legal);
   }
 }
 
@@ -162,22 +159,21 @@ struct Cuda {
     launch(rows, map_kernel<Code>, rows.size(0), code, packed, map, rows.size(0));
   }
 
-  static void check_indices(const Indices& in, int64_t* place) {
-    const int64_t num_layers = in.geometry.num_layers, groups = in.num_rows * num_groups(num_layers);
-    with_top_k(in.geometry.top_k, [&](auto k_max) {
-      const NoCode<k_max> code{in.geometry.num_experts, in.geometry.top_k};
-      launch(in.flat, check_indices_kernel<k_max>, groups, code, reader(in), num_layers, groups, unsigned_(place));
+  static void check_indices(const Indices& in, bool* legal) {
+    const Geometry& geometry = in.geometry;
+    const int64_t groups = in.num_rows * num_groups(geometry.num_layers);
+    with_top_k(geometry.top_k, [&](auto k_max) {
+      launch(
+          in.flat, check_indices_kernel<k_max>, groups, reader(in), geometry.num_experts, geometry.top_k,
+          geometry.num_layers, groups, legal);
     });
   }
 
   template <class Code>
-  static void check_rows(const Code& code, const PackedRows& packed, const Tensor& rows, int64_t* place) {
+  static void check_rows(const Code& code, const PackedRows& packed, const Tensor& rows, bool* legal) {
     const int64_t items = rows.size(0) * packed.layers;
-    launch(rows, check_rows_kernel<Code>, items, code, packed, items, unsigned_(place));
+    launch(rows, check_rows_kernel<Code>, items, code, packed, items, legal);
   }
-
- private:
-  static unsigned long long* unsigned_(int64_t* place) { return reinterpret_cast<unsigned long long*>(place); }
 };
 
 }  // namespace

@@ -6,8 +6,8 @@
 //   pack(code, indices, row_bytes, rows)                all rows
 //   unpack(code, packed, rows, geometry, indices)       int32 [num_rows, packed.layers, K]
 //   map(code, packed, rows, geometry, map)              bool [num_rows, E] that is all False, for one layer
-//   check_indices(indices, place)                       writes the first place of illegal ones, where there are any, into
-//   check_rows(code, packed, rows, place)               a number that is -1
+//   check_indices(indices, legal)                       bool [num_rows, L]
+//   check_rows(code, packed, rows, legal)               bool [num_rows, L]
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -62,25 +62,25 @@ struct Ops {
     return map;
   }
 
-  static Tensor first_illegal_indices(const Tensor& indices, int64_t num_experts) {
+  static Tensor legal_indices(const Tensor& indices, int64_t num_experts) {
     const typename Device::Guard guard(indices);
     const Indices in = Indices::of(indices, num_experts);
-    const Tensor place = minus_one_beside(indices);
-    Device::check_indices(in, static_cast<int64_t*>(place.mutable_data_ptr()));
-    return place;
+    const Tensor legal = empty_beside(indices, sizes_with(indices, indices.dim() - 1, {}), ScalarType::Bool);
+    Device::check_indices(in, static_cast<bool*>(legal.mutable_data_ptr()));
+    return legal;
   }
 
-  static Tensor first_illegal_row(
+  static Tensor legal_rows(
       const Tensor& rows, int64_t num_layers, int64_t num_experts, int64_t top_k, const std::string& codec) {
     const typename Device::Guard guard(rows);
     const Geometry geometry(num_layers, num_experts, top_k);
     const Tensor flat = flat_rows(rows);
-    const Tensor place = minus_one_beside(rows);
+    const Tensor legal = empty_beside(rows, sizes_with(rows, rows.dim() - 1, {num_layers}), ScalarType::Bool);
     with_reading_code(codec, geometry, [&](const auto& code) {
       const PackedRows packed = packed_rows(flat, geometry, code, 0, num_layers);
-      Device::check_rows(code, packed, flat, static_cast<int64_t*>(place.mutable_data_ptr()));
+      Device::check_rows(code, packed, flat, static_cast<bool*>(legal.mutable_data_ptr()));
     });
-    return place;
+    return legal;
   }
 
  private:
@@ -111,8 +111,8 @@ void register_ops(Library& library) {
   library.impl("unpack_indices", TORCH_BOX(&Ops<Device>::unpack_indices));
   library.impl("unpack_layer", TORCH_BOX(&Ops<Device>::unpack_layer));
   library.impl("unpack_bitset", TORCH_BOX(&Ops<Device>::unpack_bitset));
-  library.impl("first_illegal_indices", TORCH_BOX(&Ops<Device>::first_illegal_indices));
-  library.impl("first_illegal_row", TORCH_BOX(&Ops<Device>::first_illegal_row));
+  library.impl("legal_indices", TORCH_BOX(&Ops<Device>::legal_indices));
+  library.impl("legal_rows", TORCH_BOX(&Ops<Device>::legal_rows));
 }
 
 }  // namespace routing_masks

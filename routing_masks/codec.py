@@ -11,11 +11,13 @@ from torch import Tensor
 from routing_masks import reference
 from routing_masks.errors import GeometryError, GeometryMismatchError, MaskValueError, RoutingMaskError
 from routing_masks.geometry import RoutingGeometry
+from routing_masks.limits import MAX_RANK_BITS
 from routing_masks.ops import OPS
 
 NO_ROW = 0xFF
 """Byte that fills rows which hold no routes. Unlike zeros, which are the experts 0 to K - 1 to codec 'rank', a row of
-these is refused by `check_rows` under every codec, except where all of a codec's numbers are in use."""
+these is refused by `check_rows`, except for 'bitset' where K = E, and for the others where all their numbers are
+used."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,17 @@ class Codec:
             GeometryError: this codec cannot write such routes.
         """
         bits = reference.bits_per_layer(self.name, geometry.num_experts, geometry.top_k)
-        if self.name == "rank" and bits > reference.MAX_RANK_BITS:
+        if self.name == "rank" and bits > MAX_RANK_BITS:
             raise GeometryError(
                 f"codec 'rank' numbers the sets of {geometry.top_k} of {geometry.num_experts} experts in {bits} bits,"
-                f" but its ranks have at most {reference.MAX_RANK_BITS}: choose 'auto', 'bitset' or 'ordered'"
+                f" but its ranks have at most {MAX_RANK_BITS}: choose 'auto', 'bitset' or 'ordered'"
             )
         return bits
 
     def row_bytes(self, geometry: RoutingGeometry) -> int:
         """Bytes of one token's row: its layers bit-tight, rounded up once."""
-        return (geometry.num_moe_layers * self.bits_per_layer(geometry) + 7) // 8
+        self.bits_per_layer(geometry)
+        return reference.row_bytes(self.name, *_arguments(geometry))
 
     def can_write(self, geometry: RoutingGeometry) -> bool:
         """Whether this codec has a row for every choice of experts of this geometry."""
@@ -108,7 +111,12 @@ class Codec:
             return self.unpack_indices(rows, geometry)
         shape = (rows.shape[0], geometry.num_moe_layers, geometry.top_k)
         indices = torch.full(shape, -1, dtype=torch.int32, device=rows.device)
-        indices[valid] = self.unpack_indices(rows[valid], geometry)
+        try:
+            indices[valid] = self.unpack_indices(rows[valid], geometry)
+        except MaskValueError:
+            # Names the token by its place among all rows.
+            self.check_rows(rows, geometry, valid)
+            raise
         return indices
 
     def require_row_bytes(self, rows: Tensor, geometry: RoutingGeometry) -> None:
@@ -136,10 +144,10 @@ class Codec:
         if valid is not None and not bool(valid.all()):
             tokens = valid.nonzero().flatten()
             rows = rows[tokens]
-        place = int(OPS.first_illegal_row(rows, *_arguments(geometry), self.name))
-        if place < 0:
+        found = _first_illegal(OPS.legal_rows(rows, *_arguments(geometry), self.name))
+        if found is None:
             return
-        token, slot = divmod(place, geometry.num_moe_layers)
+        token, slot = found
         token = token if tokens is None else int(tokens[token])
         raise MaskValueError(
             f"token {token}, decoder layer {geometry.moe_layers[slot]}: the bits are not {geometry.top_k} different"
@@ -203,14 +211,22 @@ def check_indices(indices: Tensor, geometry: RoutingGeometry) -> None:
         MaskValueError: naming the first token and decoder layer that are wrong.
     """
     _require_shape(indices, geometry)
-    place = int(OPS.first_illegal_indices(indices, geometry.num_experts))
-    if place < 0:
+    illegal = _first_illegal(OPS.legal_indices(indices, geometry.num_experts))
+    if illegal is None:
         return
-    token, slot = divmod(place, geometry.num_moe_layers)
+    token, slot = illegal
     found = indices.reshape(-1, *indices.shape[-2:])[token, slot].tolist()
     outside = any(not 0 <= index < geometry.num_experts for index in found)
     problem = f"are not all in [0, {geometry.num_experts})" if outside else "name an expert twice"
     raise MaskValueError(f"token {token}, decoder layer {geometry.moe_layers[slot]}: expert indices {found} {problem}")
+
+
+def _first_illegal(legal: Tensor) -> tuple[int, int] | None:
+    """Token and slot of the first False of `bool [..., L]`."""
+    if bool(legal.all()):
+        return None
+    token, slot = (~legal.reshape(-1, legal.shape[-1])).nonzero()[0].tolist()
+    return token, slot
 
 
 def _require_shape(indices: Tensor, geometry: RoutingGeometry) -> None:

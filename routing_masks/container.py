@@ -61,6 +61,8 @@ def from_bytes(data: bytes) -> RoutingMasks:
         )
     try:
         num_layers, num_experts, top_k, moe_layers = json.loads(metadata["geometry"])
+        if not all(type(number) is int for number in (num_layers, num_experts, top_k, *moe_layers)):
+            raise TypeError(f"geometry {metadata['geometry']} has numbers that are not integers")
         masks = RoutingMasks(
             rows=tensors["rows"],
             valid=tensors["valid"],
@@ -73,7 +75,7 @@ def from_bytes(data: bytes) -> RoutingMasks:
         get_codec(masks.codec).check_rows(masks.rows, masks.geometry, masks.valid)
     except RoutingMaskError as error:
         raise ContainerError(f"a {FORMAT} file contradicts itself: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ContainerError(f"a {FORMAT} file lacks or garbles a field: {error!r}; it was written wrongly") from error
     if metadata.get("crc32") != (found := _checksum(tensors, metadata)):
         raise ContainerError(

@@ -1,11 +1,11 @@
 """torch.ops.routing_masks: what the ops are, the libraries with their kernels, and plain torch in their place.
 
-    pack                   indices int [..., L, K] -> rows uint8 [..., row_bytes]
-    unpack_indices         rows -> int32 [..., L, K]
-    unpack_layer           one MoE layer of the rows -> int32 [..., K]
-    unpack_bitset          one MoE layer of the rows -> bool [..., E], the routing map that dispatchers take
-    first_illegal_indices  where the first K indices are that are not K different experts, int64 []; -1 if nowhere
-    first_illegal_row      where the first field is that `pack` cannot have written; -1 if nowhere
+    pack             indices int [..., L, K] -> rows uint8 [..., row_bytes]
+    unpack_indices   rows -> int32 [..., L, K]
+    unpack_layer     one MoE layer of the rows -> int32 [..., K]
+    unpack_bitset    one MoE layer of the rows -> bool [..., E], the routing map that dispatchers take
+    legal_indices    whether indices are K different experts, bool [..., L]
+    legal_rows       whether a row's fields are such that `pack` can have written them, bool [..., L]
 
 Indices are uint8, int16, uint16, int32 or int64, of any strides and leading shape; L = MoE layers, K = top-k,
 E = experts; `slot` is a layer's place among the L. `routing_masks.reference` says what each of them means.
@@ -30,8 +30,8 @@ _SCHEMAS: dict[Callable[..., Tensor], str] = {
     reference.unpack_indices: f"unpack_indices(Tensor rows, {_GEOMETRY}) -> Tensor",
     reference.unpack_layer: f"unpack_layer(Tensor rows, int slot, {_GEOMETRY}) -> Tensor",
     reference.unpack_bitset: f"unpack_bitset(Tensor rows, int slot, {_GEOMETRY}) -> Tensor",
-    reference.first_illegal_indices: "first_illegal_indices(Tensor indices, int num_experts) -> Tensor",
-    reference.first_illegal_row: f"first_illegal_row(Tensor rows, {_GEOMETRY}) -> Tensor",
+    reference.legal_indices: "legal_indices(Tensor indices, int num_experts) -> Tensor",
+    reference.legal_rows: f"legal_rows(Tensor rows, {_GEOMETRY}) -> Tensor",
 }
 
 # The schemas are defined here and not in the libraries, which only add kernels: the ops are the same with or without
@@ -57,8 +57,12 @@ def _fake_unpack_bitset(rows: Tensor, slot: int, num_layers: int, num_experts: i
     return rows.new_empty((*rows.shape[:-1], num_experts), dtype=torch.bool)
 
 
-def _fake_first_illegal(tensor: Tensor, *_: object) -> Tensor:
-    return tensor.new_empty((), dtype=torch.int64)
+def _fake_legal_indices(indices: Tensor, num_experts: int) -> Tensor:
+    return indices.new_empty(indices.shape[:-1], dtype=torch.bool)
+
+
+def _fake_legal_rows(rows: Tensor, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
+    return rows.new_empty((*rows.shape[:-1], num_layers), dtype=torch.bool)
 
 
 _FAKES: dict[str, Callable[..., Tensor]] = {
@@ -66,8 +70,8 @@ _FAKES: dict[str, Callable[..., Tensor]] = {
     "unpack_indices": _fake_unpack_indices,
     "unpack_layer": _fake_unpack_layer,
     "unpack_bitset": _fake_unpack_bitset,
-    "first_illegal_indices": _fake_first_illegal,
-    "first_illegal_row": _fake_first_illegal,
+    "legal_indices": _fake_legal_indices,
+    "legal_rows": _fake_legal_rows,
 }
 
 
@@ -105,7 +109,10 @@ MISSING_KERNELS: dict[str, str] = {}
 for _device, (_name, _needs) in _LIBRARIES.items():
     if (_reason := _load(_name, _needs)) is not None:
         MISSING_KERNELS[_device] = _reason
-_missed = [name for name in MISSING_KERNELS if name == "cpu" or torch.cuda.is_available()]
+_accelerator = torch.accelerator.current_accelerator(check_available=True)
+if _accelerator is not None and _accelerator.type not in _LIBRARIES:
+    MISSING_KERNELS[_accelerator.type] = "there are kernels for CPUs and for CUDA devices only"
+_missed = [name for name in MISSING_KERNELS if name == "cpu" or (_accelerator and _accelerator.type == name)]
 if _missed:
     warnings.warn(
         "routing masks are packed by plain torch, which is right but many times slower, because the kernels are"

@@ -9,9 +9,9 @@ significant bit first within a byte, the last byte filled up with zeros. Fields,
              C(c_1, 1) + ... + C(c_K, K), in ceil(log2 C(E, K)) bits
     ordered  K indices of ceil(log2 E) bits, in the router's column order
 
-Indices that are not K different experts become a field that is illegal wherever the codec has one to spare: all bits
-set for rank, none for the others. An illegal field reads back as K times the index E, which is no expert.
-On the CPU either is refused; on other devices that would wait for the device, and the functions first_illegal_* tell.
+Indices that are not K different experts become a field that is illegal wherever the codec has one to spare: no bit set
+for bitset, all for the others. An illegal field reads back as K times the index E, which is no expert.
+On the CPU either is refused; on other devices that would wait for the device, and the functions legal_* tell.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from routing_masks.limits import MAX_EXPERTS, MAX_RANK_BITS, MAX_TOP_K
+
 # Elements of the largest intermediate tensor: bounds the working memory to some tens of megabytes.
 _ELEMENTS_AT_ONCE = 1 << 21
 _LIMB_BITS = 32
 _LIMB = (1 << _LIMB_BITS) - 1
 INDEX_DTYPES = (torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64)
-# Longest rank; a limit of the kernels, which hold it in one 128-bit word.
-MAX_RANK_BITS = 128
 
 
 def bits_per_layer(codec: str, num_experts: int, top_k: int) -> int:
@@ -51,13 +51,13 @@ def row_bytes(codec: str, num_layers: int, num_experts: int, top_k: int) -> int:
 
 def pack(indices: Tensor, num_experts: int, codec: str) -> Tensor:
     """Expert indices `int [..., L, K]` -> rows `uint8 [..., row_bytes]`."""
+    _require_indices(indices, num_experts)
     *leading, num_layers, top_k = indices.shape
     width = bits_per_layer(codec, num_experts, top_k)
     num_bytes = row_bytes(codec, num_layers, num_experts, top_k)
-    if indices.dtype not in INDEX_DTYPES:
-        raise RuntimeError(f"indices are {indices.dtype}, but must be uint8, int16, uint16, int32 or int64")
-    flat = indices.reshape(-1, num_layers, top_k).long()
-    _refuse_on_cpu(first_illegal_indices(flat, num_experts), num_layers, "the indices are", num_experts, top_k)
+    flat = indices.reshape(math.prod(leading), num_layers, top_k).long()
+    if indices.device.type == "cpu":
+        _refuse(_legal(flat, num_experts), 0, f"the indices are not {top_k} different experts in [0, {num_experts})")
     rows = torch.empty((flat.shape[0], num_bytes), dtype=torch.uint8, device=indices.device)
     for part in _parts(flat.shape[0], num_layers * max(num_experts, width)):
         fields = _encode(flat[part], num_experts, codec, width)
@@ -67,7 +67,7 @@ def pack(indices: Tensor, num_experts: int, codec: str) -> Tensor:
 
 def unpack_indices(rows: Tensor, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
     """Rows `uint8 [..., row_bytes]` -> expert indices `int32 [..., L, K]`, ascending where the order is not kept."""
-    indices = _unpack(rows, slice(0, num_layers), num_layers, num_experts, top_k, codec)
+    indices = _unpack(rows, 0, num_layers, num_layers, num_experts, top_k, codec)
     return indices.reshape(*rows.shape[:-1], num_layers, top_k)
 
 
@@ -75,7 +75,7 @@ def unpack_layer(rows: Tensor, slot: int, num_layers: int, num_experts: int, top
     """One layer of the rows as expert indices `int32 [..., K]`."""
     if not 0 <= slot < num_layers:
         raise RuntimeError(f"slot {slot} is none of the {num_layers} MoE layers")
-    indices = _unpack(rows, slice(slot, slot + 1), num_layers, num_experts, top_k, codec)
+    indices = _unpack(rows, slot, slot + 1, num_layers, num_experts, top_k, codec)
     return indices.reshape(*rows.shape[:-1], top_k)
 
 
@@ -87,41 +87,45 @@ def unpack_bitset(rows: Tensor, slot: int, num_layers: int, num_experts: int, to
     return mask.scatter_(-1, indices.long(), True)[..., :num_experts].contiguous()
 
 
-def first_illegal_indices(indices: Tensor, num_experts: int) -> Tensor:
-    """Place row * L + slot of the first K indices that are not K different experts, or -1: `int64 []`.
-
-    Args:
-        indices: `int [..., L, K]`; a row is a place in the leading dimensions.
-    """
-    return _first(~_legal(indices.long(), num_experts))
+def legal_indices(indices: Tensor, num_experts: int) -> Tensor:
+    """Whether indices `int [..., L, K]` are K different experts: `bool [..., L]`."""
+    _require_indices(indices, num_experts)
+    return _legal(indices.long(), num_experts)
 
 
-def first_illegal_row(rows: Tensor, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
-    """Place row * L + slot of the first field that `pack` cannot have written, or -1: `int64 []`.
+def legal_rows(rows: Tensor, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
+    """Whether `pack` can have written the fields of rows `uint8 [..., row_bytes]`: `bool [..., L]`.
 
-    The bits behind a row's last field count as that field's.
+    The bits behind a row's last field, which are zeros, count as that field's.
     """
     flat = _flat_rows(rows, num_layers, num_experts, top_k, codec)
+    _, legal = _decoded(flat, 0, num_layers, num_layers, num_experts, top_k, codec)
+    return legal.reshape(*rows.shape[:-1], num_layers)
+
+
+def _unpack(rows: Tensor, first: int, end: int, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
+    flat = _flat_rows(rows, num_layers, num_experts, top_k, codec)
+    indices, legal = _decoded(flat, first, end, num_layers, num_experts, top_k, codec)
+    if rows.device.type == "cpu":
+        _refuse(legal, first, f"these bits are not {top_k} different experts of {num_experts}: corrupted rows")
+    return indices
+
+
+def _decoded(
+    flat: Tensor, first: int, end: int, num_layers: int, num_experts: int, top_k: int, codec: str
+) -> tuple[Tensor, Tensor]:
+    """Layers [first, end) of rows `uint8 [T, row_bytes]`: `(indices int32 [T, layers, K], legal bool [T, layers])`."""
     width = bits_per_layer(codec, num_experts, top_k)
-    illegal = torch.empty((flat.shape[0], num_layers), dtype=torch.bool, device=rows.device)
+    indices = torch.empty((flat.shape[0], end - first, top_k), dtype=torch.int32, device=flat.device)
+    legal = torch.empty(indices.shape[:2], dtype=torch.bool, device=flat.device)
     for part in _parts(flat.shape[0], num_layers * max(num_experts, width)):
         bits = _bits_of_bytes(flat[part])
-        fields = bits[:, : num_layers * width].unflatten(1, (num_layers, width))
-        illegal[part] = ~_legal(_decode(fields, num_experts, top_k, codec).long(), num_experts)
-        illegal[part, -1] |= bits[:, num_layers * width :].any(-1)
-    return _first(illegal)
-
-
-def _unpack(rows: Tensor, slots: slice, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
-    flat = _flat_rows(rows, num_layers, num_experts, top_k, codec)
-    width = bits_per_layer(codec, num_experts, top_k)
-    num_slots = slots.stop - slots.start
-    indices = torch.empty((flat.shape[0], num_slots, top_k), dtype=torch.int32, device=rows.device)
-    for part in _parts(flat.shape[0], num_layers * max(num_experts, width)):
-        bits = _bits_of_bytes(flat[part])[:, slots.start * width : slots.stop * width]
-        indices[part] = _decode(bits.unflatten(1, (num_slots, width)), num_experts, top_k, codec)
-    _refuse_on_cpu(first_illegal_indices(indices, num_experts), num_slots, "these bits are", num_experts, top_k)
-    return indices
+        fields = bits[:, first * width : end * width].reshape(len(bits), end - first, width)
+        indices[part] = _decode(fields, num_experts, top_k, codec)
+        legal[part] = _legal(indices[part].long(), num_experts)
+        if end == num_layers:
+            legal[part, -1] &= ~bits[:, num_layers * width :].any(-1)
+    return indices, legal
 
 
 def _encode(indices: Tensor, num_experts: int, codec: str, width: int) -> Tensor:
@@ -132,7 +136,7 @@ def _encode(indices: Tensor, num_experts: int, codec: str, width: int) -> Tensor
         mask = torch.zeros((*indices.shape[:-1], num_experts), dtype=torch.bool, device=indices.device)
         return mask.scatter_(-1, indices, True) & legal
     if codec == "ordered":
-        return _bits_of_integers(indices, (num_experts - 1).bit_length()).flatten(2) & legal
+        return _bits_of_integers(indices, (num_experts - 1).bit_length()).flatten(2) | ~legal
     coefficients = _coefficients(num_experts, indices.shape[-1]).to(indices.device)
     places = torch.arange(indices.shape[-1], device=indices.device)
     limbs = coefficients[places, indices.sort(-1).values].sum(-2)
@@ -226,23 +230,34 @@ def _legal(indices: Tensor, num_experts: int) -> Tensor:
     return inside & (ordered[..., 1:] != ordered[..., :-1]).all(-1)
 
 
-def _first(illegal: Tensor) -> Tensor:
-    flat = illegal.flatten()
-    places = torch.arange(flat.numel(), device=flat.device)
-    first = torch.where(flat, places, flat.numel()).amin() if flat.numel() else places.new_tensor(-1)
-    return torch.where(first == flat.numel(), -1, first)
+def _refuse(legal: Tensor, first_slot: int, problem: str) -> None:
+    if not bool(legal.all()):
+        token, slot = (~legal).nonzero()[0].tolist()
+        raise RuntimeError(f"token {token}, MoE layer {first_slot + slot}: {problem}")
 
 
-def _refuse_on_cpu(place: Tensor, num_slots: int, what: str, num_experts: int, top_k: int) -> None:
-    if place.device.type == "cpu" and place >= 0:
-        token, slot = divmod(int(place), num_slots)
-        raise RuntimeError(f"token {token}, MoE layer {slot}: {what} not {top_k} different experts of {num_experts}")
+def _require_geometry(num_layers: int, num_experts: int, top_k: int) -> None:
+    if num_layers < 1 or not 1 <= num_experts <= MAX_EXPERTS or not 1 <= top_k <= min(num_experts, MAX_TOP_K):
+        raise RuntimeError(
+            f"{num_layers} MoE layers of top-k {top_k} of {num_experts} experts: there must be a layer, up to"
+            f" {MAX_EXPERTS} experts and top-k {MAX_TOP_K}, and no more chosen than there are"
+        )
+
+
+def _require_indices(indices: Tensor, num_experts: int) -> None:
+    if indices.dtype not in INDEX_DTYPES or indices.dim() < 2:
+        raise RuntimeError(
+            f"indices are {indices.dtype} {tuple(indices.shape)}, but must be uint8, int16, uint16, int32 or int64,"
+            " [..., MoE layers, top-k]"
+        )
+    _require_geometry(indices.shape[-2], num_experts, indices.shape[-1])
 
 
 def _flat_rows(rows: Tensor, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
+    _require_geometry(num_layers, num_experts, top_k)
     expected = row_bytes(codec, num_layers, num_experts, top_k)
-    if rows.dtype != torch.uint8 or rows.shape[-1] != expected:
-        raise RuntimeError(f"rows are {rows.dtype} {tuple(rows.shape)}, not uint8 [..., {expected}]")
+    if rows.dtype != torch.uint8 or rows.dim() == 0 or rows.shape[-1] != expected:
+        raise RuntimeError(f"rows are {rows.dtype} {tuple(rows.shape)}, but must be uint8 [..., {expected}]")
     return rows.reshape(math.prod(rows.shape[:-1]), expected)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from routing_masks import GeometryMismatchError, RoutingGeometry
+from routing_masks.ops import OPS
 
 _UNWRITTEN = -1
 
@@ -42,12 +43,12 @@ class Staging:
         """Routes of the pass's tokens [first, last), and set the buffer back. No host sync.
 
         Returns:
-            `(indices int16 [n, L, K], complete bool [n])`: where a layer reported no expert or one out of range,
-            `complete` is False and the indices are those of some legal row.
+            `(indices int16 [n, L, K], complete bool [n])`: where a layer reported no expert, one out of range or one
+            twice, `complete` is False and the indices are those of some legal row.
         """
         top_k, num_experts = self._geometry.top_k, self._geometry.num_experts
         taken = self.buffer[first:last, :, :top_k]
-        complete = ((taken >= 0) & (taken < num_experts)).flatten(1).all(1)
+        complete = OPS.legal_indices(taken, num_experts).all(-1)
         legal = torch.arange(top_k, dtype=torch.int16, device=taken.device)
         indices = torch.where(complete[:, None, None], taken, legal)
         self.buffer.fill_(_UNWRITTEN)

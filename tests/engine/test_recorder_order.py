@@ -136,6 +136,15 @@ def test_padded_experts_make_the_row_invalid(scheduler: Scheduler) -> None:
     assert scheduler.table(1, 2) == [3, None]
 
 
+def test_an_expert_twice_makes_the_row_invalid(scheduler: Scheduler) -> None:
+    for layer in (1, 2):
+        ids = torch.tensor([[3, 4], [5, 5]], dtype=torch.int32, device=scheduler.device)
+        scheduler.recorder.device_cache.capture(layer, ids)
+    batch = SimpleNamespace(out_cache_loc=torch.tensor([1, 2], device=scheduler.device), out_cache_loc_virtual=None)
+    scheduler.recorder.on_forward_end(batch, False, None, no_copy_to_cpu=True).finalize()
+    assert scheduler.table(1, 2) == [3, None]
+
+
 def test_a_dense_layer_that_routes_is_refused(scheduler: Scheduler) -> None:
     with pytest.raises(GeometryMismatchError, match=r"decoder layer 0 routes .* only layers \(1, 2\)"):
         scheduler.launch([1], [3], layers=(0,))

@@ -7,6 +7,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 #include "guess.h"
@@ -29,6 +30,18 @@ std::vector<int64_t> shuffled(int64_t count) {
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), generator);
   return order;
+}
+
+// Below 2^bits if and only if some field of the code is illegal.
+template <class Code>
+uint64_t legal_fields(const Code& code) {
+  if constexpr (std::is_same_v<Code, BitsetCode<Code::KMax>>) return 0;
+  const int experts = code.num_experts, top_k = code.top_k;
+  if constexpr (std::is_same_v<Code, OrderedCode<Code::KMax>>) {
+    const bool every = top_k == 1 && (experts & (experts - 1)) == 0;
+    return every ? uint64_t{1} << code.bits() : 0;
+  }
+  return static_cast<uint64_t>(count_of_sets(experts, top_k));
 }
 
 template <int N, class Code>
@@ -56,15 +69,30 @@ void drive(const Code& code, int64_t num_rows, int64_t num_layers) {
   }
   require(std::equal(rows.get(), rows.get() + num_rows * row_bytes, again.get()), "every byte of the rows is written");
 
-  const PackedRows packed{rows.get(), row_bytes, row_bytes, num_layers, 0, num_layers};
+  // Rows as a slice of wider ones, whose last ends where the allocation ends.
+  const int64_t stride = row_bytes + 3;
+  std::unique_ptr<uint8_t[]> wide(new uint8_t[(num_rows - 1) * stride + row_bytes]);
+  for (int64_t row = 0; row < num_rows; ++row) {
+    std::copy_n(rows.get() + row * row_bytes, row_bytes, wide.get() + row * stride);
+  }
+  const PackedRows all{wide.get(), stride, row_bytes, num_layers, 0, num_layers};
   std::unique_ptr<int[]> found(new int[items * top_k]);
+  std::unique_ptr<bool[]> legal(new bool[items]());
   std::fill_n(found.get(), items * top_k, -7);
   for (int64_t task : shuffled((items + N - 1) / N)) {
-    const int64_t illegal = unpack_items<N>(code, packed, items, task * N, [&](int64_t item, int k, int expert) {
+    const int64_t illegal = unpack_items<N>(code, all, items, task * N, [&](int64_t item, int k, int expert) {
       found[item * top_k + k] = expert;
     });
     require(illegal == -1, "packed rows are legal");
-    require(check_items<N>(code, packed, items, task * N) == -1, "packed rows pass the check");
+    check_items<N>(code, all, items, task * N, legal.get());
+  }
+  require(std::all_of(legal.get(), legal.get() + items, [](bool each) { return each; }), "packed rows pass the check");
+  const int64_t middle = num_layers / 2;
+  const PackedRows layer{wide.get(), stride, row_bytes, num_layers, middle, 1};
+  for (int64_t task : shuffled((num_rows + N - 1) / N)) {
+    unpack_items<N>(code, layer, num_rows, task * N, [&](int64_t row, int k, int expert) {
+      require(found[(row * num_layers + middle) * top_k + k] == expert, "a layer by itself reads as among all");
+    });
   }
   for (int64_t item = 0; item < items; ++item) {
     int* const first = found.get() + item * top_k;
@@ -73,26 +101,30 @@ void drive(const Code& code, int64_t num_rows, int64_t num_layers) {
     require(std::equal(first, first + top_k, indices.begin() + item * top_k), "the experts come back");
   }
 
-  // An expert twice, and one out of range: marked so that a check finds it, where the code has a mark.
-  for (const int wrong : {indices.at(0), experts, -1}) {
+  // An expert twice, and one out of range: found, and marked by a field that is illegal if any field of the code is.
+  const bool has_mark = code.bits() >= 63 || legal_fields<Code>(code) < (uint64_t{1} << code.bits());
+  for (const int wrong : {indices.at(0), experts, -1, INT32_MAX, INT32_MIN}) {
     if (top_k == 1 && wrong == indices.at(0)) continue;
     const int right = indices.at(top_k - 1);
     indices.at(top_k - 1) = wrong;
     require(pack_group<N>(code, num_layers, row_bytes, rows.get(), read, 0) == 0, "illegal indices are found");
-    const int64_t illegal = check_items<N>(code, packed, items, 0);
-    bool kept = false;
-    unpack_items<N>(code, packed, items, 0, [&](int64_t item, int, int expert) {
+    check_group<N, Code::KMax>(experts, top_k, num_layers, read, 0, legal.get());
+    require(!legal[0], "illegal indices do not pass the check");
+    const PackedRows packed{rows.get(), row_bytes, row_bytes, num_layers, 0, num_layers};
+    const int64_t illegal = unpack_items<N>(code, packed, items, 0, [&](int64_t item, int, int expert) {
       require(expert >= 0 && expert <= experts, "what is read is an expert, or E");
-      kept |= item == 0 && expert < experts;
+      require(item != 0 || !has_mark || expert == experts, "an illegal field reads as E");
     });
-    require(kept == (illegal != 0), "an illegal field reads as E");
+    require(illegal == (has_mark ? 0 : -1), "illegal indices leave an illegal field");
     indices.at(top_k - 1) = right;
   }
 
   // Any bytes at all: nothing is read or written out of bounds.
-  for (int64_t byte = 0; byte < num_rows * row_bytes; ++byte) rows[byte] = static_cast<uint8_t>(generator());
+  for (int64_t row = 0; row < num_rows; ++row) {
+    std::generate_n(wide.get() + row * stride, row_bytes, [] { return static_cast<uint8_t>(generator()); });
+  }
   for (int64_t task = 0; task < (items + N - 1) / N; ++task) {
-    unpack_items<N>(code, packed, items, task * N, [&](int64_t item, int k, int expert) {
+    unpack_items<N>(code, all, items, task * N, [&](int64_t item, int k, int expert) {
       require(expert >= 0 && expert <= experts, "what is read is an expert, or E");
       found[item * top_k + k] = expert;
     });
@@ -129,6 +161,7 @@ int main() {
       drive_all<8, 8>(experts, top_k, 3, num_layers);
     }
     for (const auto& [experts, top_k] : more) {
+      if (top_k <= 16) drive_all<16, 1>(experts, top_k, 2, num_layers);
       drive_all<kMaxTopK, 1>(experts, top_k, 2, num_layers);
       drive_all<kMaxTopK, 8>(experts, top_k, 2, num_layers);
     }

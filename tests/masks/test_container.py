@@ -174,8 +174,22 @@ def test_corrupted_rows_are_refused():
                 from_bytes(data)
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"geometry": "[5,17.0,3,[1,2,4]]"},
+        {"geometry": "[5,17,3,[1,2,1e400]]"},
+        {"geometry": "[true,17,1,[0]]"},
+        {"weight_versions": "[" * 100_000},
+    ],
+)
+def test_numbers_and_nesting_that_no_writer_makes_are_refused(metadata):
+    with pytest.raises(ContainerError, match="lacks or garbles"):
+        from_bytes(tampered(to_bytes(make_masks()), metadata))
+
+
 def test_masks_that_claim_an_unknown_row_are_refused():
-    """The bytes of a row that is not valid are zeros here, and zeros are no legal row."""
+    """A row that is not valid is filled with `NO_ROW`, which makes no legal row."""
     masks = make_masks()
     with pytest.raises(ContainerError, match="contradicts itself"):
         from_bytes(tampered(to_bytes(masks), valid=torch.ones_like(masks.valid)))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from routing_masks import CODEC_NAMES, NO_ROW, MaskValueError, RoutingGeometry, get_codec
+from routing_masks import CODEC_NAMES, NO_ROW, MaskValueError, RoutingGeometry, get_codec, reference
 from tests.masks.routes import coded_geometries, geometries, legal_row, random_indices, seeds
 
 
@@ -63,6 +63,32 @@ def test_what_fills_missing_rows_is_found_and_located(name):
     rows[3] = NO_ROW
     with pytest.raises(MaskValueError, match="token 3, decoder layer 2"):
         get_codec(name).check_rows(rows, geometry)
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+def test_a_corrupted_row_is_located_among_all_rows_and_not_among_the_valid_ones(name):
+    geometry = RoutingGeometry(9, (2, 5), 33, 4)
+    codec = get_codec(name)
+    rows = codec.pack(random_indices(geometry, 5, seed=1), geometry)
+    valid = torch.tensor([False, False, True, True, True])
+    rows[0] = rows[3] = NO_ROW
+    for refuse in (codec.unpack_valid, lambda rows, valid, geometry: codec.check_rows(rows, geometry, valid)):
+        with pytest.raises(MaskValueError, match="token 3, decoder layer 2"):
+            refuse(rows, valid, geometry)
+
+
+@pytest.mark.parametrize("name", CODEC_NAMES)
+@pytest.mark.parametrize(("num_experts", "top_k"), [(60, 1), (60, 4), (64, 2), (128, 8), (24, 23)])
+@pytest.mark.parametrize("wrong", [-1, 200, "twice"])
+def test_illegal_indices_become_a_field_that_is_found(name, num_experts, top_k, wrong):
+    """Where a device is not waited for, the field is the only trace that illegal indices leave."""
+    if wrong == "twice" and top_k == 1:
+        return
+    indices = random_indices(RoutingGeometry(1, (0,), num_experts, top_k), 3, seed=0)
+    indices[1, 0, 0] = indices[1, 0, 1] if wrong == "twice" else wrong
+    width = reference.bits_per_layer(name, num_experts, top_k)
+    field = reference._encode(indices, num_experts, name, width)
+    assert reference._decode(field, num_experts, top_k, name)[1].tolist() == [[num_experts] * top_k]
 
 
 def test_an_expert_missing_from_a_bitset_is_located():

@@ -32,11 +32,14 @@ def test_every_op_is_the_reference(coded, num_tokens, dtype, way, seed):
     if geometry.num_experts > 256 and dtype == torch.uint8:
         dtype = torch.int32
     indices = random_indices(geometry, num_tokens, seed).to(dtype)
-    rows = OPS.pack(strided(indices, way).cuda(), geometry.num_experts, codec)
+    rows = OPS.pack(strided(indices.cuda(), way), geometry.num_experts, codec)
     assert_same(rows.cpu(), reference.pack(indices, geometry.num_experts, codec))
     arguments = geometry.num_moe_layers, geometry.num_experts, geometry.top_k, codec
-    read = strided(rows.cpu(), way)
-    assert_same(OPS.unpack_indices(read.cuda(), *arguments).cpu(), reference.unpack_indices(read, *arguments))
+    read = rows.cpu()
+    wide = torch.full((num_tokens, read.shape[1] + 3), 77, dtype=torch.uint8, device="cuda")
+    wide[:, 1:-2] = rows
+    for on_device in (rows, wide[:, 1:-2], strided(rows, way)):
+        assert_same(OPS.unpack_indices(on_device, *arguments).cpu(), reference.unpack_indices(read, *arguments))
     slot = seed % geometry.num_moe_layers
     layer, mask = OPS.unpack_layer(rows, slot, *arguments), OPS.unpack_bitset(rows, slot, *arguments)
     assert_same(layer.cpu(), reference.unpack_layer(read, slot, *arguments))
@@ -52,14 +55,14 @@ def test_bytes_that_no_pack_wrote_are_found_and_read_as_no_expert(coded, num_tok
     arguments = geometry.num_moe_layers, geometry.num_experts, geometry.top_k, codec
     width = get_codec(codec).row_bytes(geometry)
     rows = torch.randint(0, 256, (num_tokens, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    place = OPS.first_illegal_row(rows.cuda(), *arguments)
-    assert_same(place.cpu(), reference.first_illegal_row(rows, *arguments))
+    legal = OPS.legal_rows(rows.cuda(), *arguments).cpu()
+    assert_same(legal, reference.legal_rows(rows, *arguments))
     for slot in range(geometry.num_moe_layers):
         # On the device the reference does not refuse either, and reads K times E from an illegal field.
         found = OPS.unpack_layer(rows.cuda(), slot, *arguments)
         assert_same(found, reference.unpack_layer(rows.cuda(), slot, *arguments))
-    if place >= 0:
-        token, slot = divmod(int(place), geometry.num_moe_layers)
+    if not legal.all():
+        token, slot = (~legal).nonzero()[0].tolist()
         with pytest.raises(MaskValueError, match=f"token {token}, decoder layer {geometry.moe_layers[slot]}: "):
             get_codec(codec).check_rows(rows.cuda(), geometry)
 
@@ -137,7 +140,7 @@ from routing_masks.ops import OPS
 for num_layers, top_k, num_experts in ((1, 1, 1), (7, 2, 8), (9, 8, 128), (3, 10, 512), (2, 22, 512), (5, 64, 70)):
     for num_tokens in (1, 33, 257):
         indices = torch.rand(num_tokens, num_layers, num_experts).argsort(-1)[..., :top_k].cuda()
-        OPS.first_illegal_indices(indices, num_experts)
+        OPS.legal_indices(indices, num_experts)
         for codec in ("bitset", "rank", "ordered"):
             arguments = num_layers, num_experts, top_k, codec
             rows = OPS.pack(indices, num_experts, codec)
@@ -145,7 +148,7 @@ for num_layers, top_k, num_experts in ((1, 1, 1), (7, 2, 8), (9, 8, 128), (3, 10
                 OPS.unpack_indices(read, *arguments)
                 OPS.unpack_layer(read, num_layers - 1, *arguments)
                 OPS.unpack_bitset(read, num_layers - 1, *arguments)
-                OPS.first_illegal_row(read, *arguments)
+                OPS.legal_rows(read, *arguments)
 torch.cuda.synchronize()
 """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from routing_masks.limits import MAX_EXPERTS, MAX_TOP_K
+from routing_masks.limits import MAX_EXPERTS, MAX_RANK_BITS, MAX_TOP_K
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,7 +17,8 @@ def test_header_under_sanitizers(tmp_path: Path) -> None:
     program = tmp_path / "header_driver"
     compile_command = [
         "g++", "-std=c++17", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wno-psabi",
-        f"-DROUTING_MASKS_MAX_EXPERTS={MAX_EXPERTS}", f"-DROUTING_MASKS_MAX_TOP_K={MAX_TOP_K}", f"-I{ROOT / 'csrc'}",
+        f"-DROUTING_MASKS_MAX_EXPERTS={MAX_EXPERTS}", f"-DROUTING_MASKS_MAX_TOP_K={MAX_TOP_K}",
+        f"-DROUTING_MASKS_MAX_RANK_BITS={MAX_RANK_BITS}", f"-I{ROOT / 'csrc'}",
         str(Path(__file__).with_name("header_driver.cpp")), "-o", str(program),
     ]  # fmt: skip
     subprocess.run(compile_command, check=True)

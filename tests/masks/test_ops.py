@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,6 +32,19 @@ def strided(tensor: Tensor, way: str) -> Tensor:
     return tensor
 
 
+def refused_at_first_false(legal: Tensor, run: Callable[[], Tensor], slot: int | None = None) -> None:
+    """`run` refuses, by token and layer, the first False of `bool [T, L]`; of one layer, if `slot` says which."""
+    illegal = ~legal
+    if slot is not None:
+        illegal &= torch.arange(legal.shape[1]) == slot
+    if not illegal.any():
+        run()
+        return
+    token, layer = illegal.nonzero()[0].tolist()
+    with pytest.raises(RuntimeError, match=f"token {token}, MoE layer {layer}: "):
+        run()
+
+
 ways = st.sampled_from(["as it is", "reversed dimensions", "every second"])
 
 
@@ -56,37 +71,38 @@ def test_every_op_is_the_reference(coded, leading, dtype, way, seed):
         of_layer = read[0], slot, *read[1:]
         assert_same(OPS.unpack_layer(*of_layer), reference.unpack_layer(*of_layer))
         assert_same(OPS.unpack_bitset(*of_layer), reference.unpack_bitset(*of_layer))
-    assert OPS.first_illegal_row(*read) == OPS.first_illegal_indices(strided(indices, way), num_experts) == -1
+    assert bool(OPS.legal_rows(*read).all())
+    assert bool(OPS.legal_indices(strided(indices, way), num_experts).all())
 
 
 @given(coded_geometries(max_experts=80), st.integers(1, 4), ways, seeds)
 @settings(max_examples=120, deadline=None)
-def test_the_first_illegal_row_is_the_references(coded, num_tokens, way, seed):
+def test_illegal_rows_are_the_references(coded, num_tokens, way, seed):
     geometry, codec = coded
     arguments = geometry.num_moe_layers, geometry.num_experts, geometry.top_k
     rows = OPS.pack(random_indices(geometry, num_tokens, seed), geometry.num_experts, codec)
     random = torch.randint(0, 256, rows.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     rows = torch.where(torch.arange(num_tokens)[:, None] >= num_tokens // 2, random, rows)
-    place = OPS.first_illegal_row(strided(rows, way), *arguments, codec)
-    assert_same(place, reference.first_illegal_row(rows, *arguments, codec))
-    if place >= 0:
-        token, slot = divmod(int(place), geometry.num_moe_layers)
-        with pytest.raises(RuntimeError, match=f"token {token}, MoE layer {slot}: "):
-            OPS.unpack_indices(rows, *arguments, codec)
+    legal = OPS.legal_rows(strided(rows, way), *arguments, codec)
+    assert_same(legal, reference.legal_rows(rows, *arguments, codec))
+    for implementation in (OPS, reference):
+        refused_at_first_false(legal, lambda of=implementation: of.unpack_indices(rows, *arguments, codec))
+        for slot in range(geometry.num_moe_layers):
+            of_layer = rows, slot, *arguments, codec
+            refused_at_first_false(legal, lambda of=implementation, at=of_layer: of.unpack_layer(*at), slot)
+            refused_at_first_false(legal, lambda of=implementation, at=of_layer: of.unpack_bitset(*at), slot)
 
 
 @given(geometries(max_experts=80), st.integers(1, 4), st.sampled_from(reference.INDEX_DTYPES[1:]), ways, seeds)
 @settings(max_examples=60, deadline=None)
-def test_the_first_illegal_indices_are_the_references(geometry, num_tokens, dtype, way, seed):
+def test_illegal_indices_are_the_references(geometry, num_tokens, dtype, way, seed):
     generator = torch.Generator().manual_seed(seed)
     shape = (num_tokens, geometry.num_moe_layers, geometry.top_k)
     indices = torch.randint(0, geometry.num_experts + 1, shape, generator=generator).to(dtype)
-    place = OPS.first_illegal_indices(strided(indices, way), geometry.num_experts)
-    assert_same(place, reference.first_illegal_indices(indices, geometry.num_experts))
-    if place >= 0:
-        token, slot = divmod(int(place), geometry.num_moe_layers)
-        with pytest.raises(RuntimeError, match=f"token {token}, MoE layer {slot}: "):
-            OPS.pack(indices, geometry.num_experts, "bitset")
+    legal = OPS.legal_indices(strided(indices, way), geometry.num_experts)
+    assert_same(legal, reference.legal_indices(indices, geometry.num_experts))
+    for implementation in (OPS, reference):
+        refused_at_first_false(legal, lambda of=implementation: of.pack(indices, geometry.num_experts, "bitset"))
 
 
 @given(coded_geometries(max_experts=200), st.integers(0, 70), seeds)
@@ -121,7 +137,7 @@ def test_threads_do_not_change_a_bit(codec):
         assert_same(OPS.pack(indices, 60, codec), alone)
         assert_same(OPS.unpack_indices(alone, 7, 60, 6, codec), reference.unpack_indices(alone, 7, 60, 6, codec))
         indices[[4000, 4321], [6, 2], 1] = 60
-        assert OPS.first_illegal_indices(indices, 60) == 4000 * 7 + 6
+        assert (~OPS.legal_indices(indices, 60)).nonzero().tolist() == [[4000, 6], [4321, 2]]
     finally:
         torch.set_num_threads(threads)
 
@@ -131,13 +147,13 @@ def arguments_of(op: str, codec: str) -> tuple:
     indices = random_indices(geometry, 6, seed=1).reshape(2, 3, 5, 4)
     if op == "pack":
         return indices, 24, codec
-    if op == "first_illegal_indices":
+    if op == "legal_indices":
         return indices, 24
     rows = get_codec(codec).pack(indices, geometry)
     return (rows, 3, 5, 24, 4, codec) if op in ("unpack_layer", "unpack_bitset") else (rows, 5, 24, 4, codec)
 
 
-OP_NAMES = ("pack", "unpack_indices", "unpack_layer", "unpack_bitset", "first_illegal_indices", "first_illegal_row")
+OP_NAMES = ("pack", "unpack_indices", "unpack_layer", "unpack_bitset", "legal_indices", "legal_rows")
 
 
 @pytest.mark.parametrize("codec", CODEC_NAMES)
@@ -165,7 +181,15 @@ def test_a_compiled_function_packs_and_unpacks():
         ("pack", (torch.zeros(2, 3, 4), 24, "rank"), "uint8, int16, uint16, int32 or int64"),
         ("pack", (torch.zeros(2, 3, 4, dtype=torch.int8), 24, "rank"), "uint8, int16, uint16, int32 or int64"),
         ("pack", (torch.zeros(2, 3, 4, dtype=torch.int32), 24, "zip"), "unknown codec 'zip'"),
-        ("pack", (torch.arange(5).expand(2, 3, 5), 4, "bitset"), "top-k 5 of only 4|not 5 different experts of 4"),
+        ("pack", (torch.arange(5).expand(2, 3, 5), 4, "bitset"), "top-k 5 of (only )?4"),
+        ("pack", (torch.arange(5).expand(0, 3, 5), 4, "bitset"), "top-k 5 of (only )?4"),
+        ("pack", (torch.arange(5).expand(2, 3, 5), 1025, "bitset"), "1025 experts.* 1024"),
+        ("pack", (torch.arange(65).expand(2, 3, 65), 128, "bitset"), "top-k 65.* 64"),
+        ("pack", (torch.arange(5), 8, "bitset"), "MoE layers, top-k"),
+        ("pack", (torch.zeros(2, 0, 4, dtype=torch.int32), 8, "bitset"), "0 MoE layers"),
+        ("legal_indices", (torch.zeros(2, 3, 4), 24), "uint8, int16, uint16, int32 or int64"),
+        ("legal_indices", (torch.zeros(2, 3, 4, dtype=torch.bool), 24), "uint8, int16, uint16, int32 or int64"),
+        ("unpack_indices", (torch.tensor(3, dtype=torch.uint8), 3, 24, 4, "bitset"), "uint8"),
         ("pack", (torch.arange(23).expand(1, 1, 23), 512, "rank"), "128 bits.*23 of 512"),
         ("unpack_indices", (torch.zeros(2, 7, dtype=torch.uint8), 3, 24, 4, "bitset"), "7.*9"),
         ("unpack_indices", (torch.zeros(2, 9), 3, 24, 4, "bitset"), "uint8"),
