@@ -7,30 +7,58 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from rich.progress import track
+
+Variants = Mapping[str, Callable[[], Any]]
 
 
 class Seconds(NamedTuple):
-    """Median times of a variant: by the clock, and of the CPU in all threads of the process."""
+    """Times of a variant: by the clock, and of the CPU in all threads of the process."""
 
     wall: float
     cpu: float
 
 
-def median_seconds(variants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Seconds]:
+def median_seconds(variants: Variants, rounds: int) -> dict[str, Seconds]:
     """Median times of each variant over `rounds` rounds, every round running each of them once.
 
     One round before the first warms up and is not counted.
     """
-    taken: dict[str, list[Seconds]] = {name: [] for name in variants}
+
+    def timed(run: Callable[[], Any]) -> Seconds:
+        wall, cpu = time.perf_counter(), time.process_time()
+        run()
+        return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+
+    return {
+        name: Seconds(*(statistics.median(column) for column in zip(*times, strict=True)))
+        for name, times in _in_turns(variants, rounds, timed).items()
+    }
+
+
+def median_event_seconds(variants: Variants, rounds: int) -> dict[str, float]:
+    """As `median_seconds`, by events on the current CUDA stream."""
+
+    def timed(run: Callable[[], Any]) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return {name: statistics.median(times) for name, times in _in_turns(variants, rounds, timed).items()}
+
+
+def _in_turns[Time](
+    variants: Variants, rounds: int, timed: Callable[[Callable[[], Any]], Time]
+) -> dict[str, list[Time]]:
+    taken: dict[str, list[Time]] = {name: [] for name in variants}
     turns: Iterable[int] = track(range(rounds + 1), description="rounds", transient=True)
     for turn in turns:
         for name, run in variants.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            run()
+            measured = timed(run)
             if turn:
-                taken[name].append(Seconds(time.perf_counter() - wall, time.process_time() - cpu))
-    return {
-        name: Seconds(*(statistics.median(column) for column in zip(*times, strict=True)))
-        for name, times in taken.items()
-    }
+                taken[name].append(measured)
+    return taken

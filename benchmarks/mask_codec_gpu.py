@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Mapping
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.interleaved import median_event_seconds
 from routing_masks import CODEC_NAMES, RoutingGeometry, get_codec
 from routing_masks.ops import OPS
 
@@ -42,27 +43,13 @@ def gigabytes_per_second(geometry: RoutingGeometry, indices: Tensor, rounds: int
             lambda codec=codec, rows=rows: OPS.unpack_layer(rows, 0, *arguments, codec),
             one_layer_of_rows + layer.nbytes,
         )
-    mask = torch.zeros((*indices.shape[:2], geometry.num_experts), dtype=torch.bool, device="cuda")
-    mask.scatter_(-1, on_device.long(), True)
-    import flashinfer
-
-    variants["flashinfer.packbits of the one-hot masks"] = (
-        lambda: flashinfer.packbits(mask.view(-1), bitorder="little"),
-        mask.nbytes + mask.nbytes // 8,
-    )
-    seconds = _median_seconds({name: run for name, (run, _) in variants.items()}, rounds)
+    if importlib.util.find_spec("flashinfer"):
+        flashinfer = importlib.import_module("flashinfer")
+        mask = torch.zeros((*indices.shape[:2], geometry.num_experts), dtype=torch.bool, device="cuda")
+        one_hot = mask.scatter_(-1, on_device.long(), True).view(-1)
+        variants["flashinfer.packbits of the one-hot masks"] = (
+            lambda: flashinfer.packbits(one_hot, bitorder="little"),
+            one_hot.nbytes + one_hot.nbytes // 8,
+        )
+    seconds = median_event_seconds({name: run for name, (run, _) in variants.items()}, rounds)
     return {name: num_bytes / seconds[name] / 1e9 for name, (_, num_bytes) in variants.items()}
-
-
-def _median_seconds(variants: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    taken: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(rounds + 1):
-        for name, run in variants.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            run()
-            end.record()
-            end.synchronize()
-            if turn:
-                taken[name].append(begin.elapsed_time(end) / 1e3)
-    return {name: statistics.median(times) for name, times in taken.items()}

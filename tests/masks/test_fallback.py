@@ -35,9 +35,16 @@ print(sorted(MISSING_KERNELS))
 """
 
 
-def run(folder: Path) -> subprocess.CompletedProcess:
+ON_ANOTHER_ACCELERATOR = """
+import torch
+torch.version.cuda = None
+torch.accelerator.current_accelerator = lambda check_available=False: torch.device("xpu")
+"""
+
+
+def run(folder: Path, before: str = "") -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", PACKS_AND_SAYS_WHAT_IS_MISSING],
+        [sys.executable, "-c", before + PACKS_AND_SAYS_WHAT_IS_MISSING],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"},
         capture_output=True,
@@ -72,6 +79,13 @@ def test_with_a_library_that_does_not_load(folder: Path) -> None:
     assert done.stderr.count("RuntimeWarning") == 1
     assert "cpu: _kernels_cpu does not load with torch" in done.stderr
     assert "file too short" in done.stderr or "invalid ELF header" in done.stderr
+
+
+def test_on_an_accelerator_that_has_no_kernels() -> None:
+    done = run(Path(routing_masks.__file__).parents[1], ON_ANOTHER_ACCELERATOR)
+    assert done.stdout.strip() == "['xpu']"
+    assert done.stderr.count("RuntimeWarning") == 1
+    assert "xpu: there are kernels for CPUs and for CUDA devices only" in done.stderr
 
 
 def test_with_the_libraries_there_is_no_warning() -> None:
