@@ -24,7 +24,7 @@ _TOP_K_KEYS = (
 
 @dataclass(frozen=True)
 class RoutingGeometry:
-    """Shape of one token's routes.
+    """Shape of one token's routes. Experts and top-k are those of every routed layer: no released model varies them.
 
     Attributes:
         num_layers: decoder layers of the model, dense ones included, MTP layers excluded.

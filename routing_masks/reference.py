@@ -4,9 +4,7 @@ A row holds one token's routes: the MoE layers one after the other, each in a fi
 significant bit first within a byte, the last byte filled up with zeros. Fields, by codec:
 
     bitset   E bits, expert e at bit e
-    rank     the set's place in colexicographic order (combinatorial number system: D. H. Lehmer 1964; D. E. Knuth, The
-             Art of Computer Programming 4A, section 7.2.1.3, theorem L): experts c_1 < ... < c_K have the rank
-             C(c_1, 1) + ... + C(c_K, K), in ceil(log2 C(E, K)) bits
+    rank     the set's place in colexicographic order, in ceil(log2 C(E, K)) bits; see `routing_masks.ranks`
     ordered  K indices of ceil(log2 E) bits, in the router's column order
 
 Indices that are not K different experts become a field that is illegal wherever the codec has one to spare: no bit set
@@ -16,19 +14,18 @@ On the CPU either is refused; on other devices that would wait for the device, a
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from routing_masks.limits import MAX_EXPERTS, MAX_RANK_BITS, MAX_TOP_K
+from routing_masks.bits import bits_of_bytes, bits_of_integers, bytes_of_bits, integers_of_bits
+from routing_masks.limits import MAX_EXPERTS, MAX_TOP_K
+from routing_masks.ranks import bits_of_rank, rank, unrank
 
 # Elements of the largest intermediate tensor: bounds the working memory to some tens of megabytes.
 _ELEMENTS_AT_ONCE = 1 << 21
-_LIMB_BITS = 32
-_LIMB = (1 << _LIMB_BITS) - 1
 INDEX_DTYPES = (torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64)
 
 
@@ -38,7 +35,7 @@ def bits_per_layer(codec: str, num_experts: int, top_k: int) -> int:
         case "bitset":
             return num_experts
         case "rank":
-            return (math.comb(num_experts, top_k) - 1).bit_length()
+            return bits_of_rank(num_experts, top_k)
         case "ordered":
             return top_k * (num_experts - 1).bit_length()
     raise RuntimeError(f"unknown codec {codec!r}: the reference knows bitset, rank and ordered")
@@ -61,7 +58,7 @@ def pack(indices: Tensor, num_experts: int, codec: str) -> Tensor:
     rows = torch.empty((flat.shape[0], num_bytes), dtype=torch.uint8, device=indices.device)
     for part in _parts(flat.shape[0], num_layers * max(num_experts, width)):
         fields = _encode(flat[part], num_experts, codec, width)
-        rows[part] = _bytes_of_bits(fields.flatten(1), num_bytes)
+        rows[part] = bytes_of_bits(fields.flatten(1), num_bytes)
     return rows.reshape(*leading, num_bytes)
 
 
@@ -119,7 +116,7 @@ def _decoded(
     indices = torch.empty((flat.shape[0], end - first, top_k), dtype=torch.int32, device=flat.device)
     legal = torch.empty(indices.shape[:2], dtype=torch.bool, device=flat.device)
     for part in _parts(flat.shape[0], num_layers * max(num_experts, width)):
-        bits = _bits_of_bytes(flat[part])
+        bits = bits_of_bytes(flat[part])
         fields = bits[:, first * width : end * width].reshape(len(bits), end - first, width)
         indices[part] = _decode(fields, num_experts, top_k, codec)
         legal[part] = _legal(indices[part].long(), num_experts)
@@ -131,18 +128,13 @@ def _decoded(
 def _encode(indices: Tensor, num_experts: int, codec: str, width: int) -> Tensor:
     """Indices `int64 [T, L, K]` -> fields `bool [T, L, width]`."""
     legal = _legal(indices, num_experts)[..., None]
-    indices = torch.where(legal, indices, 0)
+    indices = torch.where(legal, indices, torch.arange(indices.shape[-1], device=indices.device))
     if codec == "bitset":
         mask = torch.zeros((*indices.shape[:-1], num_experts), dtype=torch.bool, device=indices.device)
         return mask.scatter_(-1, indices, True) & legal
     if codec == "ordered":
-        return _bits_of_integers(indices, (num_experts - 1).bit_length()).flatten(2) | ~legal
-    coefficients = _coefficients(num_experts, indices.shape[-1]).to(indices.device)
-    places = torch.arange(indices.shape[-1], device=indices.device)
-    limbs = coefficients[places, indices.sort(-1).values].sum(-2)
-    for low in range(limbs.shape[-1] - 1):
-        limbs[..., low + 1] += limbs[..., low] >> _LIMB_BITS
-    return _bits_of_integers(limbs & _LIMB, _LIMB_BITS).flatten(2)[..., :width] | ~legal
+        return bits_of_integers(indices, (num_experts - 1).bit_length()).flatten(2) | ~legal
+    return rank(indices, num_experts) | ~legal
 
 
 def _decode(fields: Tensor, num_experts: int, top_k: int, codec: str) -> Tensor:
@@ -152,75 +144,11 @@ def _decode(fields: Tensor, num_experts: int, top_k: int, codec: str) -> Tensor:
         indices = torch.where(fields, experts, num_experts).sort(-1).values[..., :top_k]
         legal = fields.sum(-1) == top_k
     elif codec == "ordered":
-        indices = (
-            _integers_of_bits(fields.unflatten(2, (top_k, -1))) if fields.shape[-1] else fields.new_zeros(1).long()
-        )
-        indices = indices.expand(*fields.shape[:-1], top_k)
+        indices = integers_of_bits(fields.reshape(*fields.shape[:-1], top_k, fields.shape[-1] // top_k))
         legal = _legal(indices, num_experts)
     else:
-        indices, legal = _unrank(fields, num_experts, top_k)
+        indices, legal = unrank(fields, num_experts, top_k)
     return torch.where(legal[..., None], indices, num_experts).int()
-
-
-def _unrank(fields: Tensor, num_experts: int, top_k: int) -> tuple[Tensor, Tensor]:
-    """Ranks `bool [T, L, width]` -> `(indices int64 [T, L, K] ascending, legal bool [T, L])`."""
-    coefficients = _coefficients(num_experts, top_k).to(fields.device)
-    num_limbs = coefficients.shape[-1]
-    padded = fields.new_zeros((*fields.shape[:-1], num_limbs * _LIMB_BITS))
-    padded[..., : fields.shape[-1]] = fields
-    rank = _integers_of_bits(padded.unflatten(2, (num_limbs, _LIMB_BITS)))
-    num_sets = _limbs(math.comb(num_experts, top_k), num_limbs + 1).to(fields.device)
-    legal = ~_not_above(num_sets, torch.nn.functional.pad(rank, (0, 1)))
-    rank = torch.where(legal[..., None], rank, 0)
-    indices = torch.empty((*fields.shape[:-1], top_k), dtype=torch.int64, device=fields.device)
-    for place in reversed(range(top_k)):
-        # The coefficients of one place rise with the expert: as many as are not above the rank, less one.
-        expert = _not_above(coefficients[place], rank[..., None, :]).sum(-1) - 1
-        indices[..., place] = expert
-        rank = rank - coefficients[place][expert]
-        for low in range(num_limbs - 1):
-            borrow = (rank[..., low] < 0).long()
-            rank[..., low] += borrow << _LIMB_BITS
-            rank[..., low + 1] -= borrow
-    return indices, legal
-
-
-@functools.cache
-def _coefficients(num_experts: int, top_k: int) -> Tensor:
-    """C(c, k + 1) at [k, c] in limbs of 32 bits, lowest first: `int64 [K, E, limbs]`.
-
-    Expert c cannot be at place k if fewer than K - 1 - k experts are above it; the largest number stands there.
-    """
-    num_limbs = max(1, -(-bits_per_layer("rank", num_experts, top_k) // _LIMB_BITS))
-    if num_limbs * _LIMB_BITS > MAX_RANK_BITS:
-        raise RuntimeError(
-            f"codec 'rank' has ranks of up to {MAX_RANK_BITS} bits, and the sets of {top_k} of {num_experts} experts"
-            " need more: choose 'bitset' or 'ordered'"
-        )
-    largest = (1 << num_limbs * _LIMB_BITS) - 1
-    return torch.stack(
-        [
-            torch.stack(
-                [
-                    _limbs(math.comb(c, k + 1) if c <= num_experts - top_k + k else largest, num_limbs)
-                    for c in range(num_experts)
-                ]
-            )
-            for k in range(top_k)
-        ]
-    )
-
-
-def _limbs(number: int, count: int) -> Tensor:
-    return torch.tensor([number >> limb * _LIMB_BITS & _LIMB for limb in range(count)])
-
-
-def _not_above(a: Tensor, b: Tensor) -> Tensor:
-    """Whether a <= b, for numbers in limbs along the last dimension."""
-    result = torch.ones((), dtype=torch.bool, device=a.device)
-    for limb in range(a.shape[-1]):
-        result = (a[..., limb] < b[..., limb]) | ((a[..., limb] == b[..., limb]) & result)
-    return result
 
 
 def _legal(indices: Tensor, num_experts: int) -> Tensor:
@@ -264,26 +192,3 @@ def _flat_rows(rows: Tensor, num_layers: int, num_experts: int, top_k: int, code
 def _parts(num_rows: int, elements_per_row: int) -> Iterator[slice]:
     step = max(1, _ELEMENTS_AT_ONCE // elements_per_row)
     return (slice(first, first + step) for first in range(0, num_rows, step))
-
-
-def _bytes_of_bits(bits: Tensor, num_bytes: int) -> Tensor:
-    """Bits `bool [T, n]` -> `uint8 [T, num_bytes]`, bit i of a row in byte i // 8 at place i % 8."""
-    full = bits.new_zeros((bits.shape[0], num_bytes * 8))
-    full[:, : bits.shape[1]] = bits
-    places = torch.tensor([1 << place for place in range(8)], dtype=torch.uint8, device=bits.device)
-    return (full.unflatten(1, (num_bytes, 8)) * places).sum(-1, dtype=torch.uint8)
-
-
-def _bits_of_bytes(rows: Tensor) -> Tensor:
-    """Bytes `uint8 [T, B]` -> bits `bool [T, 8 B]`."""
-    return ((rows[..., None] >> torch.arange(8, dtype=torch.uint8, device=rows.device)) & 1).bool().flatten(1)
-
-
-def _bits_of_integers(integers: Tensor, width: int) -> Tensor:
-    """Integers `int64 [...]` -> their lowest bits `bool [..., width]`."""
-    return ((integers[..., None] >> torch.arange(width, device=integers.device)) & 1).bool()
-
-
-def _integers_of_bits(bits: Tensor) -> Tensor:
-    """Bits `bool [..., width]` -> integers `int64 [...]`."""
-    return (bits.long() << torch.arange(bits.shape[-1], device=bits.device)).sum(-1)
