@@ -101,6 +101,14 @@ if torch.version.cuda is not None:
     _major = torch.version.cuda.partition(".")[0]
     _LIBRARIES["cuda"] = (f"_kernels_cuda{_major}", f"nvcc of CUDA {_major} and a torch with it")
 
+
+def _is_present(device: str) -> bool:
+    if device == "cpu":
+        return True
+    # torch.cuda counts without starting CUDA, which would break processes that are forked later.
+    return (torch.cuda if device == "cuda" else torch.accelerator).device_count() > 0
+
+
 _define()
 OPS = torch.ops.routing_masks
 """The ops, defined as soon as this module is imported."""
@@ -109,10 +117,10 @@ MISSING_KERNELS: dict[str, str] = {}
 for _device, (_name, _needs) in _LIBRARIES.items():
     if (_reason := _load(_name, _needs)) is not None:
         MISSING_KERNELS[_device] = _reason
-_accelerator = torch.accelerator.current_accelerator(check_available=True)
+_accelerator = torch.accelerator.current_accelerator()
 if _accelerator is not None and _accelerator.type not in _LIBRARIES:
     MISSING_KERNELS[_accelerator.type] = "there are kernels for CPUs and for CUDA devices only"
-_missed = [name for name in MISSING_KERNELS if name == "cpu" or (_accelerator and _accelerator.type == name)]
+_missed = [name for name in MISSING_KERNELS if _is_present(name)]
 if _missed:
     warnings.warn(
         "routing masks are packed by plain torch, which is right but many times slower, because the kernels are"

@@ -38,7 +38,8 @@ print(sorted(MISSING_KERNELS))
 ON_ANOTHER_ACCELERATOR = """
 import torch
 torch.version.cuda = None
-torch.accelerator.current_accelerator = lambda check_available=False: torch.device("xpu")
+torch.accelerator.current_accelerator = lambda: torch.device("xpu")
+torch.accelerator.device_count = lambda: 1
 """
 
 
