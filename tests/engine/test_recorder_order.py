@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from routing_masks import GeometryMismatchError, RoutingGeometry, get_codec
+from routing_masks import NO_ROW, GeometryMismatchError, RoutingGeometry, get_codec
 from sglang_router_capture import recorder as recorder_module
 
 GEOMETRY = RoutingGeometry(num_layers=3, moe_layers=(1, 2), num_experts=8, top_k=2)
@@ -72,6 +72,15 @@ def test_late_write_of_a_finished_request_does_not_survive_the_slots_new_owner(s
     extra_step.finalize()
     following.finalize()
     assert scheduler.table(7, 8) == [None, 1]
+
+
+def test_rows_of_a_slots_former_owner_are_not_handed_out(scheduler: Scheduler) -> None:
+    scheduler.launch([3, 4], [2, 6]).finalize()
+    scheduler.allocate(3)
+    scheduler.launch([5], [1]).finalize()
+    rows, valid, _ = scheduler.recorder.table.read(torch.tensor([3, 4, 9]))
+    assert valid.tolist() == [False, True, False]
+    assert (rows == NO_ROW).all(1).tolist() == [True, False, True]
 
 
 def test_a_dropped_result_still_releases_and_writes_in_order(scheduler: Scheduler) -> None:

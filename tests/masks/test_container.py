@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from routing_masks import ContainerError, RoutingGeometry, RoutingMasks, from_bytes, load, to_bytes
+from routing_masks import CODEC_NAMES, ContainerError, RoutingGeometry, RoutingMasks, from_bytes, load, to_bytes
 from routing_masks.stores import inline
 from tests.masks.routes import coded_geometries, random_indices, seeds
 
@@ -188,9 +188,10 @@ def test_numbers_and_nesting_that_no_writer_makes_are_refused(metadata):
         from_bytes(tampered(to_bytes(make_masks()), metadata))
 
 
-def test_masks_that_claim_an_unknown_row_are_refused():
-    """A row that is not valid is filled with `NO_ROW`, which makes no legal row."""
-    masks = make_masks()
+@pytest.mark.parametrize("codec", CODEC_NAMES)
+def test_masks_that_claim_an_unknown_row_are_refused(codec):
+    """A row that is not valid is filled with `NO_ROW`, which makes no legal row; zeros would, for 'rank'."""
+    masks = make_masks(codec)
     with pytest.raises(ContainerError, match="contradicts itself"):
         from_bytes(tampered(to_bytes(masks), valid=torch.ones_like(masks.valid)))
 
