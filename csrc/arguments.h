@@ -67,8 +67,8 @@ void with_code(Codec codec, const Geometry& geometry, const MakeSearch& make_sea
   if (codec == Codec::kOrdered) return run(OrderedCode<KMax>{experts, top_k, bit_length(experts - 1)});
   const Wide num_sets = count_of_sets(experts, top_k);
   require(
-      num_sets != ~Wide{0}, "codec 'rank' has ranks of up to ", ROUTING_MASKS_MAX_RANK_BITS, " bits, and the sets of ", top_k, " of ", experts,
-      " experts need more: choose 'bitset' or 'ordered'");
+      num_sets != ~Wide{0}, "codec 'rank' has ranks of up to ", ROUTING_MASKS_MAX_RANK_BITS, " bits, and the sets of ",
+      top_k, " of ", experts, " experts need more: choose 'bitset' or 'ordered'");
   const int width = bit_length(num_sets - 1);
   if (width < 64) {
     return run(RankCode<KMax, uint64_t, NarrowSearch>{
@@ -112,7 +112,8 @@ struct Indices {
   int64_t num_rows, row_stride, layer_stride, k_stride;
 
   static Indices of(const Tensor& indices, int64_t num_experts) {
-    require(indices.dim() >= 2, "indices have ", indices.dim(), " dimension(s), but [..., MoE layers, top-k] has two or more");
+    require(
+        indices.dim() >= 2, "indices have ", indices.dim(), " dimension(s), but [..., MoE layers, top-k] has two or more");
     const int64_t dim = indices.dim();
     const Geometry geometry(indices.size(dim - 2), num_experts, indices.size(dim - 1));
     const Tensor flat = with_one_leading_dim(indices, 2);

@@ -31,7 +31,7 @@ class PassRecord:
         released: `int64 [m]` slots that the allocator handed out since the pass before.
         slots: `int64 [n]` slots that the pass wrote.
         rows: `uint8 [n, row_bytes]`.
-        complete: `bool [n]`: every MoE layer reported its experts.
+        complete: `bool [n]`: every MoE layer reported K different experts.
         version: number of the weights that ran.
         settled: it is in the slot table.
     """
@@ -179,8 +179,11 @@ class Recorder(RoutedExpertsCapturer):
         self._incomplete_reported = True
         logger.error(
             "router capture: %d of %d tokens of a forward pass have no route in at least one MoE layer. Their rows are"
-            " marked invalid. The MoE backend in use does not report its experts in every layer; choose another with"
-            " --moe-runner-backend. Further passes are not reported.",
+            " marked invalid. The layer reported no experts, or not %d different ones in [0, %d): the MoE backend in"
+            " use does not report them everywhere, or its router chose among NaN. Choose another with"
+            " --moe-runner-backend, and look at the logits. Further passes are not reported.",
             int((~record.complete).sum()),
             len(record.complete),
+            self.geometry.top_k,
+            self.geometry.num_experts,
         )
