@@ -14,6 +14,7 @@ test: setup  ## Lint, types and all tests.
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
+	@bash scripts/browser.sh
 	.venv/bin/pytest
 
 kernels: setup  ## Compile the CUDA kernels anew; print their registers and spills.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from rich.console import Group
 from rich.table import Table
 
 from examples.rollout import Conversation
-from megatron_router_replay.mismatch import Divergence, RouteAgreement, compare_routes, divergence
+from megatron_router_replay.mismatch import Diagnostics, Responses, RouteAgreement, diagnose
 from routing_masks import RoutingGeometry, get_codec
 
 REPORTED_TAUS = (1.01, 1.1, 1.5, 2.0)
@@ -22,15 +23,26 @@ class Comparison:
     """Trainer against rollout.
 
     Attributes:
-        native, replay: over the sampled tokens, with the trainer's own routes and with the recorded ones.
-        routes: the trainer's own routes against the recorded ones, over tokens that have a recorded route.
-        differing_by_layer: decoder layer (0-based) to the share of tokens that take other experts there.
+        native: over the sampled tokens, with the trainer's own routes; its `routes` compare these with the recorded
+            ones, over tokens that have a recorded route.
+        replay: the same with the recorded routes replayed, which were checked already.
+        moe_layers: decoder layers (0-based) that route, in the order of the routes' layers.
     """
 
-    native: Divergence
-    replay: Divergence
-    routes: RouteAgreement
-    differing_by_layer: dict[int, float]
+    native: Diagnostics
+    replay: Diagnostics
+    moe_layers: tuple[int, ...]
+
+    @property
+    def routes(self) -> RouteAgreement:
+        """The trainer's own routes against the recorded ones."""
+        assert self.native.routes is not None
+        return self.native.routes
+
+    @property
+    def differing_by_layer(self) -> dict[int, float]:
+        """Decoder layer (0-based) to the share of tokens that take other experts there."""
+        return dict(zip(self.moe_layers, self.routes.differing_by_layer, strict=True))
 
 
 def compare(
@@ -54,15 +66,21 @@ def compare(
     own = torch.cat(
         [routes[: each.masks.num_tokens] for each, routes in zip(conversations, native_routes, strict=True)]
     )
-    layers = conversations[0].masks.geometry.moe_layers
+    bounds = [0, *itertools.accumulate(len(each.token_ids) for each in conversations)]
+    # Every conversation has a problem of its own.
+    responses = Responses.packed(sampled, bounds, group_ids=range(len(conversations)))
     return Comparison(
-        native=divergence(torch.cat(list(native_logprobs)).double(), rollout, sampled, taus),
-        replay=divergence(torch.cat(list(replay_logprobs)).double(), rollout, sampled, taus),
-        routes=compare_routes(own, recorded, valid),
-        differing_by_layer={
-            layer: compare_routes(own[:, [slot]], recorded[:, [slot]], valid).differing_routes
-            for slot, layer in enumerate(layers)
-        },
+        native=diagnose(
+            torch.cat(list(native_logprobs)),
+            rollout,
+            responses,
+            taus=taus,
+            trainer_routes=own,
+            rollout_routes=recorded,
+            routes_valid=valid,
+        ),
+        replay=diagnose(torch.cat(list(replay_logprobs)), rollout, responses, taus=taus),
+        moe_layers=conversations[0].masks.geometry.moe_layers,
     )
 
 

@@ -5,16 +5,19 @@
         output = model(...)
     replay.remove()
 
-Needs Megatron-Core and nothing of the rollout engine; masks arrive as ``routing_masks.RoutingMasks``.
+Needs Megatron-Core and nothing of the rollout engine; masks arrive as ``routing_masks.RoutingMasks``. The package
+``megatron_router_replay.mismatch`` needs torch alone.
 """
 
-from megatron_router_replay.attach import Replay, attach
+from typing import TYPE_CHECKING, Any
+
 from megatron_router_replay.errors import (
     AlreadyAttachedError,
     DetachedRecomputeError,
     DuplicateLayerError,
     LayoutError,
     MasksPlacementError,
+    MismatchInputError,
     NoRouterError,
     ObservationError,
     ReplayError,
@@ -27,6 +30,9 @@ from megatron_router_replay.layout import BatchLayout
 from megatron_router_replay.microbatch import MicrobatchRoutes
 from megatron_router_replay.observe import ObservedRoutes
 
+if TYPE_CHECKING:
+    from megatron_router_replay.replay import Replay, attach
+
 __all__ = [
     "AlreadyAttachedError",
     "BatchLayout",
@@ -35,6 +41,7 @@ __all__ = [
     "LayoutError",
     "MasksPlacementError",
     "MicrobatchRoutes",
+    "MismatchInputError",
     "NoRouterError",
     "ObservationError",
     "ObservedRoutes",
@@ -46,3 +53,12 @@ __all__ = [
     "UnsupportedConfigError",
     "attach",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Megatron-Core takes tens of seconds to import, and is not there at all where only the mismatch is looked at.
+    if name in ("Replay", "attach"):
+        from megatron_router_replay import replay
+
+        return getattr(replay, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -49,3 +49,7 @@ class DetachedRecomputeError(ReplayError):
 
 class ObservationError(ReplayError):
     """Observed routes do not form one complete forward pass."""
+
+
+class MismatchInputError(ReplayError, ValueError):
+    """Log-probabilities, masks, bounds or settings that a function of the mismatch package cannot take."""

@@ -13,7 +13,7 @@ from megatron_router_replay.errors import RowCountError, UnboundForwardError
 from megatron_router_replay.microbatch import MicrobatchRoutes
 
 if TYPE_CHECKING:
-    from megatron_router_replay.attach import Replay
+    from megatron_router_replay.replay import Replay
 
 TopK = Callable[[Tensor, int, int | None, int | None], tuple[Tensor, Tensor]]
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from megatron_router_replay.errors import MismatchInputError
 
 
 @dataclass(frozen=True)
@@ -15,13 +19,94 @@ class RouteAgreement:
         num_tokens: tokens that were compared.
         differing_routes: share of (token, layer) pairs whose expert sets differ.
         differing_tokens: share of tokens whose expert set differs in at least one layer.
+        differing_by_layer: per layer the share of tokens whose expert sets differ there.
         overlap: per layer the mean of |A and B| / K, 1 where both sides always agree.
     """
 
     num_tokens: int
     differing_routes: float
     differing_tokens: float
+    differing_by_layer: tuple[float, ...]
     overlap: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class RouteTally:
+    """Counts from which a :class:`RouteAgreement` follows; those of two batches add up to those of both.
+
+    Attributes:
+        top_k: K.
+        tokens, differing_tokens: int64 ``[1]``.
+        differing, shared: int64 ``[L]``: tokens whose expert sets differ, and experts that both sides have.
+    """
+
+    top_k: int
+    tokens: Tensor
+    differing_tokens: Tensor
+    differing: Tensor
+    shared: Tensor
+
+    @classmethod
+    def of(cls, trainer: Tensor, rollout: Tensor, valid: Tensor | None = None) -> RouteTally:
+        """Compare expert sets; see :func:`compare_routes`."""
+        if trainer.shape != rollout.shape or trainer.dim() != 3:
+            raise MismatchInputError(
+                f"trainer routes {list(trainer.shape)} and rollout routes {list(rollout.shape)} must both be [T, L, K]"
+            )
+        if valid is not None:
+            if valid.shape != trainer.shape[:1]:
+                raise MismatchInputError(
+                    f"valid {list(valid.shape)} must have one entry for each of {trainer.shape[0]} tokens"
+                )
+            trainer, rollout = trainer[valid], rollout[valid]
+        shared = (trainer[..., :, None] == rollout[..., None, :]).any(-1).sum(-1)
+        differs = shared < trainer.shape[-1]
+        return cls(
+            top_k=trainer.shape[-1],
+            tokens=torch.tensor([len(trainer)], device=trainer.device),
+            differing_tokens=differs.any(-1).sum()[None],
+            differing=differs.sum(0),
+            shared=shared.sum(0),
+        )
+
+    def __add__(self, other: RouteTally) -> RouteTally:
+        if (self.top_k, self.differing.shape) != (other.top_k, other.differing.shape):
+            raise MismatchInputError(
+                f"routes of {len(self.differing)} layers and top-{self.top_k} do not add up with routes of"
+                f" {len(other.differing)} layers and top-{other.top_k}"
+            )
+        return self._with_counts(self._counts() + other._counts())
+
+    def all_reduce(self, process_group: dist.ProcessGroup | None) -> RouteTally:
+        """The sum over the ranks of a group; every rank calls it, with the same layers and top-k."""
+        counts = self._counts()
+        dist.all_reduce(counts, group=process_group)
+        return self._with_counts(counts)
+
+    def agreement(self) -> RouteAgreement:
+        """The shares.
+
+        Raises:
+            MismatchInputError: no token was compared.
+        """
+        tokens, differing_tokens = int(self.tokens), int(self.differing_tokens)
+        if tokens == 0:
+            raise MismatchInputError("no token has routes on both sides")
+        by_layer = tuple(count / tokens for count in self.differing.tolist())
+        return RouteAgreement(
+            num_tokens=tokens,
+            differing_routes=int(self.differing.sum()) / (tokens * max(len(by_layer), 1)),
+            differing_tokens=differing_tokens / tokens,
+            differing_by_layer=by_layer,
+            overlap=tuple(count / (tokens * self.top_k) for count in self.shared.tolist()),
+        )
+
+    def _counts(self) -> Tensor:
+        return torch.cat([self.tokens, self.differing_tokens, self.differing, self.shared])
+
+    def _with_counts(self, counts: Tensor) -> RouteTally:
+        layers = len(self.differing)
+        return RouteTally(self.top_k, *counts.split([1, 1, layers, layers]))
 
 
 def compare_routes(trainer: Tensor, rollout: Tensor, valid: Tensor | None = None) -> RouteAgreement:
@@ -32,24 +117,6 @@ def compare_routes(trainer: Tensor, rollout: Tensor, valid: Tensor | None = None
         valid: bool ``[T]``, False for tokens that were not recorded; by default all count.
 
     Raises:
-        ValueError: shapes differ, or no token is left to compare.
+        MismatchInputError: shapes differ, or no token is left to compare.
     """
-    if trainer.shape != rollout.shape or trainer.dim() != 3:
-        raise ValueError(
-            f"trainer routes {list(trainer.shape)} and rollout routes {list(rollout.shape)} must both be [T, L, K]"
-        )
-    if valid is not None:
-        if valid.shape != trainer.shape[:1]:
-            raise ValueError(f"valid {list(valid.shape)} must have one entry for each of {trainer.shape[0]} tokens")
-        trainer, rollout = trainer[valid], rollout[valid]
-    if trainer.shape[0] == 0:
-        raise ValueError("no token has routes on both sides")
-    shared = (trainer[..., :, None] == rollout[..., None, :]).any(-1).sum(-1).double()
-    top_k = trainer.shape[-1]
-    differs = shared < top_k
-    return RouteAgreement(
-        num_tokens=trainer.shape[0],
-        differing_routes=float(differs.double().mean()),
-        differing_tokens=float(differs.any(-1).double().mean()),
-        overlap=tuple((shared.mean(0) / top_k).tolist()),
-    )
+    return RouteTally.of(trainer, rollout, valid).agreement()

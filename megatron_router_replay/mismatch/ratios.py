@@ -1,0 +1,88 @@
+"""Log-ratios of two policies' probabilities, per token, per sequence, or per sequence as a geometric mean."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from megatron_router_replay.errors import MismatchInputError
+from megatron_router_replay.mismatch.responses import Responses
+
+Level = Literal["token", "sequence", "geometric"]
+
+
+def log_ratio(
+    numerator: Tensor, denominator: Tensor, responses: Responses, *, at_least: torch.dtype = torch.float32
+) -> Tensor:
+    """log(p_numerator / p_denominator) of each response token.
+
+    Args:
+        numerator, denominator: log-probabilities of the sampled tokens in nats, tokens' shape, any float dtype. The
+            denominator is the policy that sampled (or the proximal one).
+        at_least: the result's dtype, unless the inputs' is wider.
+
+    Returns:
+        Tokens' shape; 0 for all but response tokens; -inf where the numerator's probability is 0.
+        Gradients flow to both.
+
+    Raises:
+        MismatchInputError: shapes differ; a response token has NaN or +inf, or probability 0 under the denominator,
+            under which it cannot have been sampled; or every value is above 0, which logarithms of probabilities
+            never are.
+    """
+    responses.require(numerator=numerator, denominator=denominator)
+    for name, values in (("numerator", numerator), ("denominator", denominator)):
+        if not values.is_floating_point():
+            raise MismatchInputError(f"the {name}'s log-probabilities must be floating point, got {values.dtype}")
+    dtype = torch.promote_types(torch.promote_types(numerator.dtype, denominator.dtype), at_least)
+    # What padding holds may not reach the difference, whose gradient would be NaN, too.
+    top = numerator.to(dtype).masked_fill(~responses.mask, 0)
+    bottom = denominator.to(dtype).masked_fill(~responses.mask, 0)
+    _require_log_probabilities(top.detach(), bottom.detach(), responses)
+    return top - bottom
+
+
+def at_level(ratio: Tensor, responses: Responses, level: Level) -> Tensor:
+    """A token log-ratio (tokens' shape) as the log-ratio of its level, in the tokens' shape again.
+
+    token: log r_t. sequence: sum_t log r_t, the ratio of the sequences' probabilities. geometric: mean_t log r_t.
+
+    Raises:
+        MismatchInputError: another level.
+    """
+    if level == "token":
+        return ratio
+    if level == "sequence":
+        return responses.expand(responses.sum(ratio))
+    if level == "geometric":
+        return responses.expand(responses.mean(ratio))
+    raise MismatchInputError(f"level must be 'token', 'sequence' or 'geometric', got {level!r}")
+
+
+def exponential(log_weights: Tensor, responses: Responses) -> Tensor:
+    """exp, saturating at the dtype's largest number, 0 for all but response tokens."""
+    largest = torch.finfo(log_weights.dtype).max
+    return log_weights.exp().clamp(max=largest).masked_fill(~responses.mask, 0)
+
+
+def _require_log_probabilities(top: Tensor, bottom: Tensor, responses: Responses) -> None:
+    bad = top.isnan() | (top == torch.inf) | ~bottom.isfinite()
+    positive = [((values > 0) | ~responses.mask).all() & responses.mask.any() for values in (top, bottom)]
+    # One transfer from the device, not three.
+    any_bad, *all_positive = torch.stack([bad.any(), *positive]).tolist()
+    if any_bad:
+        place = tuple(bad.nonzero()[0].tolist())
+        raise MismatchInputError(
+            f"{int(bad.sum())} of {int(responses.mask.sum())} response tokens have no log-ratio; the first, at "
+            f"{list(place)}, has log-probability {top[place]:g} over {bottom[place]:g}. A token that was sampled has a "
+            "probability above 0 under the policy that sampled it: look for tokens that the mask should leave out, and"
+            " for log-probabilities taken after a top-p or top-k mask that was not the sampler's"
+        )
+    for name, wrong in zip(("numerator", "denominator"), all_positive, strict=True):
+        if wrong:
+            raise MismatchInputError(
+                f"every response token's log-probability in the {name} is above 0: pass natural logarithms of"
+                " probabilities, not probabilities and not losses"
+            )

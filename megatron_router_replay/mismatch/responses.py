@@ -1,0 +1,173 @@
+"""The response tokens of a batch, padded or packed, and sums over the sequences and prompt groups they belong to."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_router_replay.errors import MismatchInputError
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Items of a flat tensor, each with its place in a rectangle: rows are reduced in one order, on any device.
+
+    Attributes:
+        row, column: int64 ``[n]``, the place of each item; no place twice.
+        num_rows, width: the rectangle. Places without an item are filled.
+    """
+
+    row: Tensor
+    column: Tensor
+    num_rows: int
+    width: int
+
+    @classmethod
+    def of(cls, row: Tensor, num_rows: int) -> Rows:
+        """Items of the rows ``row``, int64 ``[n]``, in columns by the order in which they come."""
+        counts = torch.bincount(row, minlength=num_rows)
+        order = torch.argsort(row, stable=True)
+        begins = counts.cumsum(0) - counts
+        column = torch.empty_like(row)
+        column[order] = torch.arange(len(row), device=row.device) - begins[row[order]]
+        return cls(row, column, num_rows, int(counts.max()) if num_rows else 0)
+
+    def spread(self, items: Tensor, fill: float = 0.0) -> Tensor:
+        """``[n]`` to ``[num_rows, width]``; gradients flow back."""
+        rectangle = torch.full((self.num_rows, self.width), fill, dtype=items.dtype, device=items.device)
+        return rectangle.index_put((self.row, self.column), items)
+
+    def gather(self, rectangle: Tensor) -> Tensor:
+        """``[num_rows, width]`` back to ``[n]``."""
+        return rectangle[self.row, self.column]
+
+
+@dataclass(frozen=True, eq=False)
+class Responses:
+    """Which tokens of a batch are response tokens, of which sequence, of which prompt.
+
+    Build one with :meth:`padded` or :meth:`packed`. Every function of this package takes tensors with one value per
+    token in the shape of the mask (the *tokens' shape*, ``[B, T]`` or ``[N]``) and ignores what they hold outside it.
+
+    Attributes:
+        mask: bool, in the tokens' shape, True for tokens that the rollout sampled.
+        tokens: places of all tokens in a rectangle of one row per sequence.
+        groups: places of the sequences in a rectangle of one row per prompt.
+    """
+
+    mask: Tensor
+    tokens: Rows
+    groups: Rows
+
+    @classmethod
+    def padded(cls, mask: Tensor, group_ids: Sequence[int] | Tensor | None = None) -> Responses:
+        """Sequences of one length.
+
+        Args:
+            mask: bool or 0/1, ``[B, T]``.
+            group_ids: int ``[B]``, equal for the responses to one prompt; by default all belong to one.
+
+        Raises:
+            MismatchInputError: shapes that do not fit, or a mask of other values.
+        """
+        if mask.dim() != 2:
+            raise MismatchInputError(f"a padded response mask must be [B, T], got {list(mask.shape)}")
+        batch, width = mask.shape
+        places = torch.arange(batch * width, device=mask.device)
+        tokens = Rows(places // max(width, 1), places % max(width, 1), batch, width)
+        return cls(_boolean(mask), tokens, _groups(group_ids, batch, mask.device))
+
+    @classmethod
+    def packed(
+        cls, mask: Tensor, cu_seqlens: Sequence[int] | Tensor, group_ids: Sequence[int] | Tensor | None = None
+    ) -> Responses:
+        """Sequences one behind the other.
+
+        Args:
+            mask: bool or 0/1, ``[N]``.
+            cu_seqlens: S + 1 bounds of S sequences, from 0 to N, that do not fall.
+            group_ids: int ``[S]``, equal for the responses to one prompt; by default all belong to one.
+
+        Raises:
+            MismatchInputError: shapes or bounds that do not fit, or a mask of other values.
+        """
+        if mask.dim() != 1:
+            raise MismatchInputError(f"a packed response mask must be [N], got {list(mask.shape)}")
+        bounds = [int(bound) for bound in (cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)]
+        lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
+        if not lengths or bounds[0] != 0 or bounds[-1] != len(mask) or min(lengths) < 0:
+            raise MismatchInputError(
+                f"cu_seqlens must rise from 0 to the mask's {len(mask)} tokens, got {bounds[:8]}"
+                f"{'...' if len(bounds) > 8 else ''} up to {bounds[-1] if bounds else 'nothing'}"
+            )
+        row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(mask.device)
+        return cls(_boolean(mask), Rows.of(row, len(lengths)), _groups(group_ids, len(lengths), mask.device))
+
+    @property
+    def num_sequences(self) -> int:
+        """Number of sequences, those without a response token included."""
+        return self.tokens.num_rows
+
+    @property
+    def lengths(self) -> Tensor:
+        """Response tokens of each sequence, int64 ``[S]``."""
+        return self.rectangle(self.mask.long()).sum(-1)
+
+    def keep(self, mask: Tensor) -> Responses:
+        """Only the response tokens where `mask` (bool, tokens' shape) is True: the others leave every denominator."""
+        self.require(mask=mask)
+        return Responses(self.mask & mask, self.tokens, self.groups)
+
+    def require(self, **tensors: Tensor) -> None:
+        """Raise MismatchInputError unless every tensor has the tokens' shape."""
+        for name, tensor in tensors.items():
+            if tensor.shape != self.mask.shape:
+                raise MismatchInputError(
+                    f"{name} {list(tensor.shape)} and the response mask {list(self.mask.shape)} must have one shape"
+                )
+
+    def rectangle(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """Tokens' shape to ``[S, W]``, with `fill` for all but response tokens."""
+        return self.tokens.spread(values.masked_fill(~self.mask, fill).flatten(), fill)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over each sequence's response tokens: tokens' shape to ``[S]``, 0 where there are none."""
+        return self.rectangle(values).sum(-1)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over each sequence's response tokens: tokens' shape to ``[S]``, 0 where there are none."""
+        return self.sum(values) / self.lengths.clamp(min=1)
+
+    def max(self, values: Tensor) -> Tensor:
+        """Maximum over each sequence's response tokens: tokens' shape to ``[S]``, -inf where there are none."""
+        if self.tokens.width == 0:
+            return values.new_full((self.num_sequences,), -torch.inf)
+        return self.rectangle(values, -torch.inf).amax(-1)
+
+    def expand(self, per_sequence: Tensor) -> Tensor:
+        """``[S]`` to the tokens' shape, 0 (False) for all but response tokens."""
+        return per_sequence[self.tokens.row].view(self.mask.shape).masked_fill(~self.mask, 0)
+
+
+def _boolean(mask: Tensor) -> Tensor:
+    if mask.dtype == torch.bool:
+        return mask
+    if bool(((mask != 0) & (mask != 1)).any()):
+        raise MismatchInputError(
+            f"a response mask must be bool, or hold 0 and 1; this {mask.dtype} tensor holds others"
+        )
+    return mask == 1
+
+
+def _groups(group_ids: Sequence[int] | Tensor | None, num_sequences: int, device: torch.device) -> Rows:
+    if group_ids is None:
+        return Rows.of(torch.zeros(num_sequences, dtype=torch.int64, device=device), 1)
+    ids = torch.as_tensor(group_ids if isinstance(group_ids, Tensor) else list(group_ids), device=device)
+    if ids.shape != (num_sequences,):
+        raise MismatchInputError(f"group ids {list(ids.shape)} are given for {num_sequences} sequences: one for each")
+    numbers, row = torch.unique(ids, return_inverse=True)
+    return Rows.of(row, len(numbers))

@@ -1,0 +1,85 @@
+"""Importance weights that are divided by their own mean over the batch, or over each prompt's group."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_router_replay.errors import MismatchInputError
+from megatron_router_replay.mismatch.ratios import at_level, exponential, log_ratio
+from megatron_router_replay.mismatch.responses import Responses
+
+
+def self_normalized_weights(
+    trainer: Tensor,
+    rollout: Tensor,
+    responses: Responses,
+    *,
+    level: Literal["token", "sequence"] = "sequence",
+    over: Literal["batch", "group"] = "group",
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Self-normalised importance sampling, SNIS: w_i = n rho_i / sum_j rho_j over a set of n samples.
+
+    The weights of a set have mean 1, whatever the scale of the ratios; no weight exceeds n. The estimate
+    mean(w f) is biased by O(1/n) and consistent, and invariant to a constant factor in the ratios, such as an unknown
+    normalising constant of a masked policy. Source: Owen, "Monte Carlo theory, methods and examples" (2013),
+    section 9.2, eq. 9.6.
+
+    Implementations: verl's ``rollout_is_batch_normalize`` divides *truncated* weights by their mean over the batch and,
+    for sequences, weighs every sequence the same, as we do; in a mean over tokens long sequences count more, there as
+    here. Truncating first and then normalising is ``w / mean`` of TIS and not done here.
+
+    Args:
+        level: samples are response tokens, or sequences that have a response token.
+        over: the set is the whole batch, or the responses to one prompt.
+        process_group: data-parallel ranks whose batches are one batch. Groups may not be split over ranks.
+
+    Returns:
+        Detached weights, tokens' shape. A set whose every ratio is 0 gets weights 0.
+
+    Raises:
+        MismatchInputError: see :func:`megatron_router_replay.mismatch.ratios.log_ratio`; unknown level or set, or a
+            process group with ``over="group"``.
+    """
+    if level not in ("token", "sequence") or over not in ("batch", "group"):
+        raise MismatchInputError(
+            f"level must be 'token' or 'sequence' and over 'batch' or 'group': {level!r}, {over!r}"
+        )
+    if over == "group" and process_group is not None:
+        raise MismatchInputError("a process group joins batches: with over='group' every prompt's group is on one rank")
+    ratio = at_level(log_ratio(trainer.detach(), rollout.detach(), responses), responses, level)
+    counted = responses.mask if level == "token" else _first_response_tokens(responses)
+    set_of = responses.groups.row[responses.tokens.row] if over == "group" else torch.zeros_like(responses.tokens.row)
+    num_sets = responses.groups.num_rows if over == "group" else 1
+    log_mean = _log_mean(ratio.flatten(), counted.flatten(), set_of, num_sets, process_group)
+    normalized = (ratio - log_mean[set_of].view(ratio.shape)).to(ratio.dtype)
+    return exponential(normalized.masked_fill(ratio == -torch.inf, -torch.inf), responses)
+
+
+def _first_response_tokens(responses: Responses) -> Tensor:
+    """One token for each sequence that has any: the sample that stands for it."""
+    rectangle = responses.rectangle(responses.mask)
+    first = rectangle & (rectangle.long().cumsum(-1) == 1)
+    return responses.tokens.gather(first).view(responses.mask.shape)
+
+
+def _log_mean(
+    ratio: Tensor, counted: Tensor, set_of: Tensor, num_sets: int, process_group: dist.ProcessGroup | None
+) -> Tensor:
+    """Logarithm of the mean of exp(ratio) over the counted items of each set, ``[num_sets]``."""
+    ratio = ratio.double().masked_fill(~counted, -torch.inf)
+    highest = ratio.new_full((num_sets,), -torch.inf).scatter_reduce(0, set_of, ratio, "amax")
+    if process_group is not None:
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=process_group)
+    # A set without any weight keeps its -inf out of the differences.
+    highest = highest.masked_fill(highest == -torch.inf, 0)
+    sums = ratio.new_zeros(2, num_sets)
+    sums[0].index_add_(0, set_of, (ratio - highest[set_of]).exp())
+    sums[1].index_add_(0, set_of, counted.double())
+    if process_group is not None:
+        dist.all_reduce(sums, group=process_group)
+    return highest + sums[0].log() - sums[1].clamp(min=1).log()

@@ -1,0 +1,50 @@
+"""Route comparison, counted by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_router_replay.errors import MismatchInputError
+from megatron_router_replay.mismatch import RouteTally, compare_routes
+
+TRAINER = torch.tensor([[[0, 1], [2, 3]], [[0, 1], [2, 3]], [[0, 1], [2, 3]], [[4, 5], [6, 7]]])
+ROLLOUT = torch.tensor([[[1, 0], [3, 2]], [[0, 2], [2, 3]], [[0, 1], [4, 5]], [[0, 0], [0, 0]]])
+
+
+def test_routes_are_compared_as_sets():
+    found = compare_routes(TRAINER, ROLLOUT, valid=torch.tensor([True, True, True, False]))
+    # Token 0 differs in order only, token 1 in one expert of layer 0, token 2 in both of layer 1.
+    assert found.num_tokens == 3
+    assert found.differing_routes == pytest.approx(2 / 6)
+    assert found.differing_tokens == pytest.approx(2 / 3)
+    assert found.differing_by_layer == pytest.approx((1 / 3, 1 / 3))
+    assert found.overlap == pytest.approx((5 / 6, 4 / 6))
+
+
+def test_all_tokens_count_by_default():
+    assert compare_routes(TRAINER, TRAINER).overlap == (1.0, 1.0)
+    assert compare_routes(TRAINER, ROLLOUT).num_tokens == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((TRAINER, ROLLOUT[:, :1]), r"\[4, 2, 2\] and rollout routes \[4, 1, 2\]"),
+        ((TRAINER, ROLLOUT, torch.ones(3, dtype=torch.bool)), r"valid \[3\] must have one entry for each of 4"),
+        ((TRAINER, ROLLOUT, torch.zeros(4, dtype=torch.bool)), "no token has routes on both sides"),
+    ],
+)
+def test_compare_routes_refuses(arguments, message):
+    with pytest.raises(MismatchInputError, match=message):
+        compare_routes(*arguments)
+
+
+def test_tallies_of_parts_add_up_to_that_of_the_whole():
+    valid = torch.tensor([True, True, True, False])
+    parts = [RouteTally.of(TRAINER[at : at + 2], ROLLOUT[at : at + 2], valid[at : at + 2]) for at in (0, 2)]
+    assert (parts[0] + parts[1]).agreement() == compare_routes(TRAINER, ROLLOUT, valid)
+    nothing = RouteTally.of(TRAINER[:0], ROLLOUT[:0])
+    assert (nothing + RouteTally.of(TRAINER, ROLLOUT)).agreement() == compare_routes(TRAINER, ROLLOUT)
+    with pytest.raises(MismatchInputError, match="2 layers and top-2 do not add up with routes of 1 layers"):
+        nothing + RouteTally.of(TRAINER[:, :1], ROLLOUT[:, :1])
