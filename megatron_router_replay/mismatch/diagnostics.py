@@ -100,8 +100,8 @@ class Diagnostics:
             ess_token=tally.token_weights.effective_share(tokens),
             ess_sequence=tally.sequence_weights.effective_share(sequences),
             ratio_tails={tau: count / tokens for tau, count in zip(tally.taus, beyond, strict=True)},
-            max_ratio=math.exp(min(highest, SATURATION)),
-            min_ratio=math.exp(max(-lowest, -SATURATION)) if zeros == 0 else 0.0,
+            max_ratio=_saturating_exp(highest),
+            min_ratio=_saturating_exp(-lowest) if zeros == 0 else 0.0,
             mean_abs_difference=sums["absolute"] / possible,
             correlation=_correlation(possible, *(sums[name] for name in ("x", "y", "xx", "yy", "xy"))),
             routes=tally.routes.agreement() if tally.routes else None,
@@ -156,6 +156,10 @@ def diagnose(
         routes = RouteTally.of(trainer_routes, rollout_routes, routes_valid)
     tally = Tally.of(trainer, rollout, responses, tuple(taus), routes)
     return Diagnostics.of(tally if process_group is None else tally.all_reduce(process_group))
+
+
+def _saturating_exp(log_ratio: float) -> float:
+    return math.exp(max(-SATURATION, min(SATURATION, log_ratio)))
 
 
 def _mean_perplexity(total: float, sequences: int) -> float:

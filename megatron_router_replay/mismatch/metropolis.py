@@ -78,13 +78,13 @@ def metropolis_chain(
     if level == "sequence":
         # A response without tokens is no proposal.
         proposed = responses.lengths > 0
-        steps = _run_chains(responses.sum(ratio)[proposed], uniforms[proposed], responses.groups.row[proposed],
-                            responses.groups.num_rows)  # fmt: skip
-        multiplicity = responses.expand(torch.zeros_like(uniforms).masked_scatter(proposed, steps))
+        chain_of = responses.groups.row[proposed]
+        steps = _run_chains(responses.sum(ratio)[proposed], uniforms[proposed], chain_of, responses.groups.num_rows)
+        multiplicity = responses.expand(torch.zeros(shape, device=ratio.device).masked_scatter(proposed, steps))
     else:
         group = responses.groups.row[responses.tokens.row].view(shape)[responses.mask]
         steps = _run_chains(ratio[responses.mask], uniforms[responses.mask], group, responses.groups.num_rows)
-        multiplicity = torch.zeros_like(uniforms).masked_scatter(responses.mask, steps)
+        multiplicity = torch.zeros(shape, device=ratio.device).masked_scatter(responses.mask, steps)
     return MetropolisChain(multiplicity > 0, multiplicity)
 
 

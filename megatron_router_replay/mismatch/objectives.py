@@ -6,6 +6,7 @@ it, from which trust is measured) and `current` (pi_theta, the only one that gra
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -185,4 +186,4 @@ def _weighted(losses: Tensor, weights: Tensor | None, responses: Responses) -> T
 def _saturating_exp(log_values: Tensor) -> Tensor:
     """An exp without inf, which times an advantage or weight of 0 would be NaN; a ratio beyond has no gradient."""
     # Room for an advantage and a sum over the batch below the dtype's largest number.
-    return log_values.clamp(max=0.5 * torch.log(torch.tensor(torch.finfo(log_values.dtype).max)).item()).exp()
+    return log_values.clamp(max=math.log(torch.finfo(log_values.dtype).max) / 2).exp()

@@ -51,13 +51,16 @@ def self_normalized_weights(
         )
     if over == "group" and process_group is not None:
         raise MismatchInputError("a process group joins batches: with over='group' every prompt's group is on one rank")
-    ratio = at_level(log_ratio(trainer.detach(), rollout.detach(), responses), responses, level)
+    dtype = torch.promote_types(torch.promote_types(trainer.dtype, rollout.dtype), torch.float32)
+    full = log_ratio(trainer.detach(), rollout.detach(), responses, at_least=torch.float64)
+    ratio = at_level(full, responses, level)
     counted = responses.mask if level == "token" else _first_response_tokens(responses)
     set_of = responses.groups.row[responses.tokens.row] if over == "group" else torch.zeros_like(responses.tokens.row)
     num_sets = responses.groups.num_rows if over == "group" else 1
     log_mean = _log_mean(ratio.flatten(), counted.flatten(), set_of, num_sets, process_group)
-    normalized = (ratio - log_mean[set_of].view(ratio.shape)).to(ratio.dtype)
-    return exponential(normalized.masked_fill(ratio == -torch.inf, -torch.inf), responses)
+    # In float64 up to here: a logarithm of some tens has few digits left for the weight. None is above n.
+    normalized = (ratio - log_mean[set_of].view(ratio.shape)).masked_fill(ratio == -torch.inf, -torch.inf)
+    return exponential(normalized, responses).to(dtype)
 
 
 def _first_response_tokens(responses: Responses) -> Tensor:
@@ -71,7 +74,7 @@ def _log_mean(
     ratio: Tensor, counted: Tensor, set_of: Tensor, num_sets: int, process_group: dist.ProcessGroup | None
 ) -> Tensor:
     """Logarithm of the mean of exp(ratio) over the counted items of each set, ``[num_sets]``."""
-    ratio = ratio.double().masked_fill(~counted, -torch.inf)
+    ratio = ratio.masked_fill(~counted, -torch.inf)
     highest = ratio.new_full((num_sets,), -torch.inf).scatter_reduce(0, set_of, ratio, "amax")
     if process_group is not None:
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=process_group)

@@ -1,0 +1,150 @@
+"""What holds for every function: layout, order and padding do not matter, and nothing is ever NaN or infinite."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_router_replay.errors import MismatchInputError
+from tests.mismatch.batches import PER_SEQUENCE, PER_TOKEN, SCALARS, Batch, pack, padded_batch, permute
+
+# Sums of the same float64 numbers in another order, of at most some hundred terms of like size.
+SAME = {"rel": 1e-10, "abs": 1e-10}
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> tuple[list[int], torch.Tensor, torch.Tensor, int]:
+    """Lengths of sequences, a response mask within them, group ids, a seed."""
+    lengths = draw(st.lists(st.integers(0, 6), min_size=1, max_size=7))
+    width = max(lengths) + draw(st.integers(0, 2))
+    bits = draw(st.lists(st.booleans(), min_size=len(lengths) * width, max_size=len(lengths) * width))
+    mask = torch.tensor(bits, dtype=torch.bool).reshape(len(lengths), width)
+    mask &= torch.arange(width)[None] < torch.tensor(lengths)[:, None]
+    groups = torch.tensor(draw(st.lists(st.integers(-3, 2), min_size=len(lengths), max_size=len(lengths))))
+    return lengths, mask, groups, draw(st.integers(0, 2**16))
+
+
+def _scalars(batch: Batch, name: str) -> dict[str, float]:
+    """The figures, or that a batch of nothing has none."""
+    try:
+        return SCALARS[name](batch)
+    except MismatchInputError:
+        return {"refused": 1.0}
+
+
+@settings(deadline=None, max_examples=60)
+@given(shapes())
+def test_packed_equals_padded(shape):
+    lengths, mask, groups, seed = shape
+    padded = padded_batch(mask, groups, seed=seed)
+    packed = pack(padded, lengths, groups)
+    there = torch.arange(mask.shape[1])[None] < torch.tensor(lengths)[:, None]
+    for name, function in PER_TOKEN.items():
+        torch.testing.assert_close(
+            function(packed),
+            function(padded)[there],
+            rtol=1e-10,
+            atol=1e-10,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+    for name, function in PER_SEQUENCE.items():
+        torch.testing.assert_close(function(packed), function(padded), msg=lambda text, name=name: f"{name}: {text}")
+    for name in SCALARS:
+        assert _scalars(packed, name) == pytest.approx(_scalars(padded, name), **SAME), name
+
+
+@settings(deadline=None, max_examples=60)
+@given(shapes(), st.randoms(use_true_random=False))
+def test_another_order_of_sequences_changes_nothing(shape, random):
+    _, mask, groups, seed = shape
+    order = list(range(len(mask)))
+    random.shuffle(order)
+    batch = padded_batch(mask, groups, seed=seed)
+    moved = permute(batch, torch.tensor(order), groups)
+    for name, function in (PER_TOKEN | PER_SEQUENCE).items():
+        # A chain takes its proposals in their order: another order is another chain, see below.
+        if name != "metropolis":
+            torch.testing.assert_close(
+                function(moved),
+                function(batch)[order],
+                rtol=1e-10,
+                atol=1e-10,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
+    for name in SCALARS:
+        assert _scalars(moved, name) == pytest.approx(_scalars(batch, name), **SAME), name
+
+
+@settings(deadline=None, max_examples=40)
+@given(shapes(), st.randoms(use_true_random=False))
+def test_a_chain_sees_its_own_group_only(shape, random):
+    """Groups may be interleaved in any way, as long as each keeps its order."""
+    _, mask, groups, seed = shape
+    keys = {int(group): random.random() for group in groups.unique()}
+    order = sorted(range(len(mask)), key=lambda sequence: keys[int(groups[sequence])])
+    batch = padded_batch(mask, groups, seed=seed)
+    moved = permute(batch, torch.tensor(order), groups)
+    torch.testing.assert_close(PER_TOKEN["metropolis"](moved), PER_TOKEN["metropolis"](batch)[order], rtol=0, atol=0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(shapes(), st.sampled_from([1.5, -1e30, -math.inf, math.inf, math.nan]))
+def test_what_masked_tokens_hold_changes_nothing(shape, constant):
+    _, mask, groups, seed = shape
+    batch = padded_batch(mask, groups, seed=seed)
+    filled = {name: torch.where(mask, tensor, tensor + constant) for name, tensor in batch.tokens.items()}
+    other = replace(batch, **filled)
+    for name, function in PER_TOKEN.items():
+        # Nothing of it is even rounded.
+        torch.testing.assert_close(
+            function(other), function(batch), rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    for name in SCALARS:
+        assert _scalars(other, name) == _scalars(batch, name), name
+
+
+EXTREME = [-1e-30, -1.0, -69.0, -100.0, -1e4, -1e30, -math.inf]
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    shapes(),
+    st.lists(st.sampled_from(EXTREME), min_size=3, max_size=30),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)
+def test_extremes_give_finite_results_or_a_typed_error(shape, values, dtype):
+    """Ratios of exp(+-1e30), probability 0, responses of one token or none, in any float dtype."""
+    _, mask, groups, seed = shape
+    batch = padded_batch(mask, groups, seed=seed, dtype=dtype)
+    cycle = torch.tensor(values, dtype=torch.float64).repeat(3 * mask.numel() // len(values) + 1)[: 3 * mask.numel()]
+    trainer, rollout, current = cycle.reshape(3, *mask.shape).to(dtype)
+    batch = replace(batch, trainer=trainer, rollout=rollout, current=current)
+    for name, function in (PER_TOKEN | PER_SEQUENCE).items():
+        try:
+            found = function(batch)
+        except MismatchInputError:
+            continue
+        # A token of probability 0 has this log-ratio; nothing else does.
+        finite = found.isfinite() | ((found == -math.inf) if name == "log ratio" else False)
+        assert finite.all(), (name, found)
+    for name in SCALARS:
+        found = _scalars(batch, name)
+        assert all(math.isfinite(value) for value in found.values()), (name, found)
+
+
+def test_groups_of_tokens_and_sequences_are_where_they_belong():
+    batch = padded_batch(torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1]]), torch.tensor([7, 7, -2]))
+    responses = batch.responses
+    assert responses.lengths.tolist() == [2, 0, 3]
+    values = torch.arange(9.0).reshape(3, 3)
+    assert responses.sum(values).tolist() == [2, 0, 21]
+    assert responses.mean(values).tolist() == [1, 0, 7]
+    assert responses.max(values).tolist() == [2, -math.inf, 8]
+    assert responses.expand(torch.tensor([1.0, 2.0, 3.0])).tolist() == [[1, 0, 1], [0, 0, 0], [3, 3, 3]]
+    assert responses.keep(values > 6).lengths.tolist() == [0, 0, 2]
+    assert responses.groups.spread(torch.tensor([1.0, 2.0, 3.0])).tolist() == [[3, 0], [1, 2]]
