@@ -1,0 +1,199 @@
+"""Bias and noise of the policy gradient under each correction, on policies small enough to know the gradient exactly.
+
+    python -m benchmarks.corrections [--json FILE]
+
+A policy without context: T positions, V tokens, logits of its own at each position. The trainer's logits are random;
+the rollout's are the trainer's plus an error. A response is rewarded with 1 if at least as many of its tokens are
+"good" as in the trainer's mean, so that the value of a token hangs on the others, as in a real task. The expected
+reward under the trainer's policy is a Poisson-binomial tail, its gradient exact by automatic differentiation. Each
+correction's gradient, from batches that the rollout sampled, is compared with that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.machine import hardware, versions, write_json
+from megatron_router_replay import mismatch
+from megatron_router_replay.mismatch import Responses
+
+VOCABULARY, GROUP_SIZE = 8, 16
+GROUPS, GROUPS_AT_ONCE = 8, 256
+"""Prompts in the batch whose noise is reported, and in what is computed at once: gradients of batches are means."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Errors of the rollout's logits: `noise` at every position, `outlier` at a share of positions.
+
+    Positions with outliers stand for tokens whose routes differ; noise for kernels and precision, or for staleness.
+    """
+
+    name: str
+    length: int
+    noise: float
+    outlier: float = 0.0
+    share: float = 0.0
+
+
+SCENARIOS = (
+    Scenario("engine noise, as with R3", 64, noise=0.02),
+    Scenario("and routes that differ, as without R3", 64, noise=0.02, outlier=1.0, share=0.1),
+    Scenario("stale by a few updates", 64, noise=0.2),
+    Scenario("stale by a few updates, long", 256, noise=0.2),
+    Scenario("very stale", 64, noise=0.5),
+)
+
+
+def _group_normalized(trainer: Tensor, rollout: Tensor, responses: Responses) -> Tensor:
+    return mismatch.self_normalized_weights(trainer, rollout, responses, over="group")
+
+
+def _metropolis(trainer: Tensor, rollout: Tensor, responses: Responses) -> Tensor:
+    return mismatch.metropolis_chain(trainer, rollout, responses).multiplicity
+
+
+CORRECTIONS: dict[str, Callable[[Tensor, Tensor, Responses], Tensor]] = {
+    "none": lambda trainer, rollout, responses: responses.mask.float(),
+    "token IS": lambda *policies: mismatch.truncated_importance_weights(*policies, cap=math.inf),
+    "token TIS, 2": mismatch.truncated_importance_weights,
+    "IcePop, 0.5 to 5": mismatch.icepop_weights,
+    "token MIS, 0.5 to 2": mismatch.masked_importance_weights,
+    "trust region mask, 0.1, 0.01": lambda *policies: mismatch.trust_region_mask(*policies).float(),
+    "sequence IS": lambda *policies: mismatch.truncated_importance_weights(*policies, level="sequence", cap=math.inf),
+    "sequence TIS, 2": lambda *policies: mismatch.truncated_importance_weights(*policies, level="sequence"),
+    "sequence SNIS, group": _group_normalized,
+    "sequence Metropolis": _metropolis,
+}
+
+
+class Task:
+    """A scenario's policies, and the trainer's exact gradient `[T, V]`."""
+
+    def __init__(self, scenario: Scenario, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        self.generator = generator
+        self.logits = 1.5 * normal(scenario.length, VOCABULARY)
+        self.good = torch.rand(scenario.length, VOCABULARY, generator=generator) < 0.5
+        scale = torch.full((scenario.length, 1), scenario.noise)
+        outliers = torch.randperm(scenario.length, generator=generator)[: round(scenario.share * scenario.length)]
+        scale[outliers] = scenario.outlier
+        self.rollout_logits = self.logits + scale * normal(scenario.length, VOCABULARY)
+        self.threshold = round((self.logits.softmax(-1) * self.good).sum().item())
+        logits = self.logits.double().requires_grad_()
+        self._expected_reward(logits).backward()
+        assert logits.grad is not None
+        self.gradient = logits.grad
+
+    def _expected_reward(self, logits: Tensor) -> Tensor:
+        good = (logits.softmax(-1) * self.good).sum(-1)
+        counts = torch.ones(1, dtype=torch.float64)
+        for p in good:
+            none = counts.new_zeros(1)
+            counts = torch.cat([counts * (1 - p), none]) + torch.cat([none, counts * p])
+        return counts[self.threshold :].sum()
+
+    def batch(self) -> tuple[Tensor, Responses, Tensor]:
+        """Sampled tokens `[B, T]`, their responses in groups, and advantages over the group's other rewards `[B]`."""
+        size = GROUPS_AT_ONCE * GROUP_SIZE
+        probs = self.rollout_logits.softmax(-1)
+        tokens = torch.multinomial(probs, size, replacement=True, generator=self.generator).T
+        rewards = (self.good[torch.arange(len(probs)), tokens].sum(-1) >= self.threshold).float()
+        groups = rewards.view(GROUPS_AT_ONCE, GROUP_SIZE)
+        others = (groups.sum(-1, keepdim=True) - groups) / (GROUP_SIZE - 1)
+        responses = Responses.padded(
+            torch.ones_like(tokens), torch.arange(GROUPS_AT_ONCE).repeat_interleave(GROUP_SIZE)
+        )
+        return tokens, responses, (groups - others).flatten()
+
+    def estimate(self, weigh: Callable[..., Tensor], batch: tuple[Tensor, Responses, Tensor]) -> tuple[Tensor, float]:
+        """The gradient `[T, V]` that a loss with these weights has, and the effective share of its samples."""
+        tokens, responses, advantages = batch
+        logits = self.logits.clone().requires_grad_()
+        index = tokens.T
+        current = logits.log_softmax(-1).gather(-1, index).T
+        rollout = self.rollout_logits.log_softmax(-1).gather(-1, index).T
+        weights = weigh(current.detach(), rollout, responses)
+        loss = mismatch.grpo_loss(current, current.detach(), advantages, responses, weights=weights)
+        # The mean over tokens is 1 / T of the sum that the score of a response is.
+        (-loss * tokens.shape[-1]).backward()
+        assert logits.grad is not None
+        ess = float(weights.sum() ** 2 / (weights.numel() * weights.square().sum().clamp(min=1e-30)))
+        return logits.grad.double(), ess
+
+
+def measure(scenario: Scenario, batches: int, seed: int) -> dict[str, dict[str, float]]:
+    """Of each correction, relative to the norm of the exact gradient: bias, noise of a batch, and their root sum."""
+    task = Task(scenario, seed)
+    sums = {name: torch.zeros_like(task.gradient) for name in CORRECTIONS}
+    squares, shares = dict.fromkeys(CORRECTIONS, 0.0), dict.fromkeys(CORRECTIONS, 0.0)
+    for _ in track(range(batches), scenario.name, transient=True):
+        batch = task.batch()
+        for name, weigh in CORRECTIONS.items():
+            gradient, share = task.estimate(weigh, batch)
+            sums[name] += gradient
+            squares[name] += float(gradient.square().sum())
+            shares[name] += share
+    norm = float(task.gradient.square().sum())
+    found = {}
+    for name in CORRECTIONS:
+        mean = sums[name] / batches
+        variance = (squares[name] - batches * float(mean.square().sum())) / (batches - 1)
+        # The mean's own noise is part of its distance from the truth.
+        bias = float((mean - task.gradient).square().sum()) - variance / batches
+        of_a_batch = variance * GROUPS_AT_ONCE / GROUPS
+        found[name] = {
+            "bias": math.sqrt(max(bias, 0) / norm),
+            "bias_resolution": math.sqrt(variance / batches / norm),
+            "noise": math.sqrt(of_a_batch / norm),
+            "error": math.sqrt((max(bias, 0) + of_a_batch) / norm),
+            "effective_share": shares[name] / batches,
+        }
+    return found
+
+
+def main(
+    batches: Annotated[
+        int, typer.Option(min=2, help=f"For each scenario, of {GROUPS_AT_ONCE} prompts, {GROUP_SIZE} responses each.")
+    ] = 60,
+    seed: Annotated[int, typer.Option(help="Of policies and samples.")] = 0,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here, too.")] = None,
+) -> None:
+    """Bias and noise of the policy gradient under each correction."""
+    console = Console(width=100)
+    report: dict[str, Any] = {"batches": batches, "seed": seed, "hardware": hardware(), "versions": versions()}
+    for scenario in SCENARIOS:
+        found = measure(scenario, batches, seed)
+        report[scenario.name] = found
+        table = Table("correction", title=f"{scenario.name}: {scenario.length} tokens", title_justify="left")
+        for heading in ("bias", "resolved to", "noise of a batch", "error", "effective share"):
+            table.add_column(heading, justify="right")
+        for name, figures in found.items():
+            errors = [f"{figures[key]:.3f}" for key in ("bias", "bias_resolution", "noise", "error")]
+            table.add_row(name, *errors, f"{figures['effective_share']:.3f}")
+        console.print(table)
+    console.print(
+        f"noise is that of a batch of {GROUPS} prompts with {GROUP_SIZE} responses; all relative to the exact gradient's norm"
+    )
+    console.print(f"{report['hardware']}\n{report['versions']}")
+    if json is not None:
+        write_json(report, json)
+
+
+if __name__ == "__main__":
+    typer.run(main)
