@@ -188,7 +188,7 @@ def main(
             table.add_row(name, *errors, f"{figures['effective_share']:.3f}")
         console.print(table)
     console.print(
-        f"noise is that of a batch of {GROUPS} prompts with {GROUP_SIZE} responses; all relative to the exact gradient's norm"
+        f"noise of a batch of {GROUPS} prompts with {GROUP_SIZE} responses each; all relative to the gradient's norm"
     )
     console.print(f"{report['hardware']}\n{report['versions']}")
     if json is not None:
