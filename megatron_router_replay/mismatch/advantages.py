@@ -24,7 +24,10 @@ def group_relative_advantages(rewards: Tensor, responses: Responses, *, divide_b
     Returns:
         ``[S]``, at least float32; 0 where all of a group's rewards are equal.
     """
-    _require_per_sequence(responses, rewards=rewards)
+    if rewards.shape != (responses.num_sequences,):
+        raise MismatchInputError(
+            f"rewards {list(rewards.shape)} must be [{responses.num_sequences}], one for each sequence"
+        )
     dtype = torch.promote_types(rewards.dtype, torch.float32)
     groups = responses.groups
     count = groups.spread(torch.ones_like(rewards, dtype=dtype)).sum(-1)
@@ -158,18 +161,8 @@ def doubly_robust_advantages(
 
 def per_token_rewards(rewards: Tensor, responses: Responses) -> Tensor:
     """Rewards in the tokens' shape: as they are, or ``[S]`` put at each response's last token."""
-    if rewards.shape == responses.mask.shape:
+    if not responses.is_per_sequence(rewards=rewards):
         return rewards
-    _require_per_sequence(responses, rewards=rewards)
     mask = responses.rectangle(responses.mask)
     last = mask & (mask.flip(-1).long().cumsum(-1).flip(-1) == 1)
     return responses.tokens.gather(rewards[:, None] * last).view(responses.mask.shape)
-
-
-def _require_per_sequence(responses: Responses, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.shape != (responses.num_sequences,):
-            raise MismatchInputError(
-                f"{name} {list(tensor.shape)} must be [{responses.num_sequences}], one for each response"
-                f" (or, where the function says so, {list(responses.mask.shape)}, one for each token)"
-            )

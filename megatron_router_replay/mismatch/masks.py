@@ -61,9 +61,8 @@ def off_policy_sequence_mask(
     Raises:
         MismatchInputError: see :func:`megatron_router_replay.mismatch.ratios.log_ratio`; advantages of another shape.
     """
-    if advantages.shape == (responses.num_sequences,):
+    if responses.is_per_sequence(advantages=advantages):
         advantages = responses.expand(advantages)
-    responses.require(advantages=advantages)
     kl = responses.mean(-log_ratio(current.detach(), rollout.detach(), responses))
     return responses.mask & ~((advantages.detach() < 0) & responses.expand(kl > max_kl))
 

@@ -82,6 +82,8 @@ def grpo_loss(
         aggregation, denominator: see :func:`aggregate`.
     """
     ratio_log = log_ratio(current, old.detach(), responses)
+    if responses.is_per_sequence(advantages=advantages):
+        advantages = responses.expand(advantages)
     losses = _clipped(_saturating_exp(ratio_log), advantages, responses, clip_low, clip_high)
     return aggregate(_weighted(losses, weights, responses), responses, aggregation, denominator)
 
@@ -116,7 +118,7 @@ def gspo_loss(
             f" [{responses.num_sequences}]"
         )
     ratio = _saturating_exp(responses.expand(responses.mean(log_ratio(current, old.detach(), responses))))
-    losses = _clipped(ratio, advantages, responses, clip_low, clip_high)
+    losses = _clipped(ratio, responses.expand(advantages), responses, clip_low, clip_high)
     return aggregate(_weighted(losses, weights, responses), responses, "sequence-mean", denominator)
 
 
@@ -168,9 +170,6 @@ def decoupled_loss(
 def _clipped(ratio: Tensor, advantages: Tensor, responses: Responses, clip_low: float, clip_high: float) -> Tensor:
     if not (0 <= clip_low <= 1 and clip_high >= 0):
         raise MismatchInputError(f"a clip range needs 0 <= low <= 1 and 0 <= high, got {clip_low} and {clip_high}")
-    if advantages.shape == (responses.num_sequences,):
-        advantages = responses.expand(advantages)
-    responses.require(advantages=advantages)
     # What padding holds would meet a ratio of 1 and reach the sum as NaN.
     advantages = advantages.detach().to(ratio.dtype).masked_fill(~responses.mask, 0)
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)

@@ -130,6 +130,29 @@ class Responses:
                     f"{name} {list(tensor.shape)} and the response mask {list(self.mask.shape)} must have one shape"
                 )
 
+    def is_per_sequence(self, **named: Tensor) -> bool:
+        """Whether a tensor is ``[S]``, one for each sequence, and not in the tokens' shape.
+
+        Raises:
+            MismatchInputError: it is neither, or it could be both and they differ: as many packed tokens as sequences.
+        """
+        ((name, values),) = named.items()
+        if values.shape != (self.num_sequences,):
+            if values.shape != self.mask.shape:
+                raise MismatchInputError(
+                    f"{name} {list(values.shape)} must be [{self.num_sequences}], one for each sequence, or have the"
+                    f" response mask's shape {list(self.mask.shape)}"
+                )
+            return False
+        if self.mask.shape != values.shape:
+            return True
+        if bool((self.tokens.row != torch.arange(self.num_sequences, device=self.mask.device)).any()):
+            raise MismatchInputError(
+                f"{name} {list(values.shape)} may be one for each of {self.num_sequences} sequences or one for each of"
+                f" {self.num_sequences} packed tokens: pad the batch, whose tokens then have two dimensions"
+            )
+        return False
+
     def rectangle(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Tokens' shape to ``[S, W]``, with `fill` for all but response tokens."""
         return self.tokens.spread(values.masked_fill(~self.mask, fill).flatten(), fill)

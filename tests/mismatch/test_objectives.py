@@ -151,7 +151,9 @@ def test_clip_ranges_out_of_order_are_refused(bounds):
 
 
 def test_tensors_of_other_shapes_are_refused():
-    with pytest.raises(MismatchInputError, match=r"advantages \[3\] and the response mask \[1, 1\]"):
+    with pytest.raises(
+        MismatchInputError, match=r"advantages \[3\] must be \[1\], one for each sequence, or .* \[1, 1\]"
+    ):
         grpo_loss(-torch.ones(1, 1), -torch.ones(1, 1), torch.ones(3), ONE)
     with pytest.raises(MismatchInputError, match=r"weights \[1\] and the response mask \[1, 1\]"):
         grpo_loss(-torch.ones(1, 1), -torch.ones(1, 1), torch.ones(1), ONE, weights=torch.ones(1))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_router_replay.errors import MismatchInputError
@@ -41,6 +41,8 @@ def _scalars(batch: Batch, name: str) -> dict[str, float]:
 @given(shapes())
 def test_packed_equals_padded(shape):
     lengths, mask, groups, seed = shape
+    # See the next test.
+    assume(sum(lengths) != len(lengths) or set(lengths) == {1})
     padded = padded_batch(mask, groups, seed=seed)
     packed = pack(padded, lengths, groups)
     there = torch.arange(mask.shape[1])[None] < torch.tensor(lengths)[:, None]
@@ -56,6 +58,15 @@ def test_packed_equals_padded(shape):
         torch.testing.assert_close(function(packed), function(padded), msg=lambda text, name=name: f"{name}: {text}")
     for name in SCALARS:
         assert _scalars(packed, name) == pytest.approx(_scalars(padded, name), **SAME), name
+
+
+def test_as_many_packed_tokens_as_sequences_are_told_apart_or_refused():
+    """A list of two numbers is one for each token or one for each sequence: here they differ."""
+    groups = torch.tensor([0, 0])
+    packed = pack(padded_batch(torch.tensor([[1, 1], [0, 0]]), groups), [2, 0], groups)
+    for name in ("off-policy sequences", "optimal token baseline", "doubly robust", "gradient of grpo"):
+        with pytest.raises(MismatchInputError, match="for each of 2 packed tokens: pad the batch"):
+            PER_TOKEN[name](packed)
 
 
 @settings(deadline=None, max_examples=60)
