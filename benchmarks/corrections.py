@@ -48,10 +48,10 @@ class Scenario:
 
 
 SCENARIOS = (
-    Scenario("engine noise, as with R3", 64, noise=0.02),
-    Scenario("and routes that differ, as without R3", 64, noise=0.02, outlier=1.0, share=0.1),
-    Scenario("stale by a few updates", 64, noise=0.2),
-    Scenario("stale by a few updates, long", 256, noise=0.2),
+    Scenario("engine noise, as with R3", 64, noise=0.05),
+    Scenario("and routes that differ, as without R3", 64, noise=0.05, outlier=1.0, share=0.1),
+    Scenario("stale", 64, noise=0.2),
+    Scenario("stale, long", 256, noise=0.2),
     Scenario("very stale", 64, noise=0.5),
 )
 
@@ -121,6 +121,14 @@ class Task:
         )
         return tokens, responses, (groups - others).flatten()
 
+    def diagnose(self) -> mismatch.Diagnostics:
+        """The scenario as a run would see it."""
+        tokens, responses, _ = self.batch()
+        trainer, rollout = (
+            logits.log_softmax(-1).gather(-1, tokens.T).T for logits in (self.logits, self.rollout_logits)
+        )
+        return mismatch.diagnose(trainer, rollout, responses)
+
     def estimate(self, weigh: Callable[..., Tensor], batch: tuple[Tensor, Responses, Tensor]) -> tuple[Tensor, float]:
         """The gradient `[T, V]` that a loss with these weights has, and the effective share of its samples."""
         tokens, responses, advantages = batch
@@ -179,8 +187,13 @@ def main(
     report: dict[str, Any] = {"batches": batches, "seed": seed, "hardware": hardware(), "versions": versions()}
     for scenario in SCENARIOS:
         found = measure(scenario, batches, seed)
-        report[scenario.name] = found
-        table = Table("correction", title=f"{scenario.name}: {scenario.length} tokens", title_justify="left")
+        seen = Task(scenario, seed).diagnose()
+        report[scenario.name] = {"diagnostics": seen.flat(""), "corrections": found}
+        title = (
+            f"{scenario.name}: {scenario.length} tokens, k3 {seen.k3:.1e}, F(2) {seen.ratio_tails[2.0]:.1e},"
+            f" ESS of tokens {seen.ess_token:.3f}, of sequences {seen.ess_sequence:.3f}"
+        )
+        table = Table("correction", title=title, title_justify="left")
         for heading in ("bias", "resolved to", "noise of a batch", "error", "effective share"):
             table.add_column(heading, justify="right")
         for name, figures in found.items():
