@@ -1,4 +1,4 @@
-"""Megatron-Core's own layers, in one process, on a machine without a GPU.
+"""Megatron-Core's own layers, in one process or several, on a machine without a GPU.
 
     with CpuDevice(), single_process():
         model = GPTModel(...)
@@ -15,6 +15,6 @@ if "flash_mla" not in sys.modules:
 
 from cpu_engines.megatron.attention import PackedDotProductAttention
 from cpu_engines.megatron.device import CpuDevice
-from cpu_engines.megatron.parallel import single_process
+from cpu_engines.megatron.parallel import process_group, single_process
 
-__all__ = ["CpuDevice", "PackedDotProductAttention", "single_process"]
+__all__ = ["CpuDevice", "PackedDotProductAttention", "process_group", "single_process"]

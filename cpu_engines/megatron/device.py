@@ -40,7 +40,10 @@ def _names_cuda(value: Any) -> bool:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Sends every tensor that is asked for on "cuda" to the CPU."""
+    """Sends every tensor that is asked for on "cuda" to the CPU, and names types as on CUDA.
+
+    The optimizers tell the parameters that need a float32 main parameter by the names of ``Tensor.type()``.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -52,6 +55,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             return args[0]
         if func is torch.Tensor.to:
             args = tuple("cpu" if _names_cuda(arg) else arg for arg in args)
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return "torch.cuda." + func(*args).rpartition(".")[2]
         return func(*args, **kwargs)
 
 

@@ -15,9 +15,9 @@ from tests.trainer.batches import Batch, random_batch
 BuildModel = Callable[..., torch.nn.Module]
 
 
-@pytest.fixture(scope="package", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def megatron() -> Iterator[None]:
-    """Process groups and CUDA stand-ins, for the tests of this folder only."""
+    """Process groups and CUDA stand-ins; by module, since a folder that is no package has no scope of its own."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with CpuDevice(), single_process():

@@ -30,6 +30,8 @@ def test_device_is_put_back():
     functions = [(now, then) for now, then in zip(_touched(), before, strict=True) if not isinstance(then, type)]
     assert len(functions) == 8 and all(now is not then for now, then in functions)
     assert torch.zeros(1, device="cuda").device.type == "cpu"
+    assert torch.zeros(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
+    assert torch.zeros(1).type(torch.int64).dtype == torch.int64
     device.remove()
     device.remove()
     assert all(now is then for now, then in zip(_touched(), before, strict=True))
