@@ -53,3 +53,15 @@ class ObservationError(ReplayError):
 
 class MismatchInputError(ReplayError, ValueError):
     """Log-probabilities, masks, bounds or settings that a function of the mismatch package cannot take."""
+
+
+class AverageSourceError(ReplayError):
+    """A model whose parameters cannot be averaged: none are trained, or this rank does not hold them as they are."""
+
+
+class AverageInUseError(ReplayError):
+    """Averages are swapped into the model, and the call needs the model's own values there."""
+
+
+class AverageStateError(ReplayError):
+    """A saved average, or a model's sharded state, that is not of the model that is averaged."""

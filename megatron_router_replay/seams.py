@@ -34,6 +34,7 @@ class Seam:
     exact: bool = False
 
 
+# What replay needs; checked by attach().
 SEAMS: tuple[Seam, ...] = (
     Seam(
         "megatron.core.transformer.moe.router.TopKRouter.routing",
@@ -87,6 +88,46 @@ SEAMS: tuple[Seam, ...] = (
     ),
 )
 
+# What averages of parameters need; checked when their sharded state is asked for.
+AVERAGE_SEAMS: tuple[Seam, ...] = (
+    Seam(
+        "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params.__init__",
+        ("self", "optimizer", "config", "grad_scaler", "init_state_fn"),
+        why="keeps every 16-bit parameter's float32 main parameter as its attribute main_param, which is averaged",
+        until="Megatron-Core has a function that returns a parameter's main parameter",
+    ),
+    Seam(
+        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups",
+        ("gbuf_ranges", "param_gbuf_map", "opt_group_ranges", "config"),
+        why="sets main_param_sharded on parameters whose main_param is a slice, which is not averaged",
+        until="Megatron-Core has a function that returns a parameter's main parameter",
+    ),
+    Seam(
+        "megatron.core.distributed.DistributedDataParallelConfig",
+        ("overlap_param_gather", "use_megatron_fsdp"),
+        why="tells, as ddp_config of the wrapper, whether a rank holds its new parameters after optimizer.step()",
+        until="never: stale parameters must not be averaged",
+    ),
+    Seam(
+        "megatron.core.distributed.DistributedDataParallel.__init__",
+        ("self", "config", "ddp_config", "module"),
+        why="keeps ddp_config, and the model that it wraps as its only child, module",
+        until="never: stale parameters must not be averaged",
+    ),
+    Seam(
+        "megatron.core.dist_checkpointing.optimizer.get_param_id_to_sharded_param_map",
+        ("model_sharded_state_dict", "optim_params_iter"),
+        why="finds the sharding of every averaged tensor in the model's sharded state dict",
+        until="never: averages are sharded as the parameters are",
+    ),
+    Seam(
+        "megatron.core.dist_checkpointing.optimizer.make_sharded_optimizer_tensor",
+        ("model_param", "optim_param", "prefix"),
+        why="gives an average the sharding of its parameter",
+        until="never: averages are sharded as the parameters are",
+    ),
+)
+
 
 def check_seams(seams: Sequence[Seam] = SEAMS) -> None:
     """Refuse an installed Megatron-Core that does not have every seam.
@@ -130,5 +171,5 @@ def _fits(seam: Seam, found: tuple[str, ...]) -> bool:
 def _refusal(seam: Seam, difference: str) -> SeamError:
     return SeamError(
         f"{seam.path}: {difference} in megatron-core {megatron.core.__version__} (tested with "
-        f"{', '.join(TESTED_VERSIONS)}). Replay needs it: it {seam.why}; install a tested version."
+        f"{', '.join(TESTED_VERSIONS)}). This package needs it: it {seam.why}; install a tested version."
     )

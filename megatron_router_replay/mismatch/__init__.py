@@ -1,6 +1,7 @@
 """The mismatch between rollout engine and trainer: see it, measure it, correct for it.
 
-Plain torch, no engine: log-probabilities in, figures, weights, masks, advantages and losses out.
+Plain torch, no engine: log-probabilities in, figures, weights, masks, advantages and losses out; averages of a
+model's parameters in place.
 
     responses = Responses.padded(response_mask, group_ids)      # or Responses.packed(mask, cu_seqlens, group_ids)
     print(diagnose(old_logprobs, rollout_logprobs, responses))
@@ -16,6 +17,7 @@ from megatron_router_replay.mismatch.advantages import (
     optimal_token_baseline_advantages,
 )
 from megatron_router_replay.mismatch.diagnostics import Diagnostics, diagnose
+from megatron_router_replay.mismatch.ema import ExponentialMovingAverage
 from megatron_router_replay.mismatch.masks import (
     catastrophic_token_veto,
     exact_trust_region_mask,
@@ -40,6 +42,7 @@ from megatron_router_replay.mismatch.weights import (
 __all__ = [
     "Diagnostics",
     "DoublyRobust",
+    "ExponentialMovingAverage",
     "MetropolisChain",
     "Responses",
     "RouteAgreement",

@@ -10,10 +10,12 @@ from megatron.core.tensor_parallel.random import CheckpointFunction
 
 from megatron_router_replay import SeamError, attach
 from megatron_router_replay.router import LayerReplay
-from megatron_router_replay.seams import SEAMS, TESTED_VERSIONS, check_seams
+from megatron_router_replay.seams import AVERAGE_SEAMS, SEAMS, TESTED_VERSIONS, check_seams
+
+ALL_SEAMS = SEAMS + AVERAGE_SEAMS
 
 
-@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.path.rpartition("core.")[2])
+@pytest.mark.parametrize("seam", ALL_SEAMS, ids=lambda seam: seam.path.rpartition("core.")[2])
 def test_installed_megatron_has_the_seam(seam):
     check_seams([seam])
     assert seam.why
@@ -24,7 +26,7 @@ def test_installed_version_is_a_tested_one():
     assert megatron.core.__version__.partition("+")[0] in TESTED_VERSIONS
 
 
-@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.path.rpartition("core.")[2])
+@pytest.mark.parametrize("seam", ALL_SEAMS, ids=lambda seam: seam.path.rpartition("core.")[2])
 def test_a_seam_that_moved_is_refused(seam):
     renamed = replace(seam, path=seam.path + "_renamed")
     with pytest.raises(SeamError) as caught:
@@ -36,7 +38,7 @@ def test_a_seam_that_moved_is_refused(seam):
         check_seams([replace(seam, path="not_there." + seam.path)])
 
 
-@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.path.rpartition("core.")[2])
+@pytest.mark.parametrize("seam", ALL_SEAMS, ids=lambda seam: seam.path.rpartition("core.")[2])
 def test_a_seam_whose_parameters_changed_is_refused(seam):
     changed = replace(seam, parameters=(*seam.parameters, "brand_new"))
     with pytest.raises(SeamError) as caught:
