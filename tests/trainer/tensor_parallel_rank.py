@@ -1,6 +1,6 @@
 """One of two tensor-parallel ranks: trains, averages, swaps, saves and loads, and leaves what it saw in a file.
 
-PYTHONPATH=. python tests/mismatch/tensor_parallel_rank.py RANK FOLDER
+PYTHONPATH=. python tests/trainer/tensor_parallel_rank.py RANK FOLDER
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def run(rank: int, folder: Path) -> None:
 def record(rank: int, folder: Path) -> None:
     import torch
     from megatron.core import dist_checkpointing
-    from small_gpt import gpt, logits, tracked, train_step  # beside this script, whatever else is called "tests"
 
     from megatron_router_replay.mismatch import ExponentialMovingAverage
+    from tests.trainer.small_gpt import gpt, logits, tracked, train_step
 
     model = gpt()
     ema = ExponentialMovingAverage(model, DECAY)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron_router_replay.mismatch import ExponentialMovingAverage
-from tests.mismatch.small_gpt import gpt, rounding, tracked, weighted_mean
-from tests.mismatch.tensor_parallel_rank import DECAY, NUM_UPDATES
+from tests.trainer.small_gpt import gpt, rounding, tracked, weighted_mean
+from tests.trainer.tensor_parallel_rank import DECAY, NUM_UPDATES
 
 RANKS = range(2)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from megatron_router_replay.errors import AverageInUseError, AverageSourceError, AverageStateError, SeamError
 from megatron_router_replay.mismatch import ExponentialMovingAverage
-from tests.mismatch.small_gpt import gpt, logits, rounding, weighted_mean
+from tests.trainer.small_gpt import gpt, logits, rounding, weighted_mean
 
 WEIGHT = "embedding.word_embeddings.weight"
 
