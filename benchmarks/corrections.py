@@ -49,7 +49,8 @@ class Scenario:
 
 SCENARIOS = (
     Scenario("engine noise, as with R3", 64, noise=0.05),
-    Scenario("and routes that differ, as without R3", 64, noise=0.05, outlier=1.0, share=0.1),
+    Scenario("and routes that differ, as without R3", 64, noise=0.05, outlier=0.3, share=0.1),
+    Scenario("and tokens that are far off", 64, noise=0.05, outlier=1.0, share=0.1),
     Scenario("stale", 64, noise=0.2),
     Scenario("stale, long", 256, noise=0.2),
     Scenario("very stale", 64, noise=0.5),
@@ -183,7 +184,7 @@ def main(
     json: Annotated[Path | None, typer.Option(help="Write the figures here, too.")] = None,
 ) -> None:
     """Bias and noise of the policy gradient under each correction."""
-    console = Console(width=100)
+    console = Console(width=120)
     report: dict[str, Any] = {"batches": batches, "seed": seed, "hardware": hardware(), "versions": versions()}
     for scenario in SCENARIOS:
         found = measure(scenario, batches, seed)
@@ -191,7 +192,7 @@ def main(
         report[scenario.name] = {"diagnostics": seen.flat(""), "corrections": found}
         title = (
             f"{scenario.name}: {scenario.length} tokens, k3 {seen.k3:.1e}, F(2) {seen.ratio_tails[2.0]:.1e},"
-            f" ESS of tokens {seen.ess_token:.3f}, of sequences {seen.ess_sequence:.3f}"
+            f" ESS {seen.ess_token:.3f} of tokens, {seen.ess_sequence:.3f} of sequences"
         )
         table = Table("correction", title=title, title_justify="left")
         for heading in ("bias", "resolved to", "noise of a batch", "error", "effective share"):
