@@ -41,7 +41,7 @@ class Diagnostics:
             exp(-mean_t log pi) and exp(mean_t(log mu - log pi)), as in verl.
         ess_token, ess_sequence: effective sample size (sum w)^2 / sum w^2 of the weights rho, as a share of tokens or
             sequences, in (0, 1]; 1 if all weights are equal (Kong, Tech. Rep. 348, Univ. of Chicago, 1992).
-        ratio_tails: F(tau) by tau: share of tokens with max(r, 1/r) > tau (arXiv 2510.11370, section 3).
+        ratio_tails: F(tau) by tau: share of tokens with max(r, 1/r) > tau (arXiv 2510.11370).
         max_ratio, min_ratio: of tokens; 0 is a token of probability 0.
         mean_abs_difference: mean of abs(log r).
         correlation: Pearson's, between the log-probabilities of both sides; None where one side is constant.

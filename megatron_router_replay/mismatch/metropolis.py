@@ -43,8 +43,8 @@ def metropolis_chain(
     starts at the first; it moves from x to the proposal y with probability min(1, rho(y) / rho(x)), rho = pi / mu, and
     otherwise stays at x. pi is stationary, and the mean of f over the *steps* (samples times ``multiplicity``) is
     consistent for E_pi[f]. Source: Hastings, "Monte Carlo sampling methods using Markov chains and their applications"
-    (Biometrika 57, 1970), section 2.5; Tierney, "Markov chains for exploring posterior distributions" (Ann. Stat. 22,
-    1994), section 2.3.1.
+    (Biometrika 57, 1970); Tierney, "Markov chains for exploring posterior distributions" (Ann. Stat. 22, 1994), on
+    independence chains.
 
     The mask alone, in which every accepted sample counts once, has another law: pi(y) times the probability that the
     chain accepts a proposal at y, normalised (by detailed balance). Use ``multiplicity`` as the weight where

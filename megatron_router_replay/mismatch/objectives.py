@@ -140,8 +140,8 @@ def decoupled_loss(
 
     The policy that samples and the one from which the trust region is measured are two: staleness and engine mismatch
     are corrected by the first factor, the size of the step is bounded by the second. Source: Hilton, Cobbe and
-    Schulman, "Batch size-invariance for policy optimization" (arXiv 2110.00641), eq. 3 of section 3.1; for LLMs AReaL
-    (arXiv 2505.24298), eq. 5. With pi_prox the exponential moving average of the trainer's weights it is PPO-EWMA:
+    Schulman, "Batch size-invariance for policy optimization" (arXiv 2110.00641); for LLMs AReaL (arXiv
+    2505.24298). With pi_prox the exponential moving average of the trainer's weights it is PPO-EWMA:
     compute `proximal` inside :meth:`ExponentialMovingAverage.swapped_in`. Implementations: the paper leaves
     pi_prox / mu unbounded, AReaL drops tokens above a cap of 5; we truncate.
 

@@ -60,7 +60,7 @@ def sampling_mask(logits: Tensor, *, top_k: int | None = None, top_p: float | No
     """Ids that top-k and then top-p keep, as a sampler would: for engines that return logits and no mask.
 
     top-p keeps the most probable tokens up to and including the one with which their probability, renormalised over
-    what top-k left, reaches top_p (Holtzman et al., arXiv 1904.09751, eq. 2-3). Ties go to the lower id; engines
+    what top-k left, reaches top_p (Holtzman et al., arXiv 1904.09751). Ties go to the lower id; engines
     differ in that, and some apply both to the untruncated distribution, so prefer the engine's own mask.
 
     Args:

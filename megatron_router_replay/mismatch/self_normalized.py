@@ -27,7 +27,7 @@ def self_normalized_weights(
     The weights of a set have mean 1, whatever the scale of the ratios; no weight exceeds n. The estimate
     mean(w f) is biased by O(1/n) and consistent, and invariant to a constant factor in the ratios, such as an unknown
     normalising constant of a masked policy. Source: Owen, "Monte Carlo theory, methods and examples" (2013),
-    section 9.2, eq. 9.6.
+    section 9.2.
 
     Implementations: verl's ``rollout_is_batch_normalize`` divides *truncated* weights by their mean over the batch and,
     for sequences, weighs every sequence the same, as we do; in a mean over tokens long sequences count more, there as

@@ -28,7 +28,7 @@ def truncated_importance_weights(
     unbiased as the cap grows, with a variance that grows with the length of the response; the geometric mean does not
     depend on the length and is no importance weight of anything, only bounded.
 
-    Source: Ionides, "Truncated importance sampling", J. Comp. Graph. Stat. 17 (2008), eq. 2; for this use Yao et al.,
+    Source: Ionides, "Truncated importance sampling", J. Comp. Graph. Stat. 17 (2008); for this use Yao et al.,
     "Your efficient RL framework secretly brings you off-policy RL training" (2025, fengyao.notion.site/off-policy-rl).
     Implementations: the cap is 2 in verl and slime, 3 in TRL. slime may clamp from below, too (``--tis-clip-low``, 0 by
     default); verl 0.9.1 first limits the logarithm to +-20, so that a weight is never below exp(-20), which is 2e-9. We
@@ -85,7 +85,7 @@ def icepop_weights(
 ) -> Tensor:
     """IcePop: M(r_t) = r_t if alpha <= r_t <= beta, else 0; masked importance sampling of tokens with its own bounds.
 
-    Source: Ring-1T, "Every step evolves" (arXiv 2510.18855), eq. of J_IcePop, with alpha = 0.5 and beta = 5. Ports
+    Source: Ring-1T, "Every step evolves" (arXiv 2510.18855), with alpha = 0.5 and beta = 5. Ports
     differ in beta: a port to NeMo-RL has 2.
     """
     return masked_importance_weights(trainer, rollout, responses, level="token", lower=lower, upper=upper)
@@ -99,7 +99,7 @@ def balance_heuristic_weights(
     The samples of several behaviour policies are taken as samples of their mixture, whichever of them drew each. For
     any behaviours that together cover pi, the mean of w f over all samples is unbiased, and no other combination has a
     variance that is lower by more than (1/min_m n_m - 1/sum_m n_m) times the square of the mean (Veach and Guibas,
-    "Optimally combining sampling techniques for Monte Carlo rendering", SIGGRAPH 1995, eq. 8-9 and theorem 1).
+    "Optimally combining sampling techniques for Monte Carlo rendering", SIGGRAPH 1995, theorem 1).
 
     Use it where a batch holds rollouts of several weight versions, or where each sample was drawn under a mask of its
     own (a top-p mask, or routes that replay fixes): then every sample is a behaviour, `behaviours[m]` is what the
