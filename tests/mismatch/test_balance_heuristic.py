@@ -5,6 +5,7 @@ Expectations are sums of at most 15 terms from a few logarithms of size below 10
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -211,3 +212,32 @@ def test_a_token_that_every_behaviour_takes_for_certain_has_weight_one():
 def test_a_mixture_refuses(shares, behaviours, level, message):
     with pytest.raises(MismatchInputError, match=message):
         balance_heuristic_weights(-torch.ones(1, 2), behaviours, torch.tensor(shares), batch([(0, 0)], 2), level=level)
+
+
+def test_masks_that_follow_from_a_samples_own_tokens_are_no_behaviours():
+    """The theorem's behaviours are fixed before the draws. A top-p mask is a function of the sample's own prefix.
+
+    Two tokens of 0 or 1; after 0 both are allowed, after 1 only 0. Every pair of samples, each with the masks that it
+    met: the expected weight of (0, 0) and (0, 1) is not the trainer's probability, though both are covered, while the
+    ratio to the one policy that drew all samples, the truncated one, has that expectation.
+    """
+    law = {(): (0.6, 0.4), (0,): (0.5, 0.5), (1,): (0.7, 0.3)}
+    covered = {(0, 0): 0.6 * 0.5, (0, 1): 0.6 * 0.5, (1, 0): 0.4}
+
+    def under_masks_of(one: tuple[int, int], sample: tuple[int, int]) -> list[float]:
+        second = law[sample[:1]][sample[1]] if one[0] == 0 else float(sample[1] == 0)
+        return [math.log(law[()][sample[0]]), math.log(second) if second else -math.inf]
+
+    mixed, single = dict.fromkeys(covered, 0.0), dict.fromkeys(covered, 0.0)
+    for pair in itertools.product(covered, repeat=2):
+        trainer = [[math.log(law[()][y[0]]), math.log(law[y[:1]][y[1]])] for y in pair]
+        trainer = torch.tensor(trainer, dtype=torch.float64)
+        masked = torch.tensor([[under_masks_of(one, y) for y in pair] for one in pair], dtype=torch.float64)
+        own = torch.stack([masked[0, 0], masked[1, 1]])[None]
+        half, one = torch.tensor([[0.5, 0.5], [1.0, 0.0]], dtype=torch.float64)
+        for found, behaviours, shares in ((mixed, masked, half), (single, own, one[:1])):
+            weights = balance_heuristic_weights(trainer, behaviours, shares, batch([(0, 0)] * 2, 2))[:, 0]
+            for y, weight in zip(pair, weights.tolist(), strict=True):
+                found[y] += covered[pair[0]] * covered[pair[1]] * weight / 2
+    assert single == pytest.approx({(0, 0): 0.3, (0, 1): 0.3, (1, 0): 0.28}, abs=1e-13)
+    assert mixed[0, 0] == pytest.approx(0.26, abs=0.005) and mixed[0, 1] == pytest.approx(0.42, abs=0.005)

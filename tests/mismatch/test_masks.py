@@ -54,8 +54,8 @@ def test_a_ratio_on_the_vetos_threshold_is_kept():
 
 
 def test_off_policy_sequences_are_dropped_where_the_advantage_is_negative():
-    """Mean log(mu / pi) of the rows: 0.2, 0.05, -1, infinite, and none."""
-    rows = [[math.exp(-0.1), math.exp(-0.3)], [math.exp(-0.05)], [math.e, math.e], [1.0, 0.0], []]
+    """Mean log(mu / pi) of the rows: 0.11, 0.09, -1, infinite, and none."""
+    rows = [[math.exp(-0.02), math.exp(-0.2)], [math.exp(-0.09)], [math.e, math.e], [1.0, 0.0], []]
     given = _ratios(rows)
     for sign, kept in ((-1.0, [False, True, True, False, False]), (1.0, [True, True, True, True, False])):
         mask = off_policy_sequence_mask(*given[:2], torch.full((5,), sign), given[2])
@@ -63,7 +63,7 @@ def test_off_policy_sequences_are_dropped_where_the_advantage_is_negative():
     # An advantage of 0 has nothing to teach either way and stays.
     mask = off_policy_sequence_mask(*given[:2], torch.zeros(5), given[2])
     assert _rows(mask, given[2]) == [True, True, True, True, False]
-    wider = off_policy_sequence_mask(*given[:2], -torch.ones(5), given[2], max_kl=0.21)
+    wider = off_policy_sequence_mask(*given[:2], -torch.ones(5), given[2], max_kl=0.12)
     assert _rows(wider, given[2]) == [True, True, True, False, False]
 
 
@@ -191,7 +191,7 @@ def test_default_bounds_of_the_exact_trust_region():
         assert found.all().item() is kept and found.any().item() is kept
 
 
-def test_no_more_distributions_than_a_chunk_are_in_memory(monkeypatch):
+def test_distributions_are_taken_a_chunk_at_a_time(monkeypatch):
     seen, kl = [], subject._kl
     monkeypatch.setattr(subject, "_kl", lambda p, q: (seen.append(len(p)), kl(p, q))[1])
     logits = torch.randn(3, 4, 5)

@@ -119,3 +119,13 @@ def test_the_log_ratio_has_a_gradient_of_plus_and_minus_one_on_response_tokens()
     trainer, rollout, responses = _batch()
     log_ratio(trainer.requires_grad_(), rollout.requires_grad_(), responses).sum().backward()
     assert trainer.grad.equal(responses.mask.double()) and rollout.grad.equal(-responses.mask.double())
+
+
+def test_no_weight_exceeds_the_cap():
+    """The cap's float32 logarithm, exponentiated, may round to more than the cap."""
+    far = torch.full((1, 1), -1.0), torch.full((1, 1), -9.0), Responses.padded(torch.ones(1, 1))
+    caps = torch.arange(10, 1000) / 100
+    weights = torch.cat([truncated_importance_weights(*far, cap=cap) for cap in caps.tolist()]).flatten()
+    # Below by a few eps of the logarithm is rounding, above would be another bound.
+    torch.testing.assert_close(weights, caps, rtol=4 * 1.2e-7, atol=0)
+    assert (weights <= caps).all()
