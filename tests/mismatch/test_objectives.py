@@ -111,6 +111,17 @@ def test_the_clipped_loss_and_its_slope_in_closed_form(ratio, advantage):
     assert current.grad.item() == pytest.approx(slope, rel=1e-13)
 
 
+def test_the_decoupled_loss_multiplies_further_weights_with_its_own():
+    """Capped at 2 by default: ratios of 1.5 and 5 and weights of 1/4 and 3."""
+    logs = torch.tensor([[1.5, 5.0]]).log() - 5
+    weights, one = torch.tensor([[0.25, 3.0]]), Responses.padded(torch.ones(1, 2))
+    loss = decoupled_loss(logs, logs, torch.full((1, 2), -5.0), torch.ones(1), one, weights=weights)
+    # Float32 logarithms of size 5: a few 1e-6 of a ratio.
+    assert loss.item() == pytest.approx(-(1.5 * 0.25 + 2 * 3) / 2, rel=4e-6)
+    unbounded = decoupled_loss(logs, logs, torch.full((1, 2), -5.0), torch.ones(1), one, cap=math.inf)
+    assert unbounded.item() == pytest.approx(-(1.5 + 5) / 2, rel=4e-6)
+
+
 @pytest.mark.parametrize("name", _calls())
 def test_ratios_beyond_the_range_of_floats_leave_loss_and_gradient_finite(name):
     logs = [_logs(seed).float() for seed in (0, 1, 2)]
