@@ -146,6 +146,21 @@ def test_advantages_take_the_corrected_value_after_the_token(discount):
     assert (found[~RESPONSES.mask] == 0).all()
 
 
+def test_advantages_are_over_the_value_of_the_context_with_action_values_too():
+    found = doubly_robust_advantages(
+        _tokens(_reward),
+        _tokens(_wrong_values),
+        CORRECT,
+        RESPONSES,
+        action_values=_tokens(_wrong_action_values),
+    ).advantages
+    true = _values(_reward, 1.0)
+    for token in range(3):
+        rows = [at for at, row in enumerate(ROWS) if row[0] == token]
+        mean = sum((P_MU[at] * found[at, 0]).item() for at in rows) / MU[()][token]
+        assert mean == pytest.approx(true[("Q", token)] - _wrong_values((token,)), abs=1e-13)
+
+
 def test_tokens_of_others_in_between_neither_count_nor_discount():
     generator = torch.Generator().manual_seed(0)
     reward, value, weight, action = torch.rand(4, 1, 3, generator=generator, dtype=torch.float64)
