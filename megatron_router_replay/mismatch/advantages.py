@@ -16,7 +16,8 @@ def group_relative_advantages(rewards: Tensor, responses: Responses, *, divide_b
 
     Source: DeepSeekMath (arXiv 2402.03300), section 4.1.2. Without the division: Dr. GRPO (arXiv 2503.20783), which
     shows that it favours prompts whose rewards hardly differ. Implementations: the standard deviation is the sample's
-    (n - 1) in verl and TRL, as here, and 0 for a group of one, whose advantage is 0; the 1e-6 is verl's.
+    (n - 1) in verl and TRL, as here; the 1e-6 is verl's. A group of one has advantage 0 here, its reward in verl.
+    Responses without a response token count in their group's mean, here and in verl.
 
     Args:
         rewards: one per response, ``[S]``.
@@ -35,6 +36,9 @@ def group_relative_advantages(rewards: Tensor, responses: Responses, *, divide_b
     centred = rewards.to(dtype) - mean[groups.row]
     if not divide_by_std:
         return centred
+    # Of equal rewards rounding leaves differences of its own, and a deviation of their size to divide them by.
+    lowest, highest = (groups.spread(sign * rewards.to(dtype), -torch.inf).amax(-1) for sign in (-1, 1))
+    centred = centred.masked_fill((highest == -lowest)[groups.row], 0)
     std = (groups.spread(centred.square()).sum(-1) / (count - 1).clamp(min=1)).sqrt()
     return centred / (std[groups.row] + 1e-6)
 
@@ -54,10 +58,11 @@ def optimal_token_baseline_advantages(
     forward pass knows. With that proxy B_t has the least variance among baselines that depend on the prompt and
     on t. Source: Li et al., "The optimal token baseline: variance reduction for long-horizon LLM-RL" (PMLR 306, 2026).
 
-    Implementations: verl 0.9.1 (``optimal_token_baseline``) has the same, with two additions that we share: a group of
-    one has baseline 0, and so have the places that only the group's longest response reaches, where the baseline would
-    be that response's own return and the advantage 0. It numbers t by the place in the padded row; we count response
-    tokens, which is the same for responses without tokens of others in between.
+    Implementations: verl 0.9.1 (``optimal_token_baseline``) has the same but for 1e-8 in the denominator, with two
+    additions that we share: a group of one has baseline 0, and so have the places that only the group's longest
+    response reaches, where the baseline would be that response's own return and the advantage 0. It numbers t by the
+    place in the padded row; we count response tokens, which is the same for responses without tokens of others in
+    between.
 
     Args:
         rewards: per token, tokens' shape, or per response ``[S]`` (given at its last token).
@@ -71,7 +76,11 @@ def optimal_token_baseline_advantages(
     responses.require(logprobs=logprobs, sum_squared_probs=sum_squared_probs)
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
     token_rewards = per_token_rewards(rewards, responses).detach().to(dtype)
-    energy = 1 - 2 * logprobs.detach().to(dtype).exp() + sum_squared_probs.detach().to(dtype)
+    logprobs = logprobs.detach().to(dtype)
+    # (1 - p)^2 plus the squares of the others: of a token that was all but certain nothing is left of 1 - 2 p + sum p^2
+    # but rounding, of either sign, and the baseline would be no mean.
+    others = sum_squared_probs.detach().to(dtype) - (2 * logprobs).exp()
+    energy = torch.expm1(logprobs).square() + others.clamp(min=0)
     if weights is not None:
         responses.require(weights=weights)
         energy = energy * weights.detach().to(dtype).square()

@@ -38,7 +38,8 @@ class Diagnostics:
             of the importance weights. verl has mean(rho^2) - 1, which differs by 2 (mean(rho) - 1), has the same
             expectation, more noise, and may be negative; it also limits log rho to +-20.
         perplexity_rollout, perplexity_trainer, perplexity_ratio: means over sequences of exp(-mean_t log mu),
-            exp(-mean_t log pi) and exp(mean_t(log mu - log pi)), as in verl.
+            exp(-mean_t log pi) and exp(mean_t(log mu - log pi)), as in verl but for sequences without response tokens,
+            which verl counts as 1.
         ess_token, ess_sequence: effective sample size (sum w)^2 / sum w^2 of the weights rho, as a share of tokens or
             sequences, in (0, 1]; 1 if all weights are equal (Kong, Tech. Rep. 348, Univ. of Chicago, 1992).
         ratio_tails: F(tau) by tau: share of tokens with max(r, 1/r) > tau (arXiv 2510.11370).

@@ -132,12 +132,9 @@ def exact_trust_region_mask(
             f"trainer logits {list(trainer_logits.shape)} and rollout logits {list(rollout_logits.shape)} must both be"
             f" {list(responses.mask.shape)} and a vocabulary"
         )
-    pairs = zip(
-        trainer_logits.detach().flatten(0, -2)[responses.mask.flatten()].split(chunk_tokens),
-        rollout_logits.detach().flatten(0, -2)[responses.mask.flatten()].split(chunk_tokens),
-        strict=True,
-    )
-    divergences = [_kl(rollout, trainer) for trainer, rollout in pairs]
+    trainer, rollout = trainer_logits.detach().flatten(0, -2), rollout_logits.detach().flatten(0, -2)
+    chunks = responses.mask.flatten().nonzero().flatten().split(chunk_tokens)
+    divergences = [_kl(rollout[chunk], trainer[chunk]) for chunk in chunks]
     kl = torch.zeros(responses.mask.shape, dtype=torch.float32, device=trainer_logits.device)
     if divergences:
         kl[responses.mask] = torch.cat(divergences)
@@ -154,9 +151,7 @@ def exact_trust_region_mask(
 def _kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """KL(p || q) of the last dimension, float32; terms of p = 0 count nothing."""
     log_p, log_q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
-    # Only p = 0 itself is dropped: NaN stays NaN and is seen by the caller.
-    terms = torch.where(log_p == -torch.inf, 0, log_p.exp() * (log_p - log_q))
-    return torch.where(log_q.isnan().any(-1), torch.nan, terms.sum(-1))
+    return torch.where(log_p == -torch.inf, 0, log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def _require_bounds(**bounds: float | None) -> None:

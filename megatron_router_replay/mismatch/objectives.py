@@ -50,7 +50,7 @@ def aggregate(
     if denominator is None:
         # A batch whose every token was dropped has loss 0 and a gradient of zeros.
         return total / count.clamp(min=1)
-    if isinstance(denominator, (int, float)) and not denominator > 0:
+    if not float(denominator) > 0:
         raise MismatchInputError(f"a loss's denominator must be above 0, got {denominator}")
     return total / denominator
 
@@ -104,7 +104,7 @@ def gspo_loss(
     Source: "Group sequence policy optimization" (arXiv 2507.18071), eq. 5-7, bounds of section 5.1. s_i is the
     geometric mean of the token ratios, not their product, so that bounds do not depend on length. Implementations: verl
     differentiates token by token through sg[s_i] pi_theta / sg[pi_theta] (GSPO-token, eq. 13), whose gradient is this
-    one's where a sequence has one advantage, and recommends the mean over sequences that we always take.
+    one's where a sequence has one advantage and one weight, and recommends the mean over sequences that we always take.
 
     Args:
         current, old: log-probabilities, tokens' shape.
@@ -170,8 +170,7 @@ def decoupled_loss(
 def _clipped(ratio: Tensor, advantages: Tensor, responses: Responses, clip_low: float, clip_high: float) -> Tensor:
     if not (0 <= clip_low <= 1 and clip_high >= 0):
         raise MismatchInputError(f"a clip range needs 0 <= low <= 1 and 0 <= high, got {clip_low} and {clip_high}")
-    # What padding holds would meet a ratio of 1 and reach the sum as NaN.
-    advantages = advantages.detach().to(ratio.dtype).masked_fill(~responses.mask, 0)
+    advantages = advantages.detach().to(ratio.dtype)
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
 
 
@@ -179,7 +178,7 @@ def _weighted(losses: Tensor, weights: Tensor | None, responses: Responses) -> T
     if weights is None:
         return losses
     responses.require(weights=weights)
-    return losses * weights.detach().masked_fill(~responses.mask, 0).to(losses.dtype)
+    return losses * weights.detach().to(losses.dtype)
 
 
 def _saturating_exp(log_values: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ def log_ratio(
 
     Raises:
         MismatchInputError: shapes differ; a response token has NaN or +inf, or probability 0 under the denominator,
-            under which it cannot have been sampled; or every value is above 0, which logarithms of probabilities
-            never are.
+            under which it cannot have been sampled; or every value is above 0 and one above 0.1, which
+            rounding does not do to logarithms of probabilities.
     """
     responses.require(numerator=numerator, denominator=denominator)
     for name, values in (("numerator", numerator), ("denominator", denominator)):
@@ -69,7 +69,8 @@ def exponential(log_weights: Tensor, responses: Responses) -> Tensor:
 
 def _require_log_probabilities(top: Tensor, bottom: Tensor, responses: Responses) -> None:
     bad = top.isnan() | (top == torch.inf) | ~bottom.isfinite()
-    positive = [((values > 0) | ~responses.mask).all() & responses.mask.any() for values in (top, bottom)]
+    # Rounding lifts the logarithm of a probability of 1 a little above 0.
+    positive = [((values > 0) | ~responses.mask).all() & (values > 0.1).any() for values in (top, bottom)]
     # One transfer from the device, not three.
     any_bad, *all_positive = torch.stack([bad.any(), *positive]).tolist()
     if any_bad:

@@ -78,8 +78,7 @@ def _log_mean(
     highest = ratio.new_full((num_sets,), -torch.inf).scatter_reduce(0, set_of, ratio, "amax")
     if process_group is not None:
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=process_group)
-    # A set without any weight keeps its -inf out of the differences.
-    highest = highest.masked_fill(highest == -torch.inf, 0)
+    # A set without any weight has NaN here; none of its items is used.
     sums = ratio.new_zeros(2, num_sets)
     sums[0].index_add_(0, set_of, (ratio - highest[set_of]).exp())
     sums[1].index_add_(0, set_of, counted.double())

@@ -44,7 +44,8 @@ def truncated_importance_weights(
     if not cap > 0:
         raise MismatchInputError(f"a cap of weights must be above 0, got {cap}")
     ratio = at_level(log_ratio(trainer.detach(), rollout.detach(), responses), responses, level)
-    return exponential(ratio.clamp(max=math.log(cap)), responses)
+    # The cap's logarithm, exponentiated, may round to more than the cap.
+    return exponential(ratio.clamp(max=math.log(cap)), responses).clamp(max=cap)
 
 
 def masked_importance_weights(
@@ -60,9 +61,9 @@ def masked_importance_weights(
 
     Source: Liu, Li et al., "When speed kills stability: demystifying RL collapse from the training-inference mismatch"
     (2025, richardli.xyz/rl-collapse). Implementations: for sequences only an upper bound is common (``lower=0``), 2 in
-    verl and 3 in TRL, whose default this is ("sequence_mask"); a geometric mean needs bounds next to 1, verl's examples
-    have 0.999 to 1.001. verl's ``token_k1`` and ``seq_*_k1`` compare -log r with [log lower, log upper] and therefore
-    keep r in [1/upper, 1/lower]; its ``rollout_is_threshold="lower_upper"`` keeps r in [lower, upper] as we do. For the
+    verl and 3 in TRL, whose default this is ("sequence_mask"); a geometric mean needs bounds next to 1 (verl speaks of
+    about 1.001). verl's ``token_k1`` and ``seq_*_k1`` compare -log r with [log lower, log upper] and therefore keep r
+    in [1/upper, 1/lower]; its ``rollout_is_threshold="lower_upper"`` keeps r in [lower, upper] as we do. For the
     geometric level slime and verl mask by the geometric mean and weigh by something else; here the mean is the weight,
     and ``geometric > 0`` is the mask alone.
 
@@ -97,13 +98,16 @@ def balance_heuristic_weights(
     """Multiple importance sampling with the balance heuristic: w(y) = pi(y) / sum_m c_m mu_m(y).
 
     The samples of several behaviour policies are taken as samples of their mixture, whichever of them drew each. For
-    any behaviours that together cover pi, the mean of w f over all samples is unbiased, and no other combination has a
+    behaviours that together cover pi, the mean of w f over all samples is unbiased, and no other combination has a
     variance that is lower by more than (1/min_m n_m - 1/sum_m n_m) times the square of the mean (Veach and Guibas,
-    "Optimally combining sampling techniques for Monte Carlo rendering", SIGGRAPH 1995, theorem 1).
+    "Optimally combining sampling techniques for Monte Carlo rendering", SIGGRAPH 1995, theorem 1). Mixing token by
+    token is unbiased for the first token, and beyond it where all behaviours visit contexts alike.
 
-    Use it where a batch holds rollouts of several weight versions, or where each sample was drawn under a mask of its
-    own (a top-p mask, or routes that replay fixes): then every sample is a behaviour, `behaviours[m]` is what the
-    policy under sample m's mask gives to all samples' tokens, -inf for tokens that the mask excludes.
+    Use it where a batch holds rollouts of several weight versions, or of several masks: `behaviours[m]` is what policy
+    m gives to *all* samples' tokens, -inf for tokens that its mask excludes. The behaviours must not depend on the
+    samples. A top-p mask, or routes, that follow from a sample's own tokens are part of one policy, the truncated or
+    routed one: its own log-probability is the denominator (see
+    :func:`megatron_router_replay.mismatch.sampling_masks.apply_sampling_mask`), and a mixture of such masks is biased.
 
     Args:
         trainer: log-probabilities of the sampled tokens, tokens' shape.
@@ -134,7 +138,7 @@ def balance_heuristic_weights(
     if bool((wrong | (shares < 0).any(0)).any()):
         raise MismatchInputError("shares of behaviours must be at least 0 and sum to 1 over the behaviours")
     log_shares = shares.log()
-    behaviours = behaviours.detach().to(dtype).masked_fill(~responses.mask, 0)
+    behaviours = behaviours.detach().to(dtype)
     if level == "token":
         per_token = torch.stack([responses.expand(each) for each in log_shares])
         return exponential(

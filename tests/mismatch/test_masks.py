@@ -77,14 +77,6 @@ def test_off_policy_masking_is_per_token_where_advantages_are():
         off_policy_sequence_mask(trainer, rollout, torch.ones(2), responses)
 
 
-def test_per_token_advantages_of_packed_tokens_are_not_taken_for_those_of_sequences():
-    """As many tokens as sequences, one of which is empty: the shape alone does not tell."""
-    responses = Responses.packed(torch.ones(2), [0, 2, 2])
-    trainer, rollout = torch.full((2,), -2.0), torch.full((2,), -1.0)
-    mask = off_policy_sequence_mask(trainer, rollout, torch.tensor([-1.0, 1.0]), responses)
-    assert mask.tolist() == [False, True]
-
-
 @pytest.mark.parametrize("bounds", [{}, {"max_k2": 0.02, "mean_k3": None}, {"max_k2": None, "mean_k3": 0.02}])
 def test_the_sampled_trust_region_bounds_the_largest_k2_and_the_mean_k3(bounds):
     rows = [

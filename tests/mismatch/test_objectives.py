@@ -90,13 +90,6 @@ def test_advantages_of_sequences_are_those_of_all_their_tokens():
         gspo_loss(_logs(1), _logs(2), advantages[:, None].expand(4, 3), RESPONSES)
 
 
-def test_per_token_advantages_of_packed_tokens_are_not_taken_for_those_of_sequences():
-    """As many tokens as sequences, one of which is empty: the shape alone does not tell."""
-    responses, log = Responses.packed(torch.ones(2), [0, 2, 2]), torch.full((2,), -1.0)
-    loss = grpo_loss(log, log, torch.tensor([1.0, 5.0]), responses, aggregation="token-mean")
-    assert loss.item() == -3
-
-
 @pytest.mark.parametrize("ratio", [0.0, 1e-30, 0.5, 1.5, 1e18])
 @pytest.mark.parametrize("advantage", [-2.0, 0.0, 2.0])
 def test_the_clipped_loss_and_its_slope_in_closed_form(ratio, advantage):
