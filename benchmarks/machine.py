@@ -6,11 +6,12 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from routing_masks.files import write_whole
 
 PACKAGES = ("rollout-routing-replay", "sglang", "megatron-core", "torch", "transformers", "numpy", "safetensors")
 
@@ -39,17 +40,6 @@ def versions() -> dict[str, str]:
 def write_json(report: dict[str, Any], path: Path) -> None:
     """Write a report; a reader never sees half of it."""
     write_whole(path, lambda partial: partial.write_text(json.dumps(report, indent=2) + "\n"))
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` write to a temporary name beside `path`, then rename it: the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _cpuinfo() -> list[str]:
