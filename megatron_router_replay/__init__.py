@@ -6,7 +6,7 @@
     replay.remove()
 
 Needs Megatron-Core and nothing of the rollout engine; masks arrive as ``routing_masks.RoutingMasks``. The package
-``megatron_router_replay.mismatch`` needs torch alone.
+``megatron_router_replay.mismatch`` needs torch alone, and so do the files that ``megatron_router_replay.report`` reads.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from megatron_router_replay.errors import (
     ObservationError,
     ReplayError,
     RowCountError,
+    RunFileError,
     SeamError,
     UnboundForwardError,
     UnsupportedConfigError,
@@ -48,6 +49,7 @@ __all__ = [
     "Replay",
     "ReplayError",
     "RowCountError",
+    "RunFileError",
     "SeamError",
     "UnboundForwardError",
     "UnsupportedConfigError",

@@ -65,3 +65,7 @@ class AverageInUseError(ReplayError):
 
 class AverageStateError(ReplayError):
     """A saved average, or a model's sharded state, that is not of the model that is averaged."""
+
+
+class RunFileError(ReplayError):
+    """A run's file, or a line of it, that the report cannot read."""

@@ -1,0 +1,61 @@
+"""The corrections whose weights the report compares, with the bounds that it uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_router_replay.mismatch.metropolis import metropolis_chain
+from megatron_router_replay.mismatch.ratios import Level
+from megatron_router_replay.mismatch.responses import Responses
+from megatron_router_replay.mismatch.self_normalized import self_normalized_weights
+from megatron_router_replay.mismatch.weights import (
+    icepop_weights,
+    masked_importance_weights,
+    truncated_importance_weights,
+)
+
+Weigh = Callable[[Tensor, Tensor, Responses], Tensor]
+
+
+@dataclass(frozen=True)
+class Correction:
+    """A name, and the function (trainer, rollout, responses) to weights in the tokens' shape."""
+
+    name: str
+    weigh: Weigh
+
+
+def _truncated(level: Level) -> Weigh:
+    return lambda trainer, rollout, responses: truncated_importance_weights(
+        trainer, rollout, responses, level=level, cap=2.0
+    )
+
+
+def _masked(level: Level, lower: float, upper: float) -> Weigh:
+    return lambda trainer, rollout, responses: masked_importance_weights(
+        trainer, rollout, responses, level=level, lower=lower, upper=upper
+    )
+
+
+def _metropolis(trainer: Tensor, rollout: Tensor, responses: Responses) -> Tensor:
+    # The same page from the same files, whatever was drawn before.
+    generator = torch.Generator().manual_seed(0)
+    return metropolis_chain(trainer, rollout, responses, level="sequence", generator=generator).multiplicity
+
+
+CORRECTIONS = (
+    Correction("token TIS, cap 2", _truncated("token")),
+    Correction("sequence TIS, cap 2", _truncated("sequence")),
+    Correction("token MIS, 0.5 to 2", _masked("token", 0.5, 2.0)),
+    Correction("geometric MIS, 0.999 to 1.001", _masked("geometric", 0.999, 1.001)),
+    Correction("IcePop, 0.5 to 5", lambda *arguments: icepop_weights(*arguments, lower=0.5, upper=5.0)),
+    Correction(
+        "SNIS over prompts' groups",
+        lambda *arguments: self_normalized_weights(*arguments, level="sequence", over="group"),
+    ),
+    Correction("Metropolis, sequences", _metropolis),
+)

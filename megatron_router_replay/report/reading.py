@@ -1,0 +1,83 @@
+"""A run's steps from its files, one step in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from megatron_router_replay.errors import MismatchInputError, RunFileError
+from megatron_router_replay.report.json_lines import SUFFIXES, read_json_lines
+from megatron_router_replay.report.records import RunStep
+from megatron_router_replay.report.step_files import read_place, read_step
+
+
+def find_files(paths: Sequence[Path]) -> list[Path]:
+    """The files of a run: those that are named, and those directly in the folders that are.
+
+    Raises:
+        RunFileError: a path that is not there, a folder without a file of a run, or a file of another kind.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            # What begins with a dot is being written.
+            found = sorted(each for each in path.iterdir() if _is_run_file(each) and not each.name.startswith("."))
+            if not found:
+                raise RunFileError(f"{path}: a folder without a file of a run, which ends with {_kinds()}")
+            files += found
+        elif not path.is_file():
+            raise RunFileError(f"{path}: no such file or folder")
+        elif not _is_run_file(path):
+            raise RunFileError(f"{path}: a file of a run ends with {_kinds()}")
+        else:
+            files.append(path)
+    return files
+
+
+def read_run(files: Sequence[Path], on_file: Callable[[Path], None] = lambda path: None) -> Iterator[RunStep]:
+    """Steps in the order of their numbers; what several files hold of one step is joined.
+
+    Safetensors files are read when their step's turn comes, JSON lines all at the beginning: they are for small runs.
+
+    Args:
+        on_file: called with every file that has been read.
+
+    Raises:
+        RunFileError: a file that cannot be read; two files that hold the same part of a step; parts that do not fit.
+    """
+    lines: dict[int, list[RunStep]] = {}
+    places: dict[tuple[int, int], Path] = {}
+    for path in dict.fromkeys(files):
+        if path.name.endswith(SUFFIXES):
+            for record in read_json_lines(path):
+                lines.setdefault(record.step, []).append(record)
+            on_file(path)
+            continue
+        place = read_place(path)
+        if place in places:
+            raise RunFileError(
+                f"{places[place]} and {path} both hold part {place[1]} of step {place[0]}: make one report for each"
+                " run, and give every rank's write_step a part of its own"
+            )
+        places[place] = path
+    paths: dict[int, list[Path]] = {}
+    for step, part in sorted(places):
+        paths.setdefault(step, []).append(places[step, part])
+    for step in sorted({*lines, *paths}):
+        records = lines.pop(step, [])
+        for path in paths.get(step, []):
+            records.append(read_step(path))
+            on_file(path)
+        try:
+            joined = RunStep.join(records)
+        except MismatchInputError as error:
+            raise RunFileError(f"step {step}: {error}") from error
+        yield joined
+
+
+def _is_run_file(path: Path) -> bool:
+    return path.is_file() and path.name.endswith((".safetensors", *SUFFIXES))
+
+
+def _kinds() -> str:
+    return ", ".join((".safetensors", *SUFFIXES))

@@ -1,0 +1,59 @@
+"""Routes of whole sequences, counted in little memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_router_replay.errors import MismatchInputError
+from megatron_router_replay.mismatch.routes import RouteTally
+from routing_masks import RoutingMasks
+
+CHUNK_TOKENS = 8192
+"""Tokens that are compared at a time: comparing takes K bytes for every expert of a route."""
+
+
+def tally_routes(trainer: Tensor, rollout: Tensor, valid: Tensor | None = None) -> RouteTally:
+    """Compare expert sets, int ``[T, L, K]`` each, on the CPU; as ``RouteTally.of``, with the same errors."""
+    trainer, rollout = trainer.detach().cpu(), rollout.detach().cpu()
+    valid = None if valid is None else valid.detach().cpu().bool()
+    if trainer.shape != rollout.shape or trainer.dim() != 3 or (valid is not None and valid.shape != trainer.shape[:1]):
+        # The comparison of the whole says what does not fit.
+        return RouteTally.of(trainer, rollout, valid)
+    total = RouteTally.of(trainer[:0].int(), rollout[:0].int())
+    for begin in range(0, len(trainer), CHUNK_TOKENS):
+        part = slice(begin, begin + CHUNK_TOKENS)
+        known = None if valid is None else valid[part]
+        total = total + RouteTally.of(trainer[part].int(), rollout[part].int(), known)
+    return total
+
+
+def recorded_routes(parts: Sequence[RoutingMasks], num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Routes of one sequence of `num_tokens` tokens from its masks: whole, or a delta for each turn.
+
+    Returns:
+        int32 ``[num_tokens, L, K]`` and bool ``[num_tokens]``, False where no valid row was recorded.
+
+    Raises:
+        MismatchInputError: masks that end after the sequence, or two with rows for one token.
+        routing_masks.GeometryMismatchError: masks of different models.
+    """
+    geometry = parts[0].geometry
+    routes = torch.full((num_tokens, len(geometry.moe_layers), geometry.top_k), -1, dtype=torch.int32)
+    recorded = torch.zeros(num_tokens, dtype=torch.bool)
+    covered = torch.zeros(num_tokens, dtype=torch.bool)
+    for number, masks in enumerate(parts):
+        geometry.require_same(masks.geometry, "masks 0", f"masks {number}")
+        if masks.end > num_tokens:
+            raise MismatchInputError(
+                f"masks cover tokens [{masks.start}, {masks.end}), but the sequence has {num_tokens} tokens: give the"
+                " log-probabilities of the whole sequence, prompt included, with its own masks"
+            )
+        rows = slice(masks.start, masks.end)
+        if bool(covered[rows].any()):
+            raise MismatchInputError(f"masks {number} has rows for tokens that masks before it have already")
+        covered[rows] = True
+        routes[rows], recorded[rows] = masks.indices().cpu(), masks.valid.cpu()
+    return routes, recorded

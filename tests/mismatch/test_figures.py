@@ -1,0 +1,285 @@
+"""What is drawn equals what the functions of the mismatch package say."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_router_replay.errors import RunFileError
+from megatron_router_replay.mismatch import (
+    Diagnostics,
+    Responses,
+    Tally,
+    diagnose,
+    icepop_weights,
+    masked_importance_weights,
+    metropolis_chain,
+    self_normalized_weights,
+    truncated_importance_weights,
+)
+from megatron_router_replay.report import RunStep
+from megatron_router_replay.report.ratio_plots import scatter, tails
+from megatron_router_replay.report.sections import sections
+from megatron_router_replay.report.step_plots import MAX_COLUMNS, kl_over_steps, route_heat_map
+from megatron_router_replay.report.summary import CURVE_TAUS, RunSummary, StepFigures, summarize
+from megatron_router_replay.report.table import rows, warnings
+from megatron_router_replay.report.token_sample import TokenSample
+from megatron_router_replay.report.weight_figures import LADDER, WeightFigures
+from megatron_router_replay.report.weight_plots import effective_sample_sizes, weight_histograms
+from tests.mismatch.runs import NAMES, run_step
+
+STEPS = [run_step(step, zeros=2 if step == 1 else 0) for step in (0, 1, 5)]
+
+
+@pytest.fixture(scope="module")
+def summary() -> RunSummary:
+    return summarize(STEPS)
+
+
+def _diagnose(step: RunStep, name: str, **options) -> Diagnostics:
+    return diagnose(step.trainer_logprobs[name], step.rollout_logprobs, step.responses, **options)
+
+
+def _whole_run(name: str, taus: tuple[float, ...]) -> Diagnostics:
+    first, *others = (
+        Tally.of(step.trainer_logprobs[name], step.rollout_logprobs, step.responses, taus) for step in STEPS
+    )
+    return Diagnostics.of(sum(others, start=first))
+
+
+def _series(summary: RunSummary) -> dict[str, dict[str, WeightFigures]]:
+    titles = summary.passes[NAMES[0]].corrections
+    return {title: {name: summary.passes[name].corrections[title] for name in NAMES} for title in titles}
+
+
+def test_curves_are_the_tails_of_all_steps(summary: RunSummary):
+    taus = tuple(sorted({*CURVE_TAUS, *summary.taus}))
+    lines = tails({name: figures.diagnostics for name, figures in summary.passes.items()}).axes[0].lines
+    for line, name in zip(lines, NAMES, strict=False):
+        expected = {tau: share for tau, share in _whole_run(name, taus).ratio_tails.items() if share > 0}
+        assert line.get_label().startswith(f"{name}: KL (k3) ")
+        assert np.asarray(line.get_xdata()) + 1 == pytest.approx(list(expected))
+        assert list(line.get_ydata()) == list(expected.values())
+
+
+def test_scatter_is_each_tokens_ratio(summary: RunSummary):
+    figure = scatter({name: figures.sample for name, figures in summary.passes.items()})
+    for axes, name in zip(figure.axes, NAMES, strict=True):
+        # All tokens fit into the sample, in another order.
+        expected = []
+        for step in STEPS:
+            ratio = (step.trainer_logprobs[name] - step.rollout_logprobs)[step.response_mask]
+            expected += zip(step.rollout_logprobs[step.response_mask].exp().tolist(), ratio.tolist(), strict=True)
+        drawn = {line.get_label(): line for line in axes.lines}
+        points = np.stack(drawn["sampled tokens"].get_data(), 1)
+        finite = [pair for pair in sorted(expected) if pair[1] > -math.inf]
+        drawn_points = sorted(map(tuple, points[~np.isnan(points[:, 1])]))
+        assert np.array(drawn_points) == pytest.approx(np.array(finite))
+        rings = drawn["largest |ln r|"].get_ydata()
+        largest = sorted((abs(ratio) for _, ratio in expected), reverse=True)[: len(rings)]
+        assert len(rings) == len(expected) // 100 + 1
+        assert np.where(np.isnan(rings), math.inf, abs(rings)) == pytest.approx(largest)
+        impossible = drawn.get("trainer's probability is 0")
+        assert (0 if impossible is None else len(impossible.get_xdata())) == (2 if name == NAMES[0] else 0)
+        assert f"{len(expected):,} of {len(expected):,} tokens" in axes.get_title(loc="left")
+
+
+def test_sample_is_uniform_and_keeps_the_extremes():
+    sample = TokenSample(size=1000, num_extremes=3)
+    ratio = torch.arange(100_000.0)
+    for part in ratio.split(7000):
+        sample.add(part, -part)
+    assert sample.total == 100_000
+    assert sample.points.shape == (1000, 2)
+    # The mean of 1000 uniform numbers; 6 standard deviations are 0.055.
+    assert float(sample.points[:, 0].mean()) / 100_000 == pytest.approx(0.5, abs=0.055)
+    assert sample.extremes.tolist() == [[99_999.0, -99_999.0], [99_998.0, -99_998.0], [99_997.0, -99_997.0]]
+
+
+def test_kl_is_that_of_each_step(summary: RunSummary):
+    k3, k1 = kl_over_steps(summary.steps, NAMES).axes
+    for number, name in enumerate(NAMES):
+        for axes, estimator in ((k3, "k3"), (k1, "k1")):
+            line = axes.lines[number]
+            assert list(line.get_xdata()) == [0, 1, 5]
+            assert list(line.get_ydata()) == [getattr(_diagnose(step, name), estimator) for step in STEPS]
+    assert k3.get_yscale() == "log"
+
+
+def test_kl_of_one_step_is_a_point():
+    step = run_step(7)
+    exact = {**step.trainer_logprobs, "exact": step.rollout_logprobs}
+    k3, _ = kl_over_steps(summarize([replace(step, trainer_logprobs=exact)]).steps, [*NAMES, "exact"]).axes
+    assert [line.get_marker() for line in k3.lines] == ["o", "s", "^"]
+    # A KL of 0 has no logarithm.
+    assert k3.get_yscale() == "linear"
+    assert list(k3.lines[2].get_ydata()) == [0]
+
+
+def test_heat_map_has_a_row_for_each_layer_and_a_column_for_each_step(summary: RunSummary):
+    assert summary.routes is not None
+    heat, bars, _ = route_heat_map(summary.steps, summary.routes, summary.moe_layers).axes
+    expected = np.array([step.routes.agreement().differing_by_layer for step in STEPS if step.routes]).T
+    assert np.asarray(heat.images[0].get_array()) == pytest.approx(100 * expected)
+    assert expected[:, 0] == pytest.approx([24 / 240, 27 / 240, 30 / 240])
+    assert [text.get_text() for text in heat.get_xticklabels()] == ["0", "1", "5"]
+    assert [heat.yaxis.get_major_formatter()(place, 0) for place in heat.get_yticks()] == ["1", "2", "3"]
+    assert heat.get_ylim() == bars.get_ylim() == (2.5, -0.5)
+    assert [bar.get_width() for bar in bars.patches] == pytest.approx(100 * expected.mean(1))
+
+
+def test_many_steps_share_columns():
+    step = run_step(0)
+    assert step.routes is not None
+    steps = [StepFigures(number, {}, step.routes) for number in range(MAX_COLUMNS * 2)]
+    heat = route_heat_map(steps, step.routes.agreement(), None).axes[0]
+    assert heat.images[0].get_array().shape == (3, MAX_COLUMNS)
+    assert np.asarray(heat.images[0].get_array())[2] == pytest.approx(12.5)
+    assert heat.get_xlabel() == "step, the first of 2 in a column"
+    assert [text.get_text() for text in heat.get_xticklabels()][1] == "24"
+
+
+WEIGHTS = {
+    "token TIS, cap 2": truncated_importance_weights,
+    "sequence TIS, cap 2": lambda *each: truncated_importance_weights(*each, level="sequence"),
+    "token MIS, 0.5 to 2": masked_importance_weights,
+    "geometric MIS, 0.999 to 1.001": lambda *each: masked_importance_weights(
+        *each, level="geometric", lower=0.999, upper=1.001
+    ),
+    "IcePop, 0.5 to 5": icepop_weights,
+    "SNIS over prompts' groups": self_normalized_weights,
+    "Metropolis, sequences": lambda *each: (
+        metropolis_chain(*each, generator=torch.Generator().manual_seed(0)).multiplicity
+    ),
+}
+
+
+def _weights(title: str, name: str) -> list[torch.Tensor]:
+    return [
+        WEIGHTS[title](step.trainer_logprobs[name], step.rollout_logprobs, step.responses)[step.response_mask].double()
+        for step in STEPS
+    ]
+
+
+def test_histograms_are_the_weights_of_each_correction(summary: RunSummary):
+    figure = weight_histograms(_series(summary), list(NAMES))
+    assert len(figure.axes) == len(WEIGHTS)
+    for axes, title in zip(figure.axes, WEIGHTS, strict=True):
+        lines = axes.get_title(loc="left").split("\n")
+        assert lines[0] == title
+        zeros = []
+        for stairs, name in zip(axes.patches, NAMES, strict=True):
+            weights = torch.cat(_weights(title, name))
+            shares, edges, _ = stairs.get_data()
+            zeros.append(f"{float((weights == 0).double().mean()):.2%}")
+            assert shares.sum() + float((weights == 0).double().mean()) == pytest.approx(1)
+            # A cell's width is the precision of what is known of a weight.
+            cell = math.log(LADDER[0]) / 20
+            logs = weights[weights > 0].log().clamp(edges[0] + 1e-9, edges[-1] - 1e-9).numpy()
+            below = np.array([(logs < edge - cell).mean() for edge in edges]) * len(logs) / len(weights)
+            above = np.array([(logs < edge + cell).mean() for edge in edges]) * len(logs) / len(weights)
+            drawn = np.concatenate([[0], shares.cumsum()])
+            assert (below <= drawn + 1e-9).all() and (drawn <= above + 1e-9).all()
+        assert lines[1] == f"weight 0: {', '.join(zeros)}"
+
+
+def test_effective_sample_sizes_are_kish(summary: RunSummary):
+    figure = effective_sample_sizes(_series(summary), list(NAMES))
+    sizes, kept = figure.axes
+    assert [text.get_text() for text in sizes.get_yticklabels()] == list(WEIGHTS)
+    for number, name in enumerate(NAMES):
+        for place, title in enumerate(WEIGHTS):
+            by_step = _weights(title, name)
+            weights = torch.cat(by_step)
+            share = float(weights.sum() ** 2 / weights.square().sum()) / len(weights)
+            assert sizes.containers[number][place].get_width() == pytest.approx(100 * share), (title, name)
+            assert kept.containers[number][place].get_width() == pytest.approx(
+                100 * float((weights > 0).double().mean())
+            )
+            # A step whose every token is left out is worth nothing.
+            lowest = min(float(each.sum() ** 2 / each.square().sum().clamp(min=1e-9)) / len(each) for each in by_step)
+            tick = sizes.lines[number * len(WEIGHTS) + place]
+            assert list(tick.get_xdata()) == pytest.approx([100 * lowest] * 2)
+
+
+def test_weights_beyond_the_histogram_are_in_its_last_bars():
+    figures = WeightFigures()
+    figures.add(torch.tensor([1e-30, 0.0, 1.0, 1e30]), step=3)
+    assert figures.reach == LADDER[-1]
+    edges, shares = figures.histogram(LADDER[-1])
+    assert (len(edges), len(shares)) == (42, 41)
+    assert shares.nonzero().flatten().tolist() == [0, 20, 40]
+    assert shares.sum() == pytest.approx(0.75)
+    assert (figures.tokens, figures.kept) == (4, 3)
+    assert (figures.effective_share, figures.lowest) == (pytest.approx(0.25), (pytest.approx(0.25), 3))
+    narrow = WeightFigures()
+    narrow.add(torch.tensor([1.0, 1.0015]), step=0)
+    assert narrow.reach == LADDER[0]
+    nothing = WeightFigures()
+    nothing.add(torch.zeros(2), step=0)
+    assert (nothing.effective_share, nothing.reach) == (0, LADDER[0])
+    assert not nothing.histogram(LADDER[0])[1].any()
+
+
+def test_weights_that_the_trainer_applied_are_shown():
+    step = run_step(0)
+    applied = torch.full((240,), 0.5, dtype=torch.float64)
+    summary = summarize([replace(step, weights={"mine": applied})])
+    found = {section.name: section for section in sections(summary, "a step")}
+    assert "applied: mine, as applied by the trainer: 100.0% effective" in found["effective-sample-size"].alternative
+    for weights in (-applied, applied / 0):
+        with pytest.raises(RunFileError, match=r"step 0: weights.mine of response tokens must be finite"):
+            summarize([replace(step, weights={"mine": weights})])
+
+
+def test_table_has_a_row_for_each_diagnostic(summary: RunSummary):
+    found = {row.name: row.cells for row in rows(summary)}
+    whole = {name: _whole_run(name, (1.01, 1.1, 1.5, 2.0)) for name in NAMES}
+    assert found["response tokens"] == ("504", "504")
+    assert found["tokens of probability 0"] == ("2", "0")
+    assert [float(cell) for cell in found["KL, k3"]] == pytest.approx([each.k3 for each in whole.values()], rel=1e-3)
+    assert found["F(1.1)"] == tuple(f"{each.ratio_tails[1.1]:.3%}" for each in whole.values())
+    assert found["effective sample size, tokens"] == tuple(f"{each.ess_token:.2%}" for each in whole.values())
+    assert found["tokens with routes"] == ("720",)
+    # Routes, F and the others: nothing of Diagnostics is left out.
+    assert len(found) == 17 + len(summary.taus) + 3
+
+
+def test_warnings_say_what_is_wrong(summary: RunSummary):
+    (zero,) = warnings(summary)
+    assert "“own routes” gives probability 0 to 2 of 504 sampled tokens" in zero
+    step = run_step(0, routes=False)
+    alone = Responses.packed(step.response_mask, step.cu_seqlens, range(12))
+    assert alone.groups.width == 1
+    same = replace(step, trainer_logprobs={"copy": step.rollout_logprobs}, group_ids=torch.arange(12))
+    empty = replace(same, step=9, response_mask=torch.zeros(240, dtype=torch.bool))
+    copied, no_routes, lonely, left_out = warnings(summarize([same, empty]))
+    assert "“copy” equals the rollout bit for bit" in copied
+    assert "No routes in these files" in no_routes
+    assert "Every prompt has one response" in lonely
+    assert "steps 9" in left_out
+    routes = run_step(0)
+    assert routes.routes is not None
+    under_replay = replace(routes.routes, differing=torch.zeros_like(routes.routes.differing))
+    assert "probably routes under replay" in warnings(summarize([replace(routes, routes=under_replay)]))[0]
+    assert "leave an effective sample size of" in warnings(summarize([run_step(0, scale=3.0)]))[0]
+
+
+def test_a_run_that_cannot_be_summarised_is_refused():
+    step = run_step(3)
+    empty = replace(step, response_mask=torch.zeros(240, dtype=torch.bool))
+    broken = replace(step, trainer_logprobs={"old": torch.full((240,), math.nan)})
+    for steps, passes, message in (
+        ([], (), "no response token in any of 0 steps"),
+        ([empty], (), "no response token in any of 1 steps: nothing was sampled, or the mask is inverted"),
+        ([step], ("new",), r"no step has the trainer passes \['new'\]; the run has \['own routes', 'replayed'\]"),
+        ([broken], (), "step 3: trainer pass 'old': 168 of 168 response tokens have no log-ratio"),
+        ([step, replace(step, step=4, moe_layers=(7, 8, 9))], (), "step 4: routes are of decoder layers"),
+    ):
+        with pytest.raises(RunFileError, match=message):
+            summarize(steps, passes=passes)
+    assert list(summarize([step], passes=["replayed"]).passes) == ["replayed"]

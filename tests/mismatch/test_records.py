@@ -1,0 +1,351 @@
+"""A run's files: what is written is what is read, and what does not fit is refused by name."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from megatron_router_replay.errors import MismatchInputError, RunFileError
+from megatron_router_replay.mismatch import compare_routes
+from megatron_router_replay.report import RunStep, find_files, read_run, read_step, write_step
+from routing_masks import RoutingGeometry, RoutingMasks
+from routing_masks.stores import inline
+from tests.mismatch.runs import NAMES, run_step, write_run
+
+GEOMETRY = RoutingGeometry(num_layers=3, moe_layers=(0, 2), num_experts=8, top_k=2)
+RECORDED = torch.tensor([[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[0, 2], [1, 3]], [[0, 1], [0, 1]]])
+# Token 0 has its experts in another order, token 1 another expert in each layer; token 3 was never recorded.
+OWN = torch.tensor([[[1, 0], [3, 2]], [[4, 6], [6, 5]], [[0, 2], [1, 3]], [[6, 7], [6, 7]]])
+LINE = {
+    "step": 3,
+    "rollout_logprobs": [None, -1.5, -0.25, -2.0],
+    "trainer_logprobs": {"old": [0.0, -1.0, -0.5, -2.0], "new": [0.0, -1.25, -0.25, -3.0]},
+    "response_mask": [0, 1, True, 1],
+}
+RAW = {"rollout_routes": RECORDED.tolist(), "trainer_routes": OWN.tolist(), "routes_valid": [1, 1, 1, 0]}
+
+
+def _masks(begin: int, end: int) -> RoutingMasks:
+    return RoutingMasks.from_indices(
+        RECORDED[begin:end],
+        torch.ones(end - begin, dtype=torch.bool),
+        start=begin,
+        geometry=GEOMETRY,
+        codec="rank",
+        token_ids=[5, 6, 7, 8],
+    )
+
+
+def _write_lines(path: Path, *lines: object) -> Path:
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def _assert_same(one: RunStep, other: RunStep) -> None:
+    assert (one.step, one.moe_layers) == (other.step, other.moe_layers)
+    for name in ("rollout_logprobs", "response_mask", "cu_seqlens", "group_ids"):
+        assert getattr(one, name).equal(getattr(other, name)), name
+    for mine, theirs in ((one.trainer_logprobs, other.trainer_logprobs), (one.weights, other.weights)):
+        assert mine.keys() == theirs.keys()
+        assert all(mine[name].equal(theirs[name]) for name in mine)
+    assert (one.routes and one.routes.agreement()) == (other.routes and other.routes.agreement())
+
+
+@pytest.mark.parametrize("routes", [True, False])
+def test_a_step_is_read_as_it_was_written(tmp_path: Path, routes: bool):
+    step = run_step(12, routes=routes)
+    step = replace(step, weights={"applied": torch.rand(len(step.response_mask))})
+    path = write_step(tmp_path / "made" / "here", step)
+    assert path.name == "step-00000012.safetensors"
+    assert list(path.parent.iterdir()) == [path]
+    backwards = {name: step.trainer_logprobs[name] for name in reversed(NAMES)}
+    again = read_step(write_step(tmp_path, replace(step, trainer_logprobs=backwards)))
+    assert list(again.trainer_logprobs) == list(reversed(NAMES))
+    _assert_same(read_step(path), step)
+    assert path.stat().st_size < 20_000
+
+
+def test_raw_routes_in_a_file_are_counted(tmp_path: Path):
+    step = run_step(0, routes=False)
+    own = torch.arange(4, dtype=torch.uint8).repeat(240, 2, 1)
+    other = own.clone()
+    other[100, 1, 0] = 7
+    other[200:] = 7
+    path = write_step(tmp_path, step)
+    tensors = safetensors.torch.load_file(path)
+    tensors |= {"trainer_routes": own, "rollout_routes": other, "routes_valid": torch.arange(240) < 200}
+    safetensors.torch.save_file(tensors, path, {"format": "r3_run_step", "format_version": "1", "step": "0"})
+    found = read_step(path)
+    assert found.routes is not None and found.moe_layers is None
+    assert found.routes.agreement().num_tokens == 200
+    assert found.routes.agreement().differing_by_layer == (0.0, 1 / 200)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    earlier = write_step(tmp_path, run_step(1)).read_bytes()
+
+    def fail(tensors, path, metadata):
+        Path(path).write_bytes(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_step(tmp_path, run_step(1, scale=0.5))
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [earlier]
+
+
+def test_parts_of_ranks_are_one_step(tmp_path: Path):
+    whole = run_step(4)
+    rows = [slice(0, 100), slice(100, 240)]
+    for part, (tokens, sequences) in enumerate(zip(rows, (slice(0, 5), slice(5, 12)), strict=True)):
+        bounds = whole.cu_seqlens[sequences.start : sequences.stop + 1] - tokens.start
+        write_step(
+            tmp_path,
+            RunStep(
+                4,
+                whole.rollout_logprobs[tokens],
+                {name: values[tokens] for name, values in whole.trainer_logprobs.items()},
+                whole.response_mask[tokens],
+                bounds,
+                whole.group_ids[sequences],
+            ),
+            part=part,
+        )
+    files = find_files([tmp_path])
+    assert [path.name for path in files] == ["step-00000004.part-0001.safetensors", "step-00000004.safetensors"]
+    for order in (files, files[::-1]):
+        (found,) = read_run(order)
+        _assert_same(found, replace(whole, routes=None, moe_layers=None))
+
+
+@pytest.mark.parametrize("name", ["run.jsonl", "run.jsonl.gz"])
+def test_json_lines_made_by_hand(tmp_path: Path, name: str):
+    second = {
+        **LINE,
+        "trainer_logprobs": {"new": [-1.0], "old": [-1.0]},
+        "rollout_logprobs": [-1],
+        "response_mask": [1],
+    }
+    extra = {"reward": 1.0, "text": "not ours"}
+    path = _write_lines(
+        tmp_path / name,
+        {**LINE, **RAW, **extra, "group": "a", "moe_layers": [0, 2], "weights": {"tis": [0, 1, 1, 0.5]}},
+        {**LINE, "step": 1, "trainer_logprobs": [-1.0, -1.0, -1.0, float("-inf")]},
+        {**second, "group": "b", "weights": {"tis": [2]}},
+    )
+    first, third = read_run([path])
+    assert (first.step, list(first.trainer_logprobs), first.routes) == (1, ["trainer"], None)
+    assert first.trainer_logprobs["trainer"].tolist()[3] == -float("inf")
+    assert third.step == 3
+    assert third.cu_seqlens.tolist() == [0, 4, 5]
+    assert third.rollout_logprobs[1:].tolist() == [-1.5, -0.25, -2.0, -1.0]
+    assert third.trainer_logprobs["new"].tolist() == [0.0, -1.25, -0.25, -3.0, -1.0]
+    assert third.weights["tis"].tolist() == [0, 1, 1, 0.5, 2]
+    assert third.responses.mask.tolist() == [False, True, True, True, True]
+    assert third.responses.groups.num_rows == 2
+    assert third.moe_layers == (0, 2)
+    assert third.routes is not None
+    assert third.routes.agreement() == compare_routes(OWN[:3], RECORDED[:3])
+    assert third.routes.agreement().differing_by_layer == (1 / 3, 1 / 3)
+
+
+@pytest.mark.parametrize("cut", [3, 1])
+def test_masks_of_the_answer_are_taken_as_they_are(tmp_path: Path, cut: int):
+    """One handle, or those of two turns; the last token has no row."""
+    parts = [_masks(0, 3)] if cut == 3 else [_masks(0, cut), _masks(cut, 3)]
+    path = _write_lines(
+        tmp_path / "run.jsonl",
+        {**LINE, "rollout_masks": [inline.put(part) for part in parts], "trainer_routes": OWN.tolist()},
+    )
+    (found,) = read_run([path])
+    assert found.routes is not None and found.moe_layers == (0, 2)
+    assert found.routes.agreement() == compare_routes(OWN[:3], RECORDED[:3])
+
+
+def test_masks_in_memory_are_compared_in_the_same_way():
+    logprobs = torch.tensor([-1.0, -1.0, -1.0, -1.0, -1.0])
+    own = torch.cat([OWN, OWN[:1]])
+    step = RunStep.of(0, logprobs, logprobs, torch.ones(5), [0, 4, 5],
+                      rollout_masks=[_masks(0, 3), _masks(0, 1)], trainer_routes=own)  # fmt: skip
+    assert step.routes is not None and step.moe_layers == (0, 2)
+    compared = torch.tensor([0, 1, 2, 4])
+    assert step.routes.agreement() == compare_routes(own[compared], RECORDED[torch.tensor([0, 1, 2, 0])])
+
+
+def _handles(*parts: RoutingMasks) -> list[dict]:
+    return [inline.put(part) for part in parts]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": "3"}, "line 2: 'step' must be an integer, got '3'"),
+        ({"step": -1}, "line 2: a step's number is 0 or more, got -1"),
+        ({"rollout_logprobs": [-1.0]}, r"line 2: rollout_logprobs \[1\] and the response mask \[4\]"),
+        ({"trainer_logprobs": [-1.0]}, r"line 2: trainer_logprobs.trainer \[1\] and the response mask \[4\]"),
+        ({"trainer_logprobs": {"old": [[1]]}}, "line 2: 'trainer_logprobs' of 'old' must be a list of numbers"),
+        ({"trainer_logprobs": {}}, "line 2: no log-probabilities of the trainer"),
+        ({"rollout_logprobs": ["-1"]}, "line 2: 'rollout_logprobs' must be a list of numbers"),
+        ({"response_mask": [0, 1, 2, 0]}, "line 2: a response mask must be bool, or hold 0 and 1"),
+        ({"group": 1.5}, "line 2: 'group' must be an integer or a string, got 1.5"),
+        ({"weights": [1.0]}, "line 2: 'weights' must be an object of lists by name"),
+        ({"weights": {"tis": [1.0]}}, r"line 2: weights.tis \[1\] and the response mask \[4\]"),
+        ({"trainer_routes": OWN.tolist()}, "line 2: routes of one side only"),
+        ({**RAW, "trainer_routes": OWN[:3].tolist()}, r"trainer_routes \[3, 2, 2\] must have one row for each"),
+        ({**RAW, "rollout_routes": RECORDED[:, :1].tolist()}, r"\[4, 2, 2\] and rollout routes \[4, 1, 2\]"),
+        ({**RAW, "rollout_routes": [[0, 1]]}, r"\[layers\]\[top-k\] integers, got \[1, 2\]"),
+        ({**RAW, "rollout_routes": [[[0], [1, 2]]]}, r"'rollout_routes' must be \[tokens\]\[layers\]"),
+        ({**RAW, "routes_valid": [1, 1]}, r"valid \[2\] must have one entry for each of 4 tokens"),
+        ({**RAW, "moe_layers": [0]}, "moe_layers names 1 decoder layers, the routes have 2"),
+        ({**RAW, "rollout_masks": _handles(_masks(0, 3))}, "given twice: 'rollout_masks' and 'rollout_routes'"),
+        ({"rollout_masks": [], "trainer_routes": OWN.tolist()}, "'rollout_masks' is an empty list"),
+        ({"rollout_masks": [{"store": "elsewhere"}]}, "line 2: not a handle of a known store"),
+        ({"rollout_masks": _handles(_masks(0, 2), _masks(1, 3))}, "masks 1 has rows for tokens that masks before it"),
+        (
+            {"rollout_masks": _handles(_masks(0, 4)), "response_mask": [1], "rollout_logprobs": [-1]},
+            r"masks cover tokens \[0, 4\), but the sequence has 1 tokens",
+        ),
+        ({"rollout_logprob": []}, "line 2: unknown key 'rollout_logprob'; rename it, to 'rollout_logprobs'"),
+        ({"routes_vaild": [1]}, "line 2: unknown key 'routes_vaild'; rename it, to 'routes_valid'"),
+        ({"trainer_logprobs": {"old": [-1.0] * 4}}, r"one has trainer_logprobs \['new', 'old'\], another \['old'\]"),
+        ({"group": 1}, "line 2: some lines of step 3 have the key 'group' and others not"),
+        ({"weights": {"tis": [1.0] * 4}}, r"one has weights \[\], another \['tis'\]"),
+    ],
+)  # fmt: skip
+def test_a_wrong_line_is_named(tmp_path: Path, changes: dict, message: str):
+    path = _write_lines(tmp_path / "run.jsonl", LINE, {**LINE, **changes})
+    with pytest.raises(RunFileError, match=message) as caught:
+        list(read_run([path]))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["step", "rollout_logprobs", "trainer_logprobs", "response_mask"])
+def test_a_missing_key_is_named(tmp_path: Path, key: str):
+    path = _write_lines(tmp_path / "run.jsonl", {name: value for name, value in LINE.items() if name != key})
+    with pytest.raises(RunFileError, match=f"line 1: lacks the key '{key}'; it has"):
+        list(read_run([path]))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("run.jsonl", b'{"step": 1,\n', "line 1: not JSON"),
+        ("run.jsonl", b"[1]\n", "line 1: a list, not a JSON object"),
+        ("run.jsonl", b"\n\n", "holds no line"),
+        ("run.jsonl", b"\xff\xfe", "cannot be read"),
+        ("run.jsonl.gz", gzip.compress(b'{"step": 1}\n' * 100)[:-12], "cannot be read|lacks the key"),
+        ("run.jsonl.gz", b"not gzip", "cannot be read"),
+        ("run.safetensors", b"1234", "not a whole safetensors file"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, message: str):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(RunFileError, match=message) as caught:
+        list(read_run([path]))
+    assert str(path) in str(caught.value)
+
+
+def _routes_counts(tensors: dict) -> dict:
+    return {name: value for name, value in tensors.items() if name.startswith("route_counts.")}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "message"),
+    [
+        ({}, {"format": "pt"}, "a safetensors file of format 'pt', not 'r3_run_step'"),
+        ({}, {"format_version": "2"}, "format version '2'; this release reads version '1'"),
+        ({}, {"step": "one"}, "step and part must be integers"),
+        ({}, {"moe_layers": "[1]"}, "names 1 decoder layers, the routes have 3"),
+        ({}, {"moe_layers": "[1"}, "contradicts itself"),
+        ({}, {"top_k": ""}, "contradicts itself"),
+        ({"response_mask": None}, {}, "lacks response_mask; it has"),
+        ({"trainer_logprobs.own routes": None, "trainer_logprobs.replayed": None}, {}, "lacks trainer_logprobs.NAME"),
+        ({"routes_vaild": torch.ones(1)}, {}, r"unknown tensors \['routes_vaild'\]; known are"),
+        ({"rollout_logprobs": torch.ones(7)}, {}, r"rollout_logprobs \[7\] and the response mask \[240\]"),
+        ({"rollout_logprobs": torch.ones(240, dtype=torch.int32)}, {}, "must be floating point, got torch.int32"),
+        ({"cu_seqlens": torch.tensor([0, 7])}, {}, "must rise from 0 to the mask's 240 tokens"),
+        ({"group_ids": torch.tensor([0, 7])}, {}, r"group ids \[2\] are given for 12 sequences"),
+        ({"route_counts.shared": None}, {}, "counts of routes need"),
+        ({"route_counts.differing": torch.ones(2, dtype=torch.int64)}, {}, r"must be \[1\], \[1\], \[L\] and \[L\]"),
+        (
+            {"trainer_routes": torch.ones(240, 3, 1), "rollout_routes": torch.ones(240, 3, 1)},
+            {},
+            "routes are given twice",
+        ),
+    ],
+)
+def test_a_wrong_step_file_is_named(tmp_path: Path, tensors: dict, metadata: dict, message: str):
+    path = write_step(tmp_path, run_step(0))
+    found = {**safetensors.torch.load_file(path), **tensors}
+    with safetensors.safe_open(path, "pt") as file:
+        fields = {**file.metadata(), **metadata}
+    kept = {name: value for name, value in found.items() if value is not None}
+    safetensors.torch.save_file(kept, path, fields)
+    with pytest.raises(RunFileError, match=message) as caught:
+        list(read_run([path]))
+    assert str(path) in str(caught.value)
+
+
+def test_files_of_a_run(tmp_path: Path):
+    folder = write_run(tmp_path / "run", 2)
+    (folder / ".step-00000002.77.safetensors").write_text("being written")
+    (folder / "notes.txt").write_text("not ours")
+    files = find_files([folder])
+    assert [path.name for path in files] == ["step-00000000.safetensors", "step-00000001.safetensors"]
+    seen: list[Path] = []
+    assert [step.step for step in read_run([*files[::-1], files[0]], seen.append)] == [0, 1]
+    assert seen == files
+    for paths, message in (
+        ([tmp_path / "nowhere"], "nowhere: no such file or folder"),
+        ([folder / "notes.txt"], "notes.txt: a file of a run ends with .safetensors, .jsonl, .jsonl.gz"),
+        ([tmp_path], "a folder without a file of a run"),
+    ):
+        with pytest.raises(RunFileError, match=message):
+            find_files(paths)
+
+
+def test_two_runs_are_not_mixed(tmp_path: Path):
+    one, other = write_run(tmp_path / "one", 1), write_run(tmp_path / "other", 1)
+    with pytest.raises(RunFileError, match="both hold part 0 of step 0: make one report for each run"):
+        list(read_run(find_files([one, other])))
+
+
+def test_parts_with_other_layers_are_refused(tmp_path: Path):
+    write_step(tmp_path, run_step(0, layers=3))
+    write_step(tmp_path, run_step(0, layers=2), part=1)
+    with pytest.raises(RunFileError, match=re.escape("step 0: parts of step 0 route in different decoder layers: (1,")):
+        list(read_run(find_files([tmp_path])))
+
+
+def test_what_a_trainer_hands_over_is_checked():
+    logprobs = torch.full((4,), -1.0)
+    mask = torch.ones(4)
+    for arguments, options, message in (
+        ((logprobs, {}, mask, [0, 4]), {}, "no log-probabilities of the trainer"),
+        ((logprobs, logprobs, mask, [0, 3]), {}, "must rise from 0 to the mask's 4 tokens"),
+        (
+            (logprobs, logprobs[None], mask, [0, 4]),
+            {},
+            r"trainer_logprobs.trainer \[1, 4\] and the response mask \[4\]",
+        ),
+        ((logprobs, logprobs, mask, [0, 4]), {"rollout_masks": []}, "0 rollout masks for 1 sequences"),
+        ((logprobs, logprobs, mask, [0, 4]), {"rollout_masks": [_masks(0, 3)]}, "routes of one side only"),
+        (
+            (logprobs, logprobs, mask, [0, 4]),
+            {"rollout_masks": [_masks(0, 3)], "rollout_routes": RECORDED},
+            "the rollout's routes are given twice",
+        ),
+    ):
+        with pytest.raises(MismatchInputError, match=message):
+            RunStep.of(0, *arguments, **options)
+    with pytest.raises(MismatchInputError, match="a part's number is 0 or more, got -1"):
+        write_step(Path("nowhere"), run_step(0), part=-1)

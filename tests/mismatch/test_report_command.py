@@ -1,0 +1,140 @@
+"""`r3 report` as a user runs it, and how `r3` finds its subcommands."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from megatron_router_replay.report.command import report
+from routing_masks import cli
+from tests.mismatch.runs import write_run
+
+PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+
+
+def _run(*arguments: object) -> Result:
+    app = typer.Typer()
+    app.command()(report)
+    return CliRunner().invoke(app, [str(each) for each in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+def test_help_names_files_and_options():
+    result = _run("--help")
+    assert result.exit_code == 0
+    for text in (".jsonl", ".safetensors", "--out", "--pass", "--tau", "--title", "--step-means", "write_step"):
+        assert text in result.output
+
+
+def test_a_page_is_written_from_files_of_both_kinds(tmp_path: Path):
+    folder = write_run(tmp_path / "run", 2)
+    line = {"step": 7, "rollout_logprobs": [-1.0, -2.0], "trainer_logprobs": {"own routes": [-1.5, -2.0]},
+            "response_mask": [1, 1]}  # fmt: skip
+    lines = tmp_path / "more.jsonl"
+    lines.write_text(json.dumps(line) + "\n")
+    out = tmp_path / "made" / "page.html"
+    arguments = ("--title", "A <b>run</b>", "--tau", 1.25, "--tau", 3, "--step-means", "an epoch & no more")
+    result = _run(folder, lines, "--out", out, *arguments)
+    assert result.exit_code == 0, result.output
+    assert "own routes: KL (k3) " in result.output and f"written: {out}" in result.output
+    assert list(out.parent.iterdir()) == [out]
+    page = out.read_text()
+    assert "<h1>A &lt;b&gt;run&lt;/b&gt;</h1>" in page and "<b>" not in page
+    assert "A step is an epoch &amp; no more." in page
+    assert "3 steps, 0 to 7; 338 response tokens" in page
+    assert "F(1.25)" in page and "F(3)" in page and "F(1.1)" not in page
+    assert "From run (2 files), more.jsonl. Made with rollout-routing-replay" in page
+    assert str(tmp_path) not in page
+    again = _run(folder, lines, "--out", out, *arguments)
+    assert again.exit_code == 0 and out.read_text() == page
+
+
+def test_only_the_passes_that_are_asked_for(tmp_path: Path):
+    folder = write_run(tmp_path / "run", 1)
+    assert _run(folder, "--out", tmp_path / "page.html", "--pass", "replayed").exit_code == 0
+    page = (tmp_path / "page.html").read_text()
+    assert '<th scope="col">replayed</th>' in page and "own routes</th>" not in page
+    refused = _run(folder, "--out", tmp_path / "other.html", "--pass", "reference")
+    assert refused.exit_code == 1
+    assert "no step has the trainer passes ['reference']; the run has ['own routes', 'replayed']" in refused.output
+
+
+def test_errors_are_told_without_a_traceback(tmp_path: Path):
+    out = tmp_path / "page.html"
+    lines = tmp_path / "run.jsonl"
+    lines.write_text('{"step": 0, "rollout_logprobs": [-1], "trainer_logprobs": [[1]], "response_mask": [1]}\n')
+    good = write_run(tmp_path / "run", 1)
+    for arguments, message in (
+        ((tmp_path / "nowhere", "--out", out), "RunFileError: .*nowhere: no such file or folder"),
+        ((lines, "--out", out), "RunFileError: .*run.jsonl, line 1: 'trainer_logprobs' of 'trainer' must be"),
+        ((good, good / "step-00000000.safetensors", lines, "--out", out), "RunFileError: "),
+        ((good, "--out", lines / "page.html"), "Error: "),
+    ):
+        result = _run(*arguments)
+        assert result.exit_code == 1, result.output
+        assert re.search(message, result.output)
+        assert isinstance(result.exception, SystemExit) and "Traceback" not in result.output
+    assert _run(good, "--tau", 1, "--out", out).exit_code == 2
+    assert not out.exists()
+
+
+def _with_entry_points(monkeypatch: pytest.MonkeyPatch, **targets: str) -> None:
+    entries = [EntryPoint(name, target, cli.GROUP) for name, target in targets.items()]
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries if group == cli.GROUP else [])
+
+
+def test_entry_points_of_the_package_resolve(monkeypatch: pytest.MonkeyPatch):
+    commands = PYPROJECT["project"]["entry-points"][cli.GROUP]
+    assert EntryPoint("r3", PYPROJECT["project"]["scripts"]["r3"], "console_scripts").load() is cli.main
+    assert EntryPoint("report", commands["report"], cli.GROUP).load() is report
+    for name, target in commands.items():
+        assert callable(EntryPoint(name, target, cli.GROUP).load())
+    _with_entry_points(monkeypatch, **commands)
+    help_text = CliRunner().invoke(cli.build_app(), ["--help"])
+    assert help_text.exit_code == 0 and all(name in help_text.output for name in commands)
+
+
+def test_a_single_subcommand_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    _with_entry_points(monkeypatch, report="megatron_router_replay.report.command:report")
+    monkeypatch.setattr(
+        sys, "argv", ["r3", "report", str(write_run(tmp_path / "run", 1)), "-o", str(tmp_path / "page")]
+    )
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 0 and (tmp_path / "page").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_a_subcommand_that_lacks_a_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+    _with_entry_points(monkeypatch, report="megatron_router_replay.report.command:report", other="not_there.at_all:run")
+    app = cli.build_app()
+    result = CliRunner().invoke(app, ["other", "--unknown", "argument"])
+    assert result.exit_code == 1
+    assert "needs not_there, which is not installed: pip install" in result.output
+    assert CliRunner().invoke(app, ["report", "--help"]).exit_code == 0
+
+
+def test_without_typer_r3_says_how_to_get_it():
+    program = "import sys; sys.modules['typer'] = None; from routing_masks.cli import main; main()"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert 'r3 needs typer, which is not installed: pip install "rollout-routing-replay[report]"' in result.stderr
+
+
+def test_trainers_write_steps_without_the_extra():
+    """Neither matplotlib nor Megatron-Core nor a terminal's libraries."""
+    program = (
+        "import sys\nsys.modules |= dict.fromkeys(('matplotlib', 'typer', 'rich'))\n"
+        "from megatron_router_replay.report import RunStep, write_step\n"
+        "print([name for name in sys.modules if name.partition('.')[0] in ('megatron', 'sglang')])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
