@@ -4,7 +4,8 @@
 
 Plays conversations with a calculator over HTTP, so that every turn but the first finds its prefix in the KV cache;
 gets each finished conversation's routing masks; computes the log-probabilities of the sampled tokens in Megatron's
-GPTModel with its own routes and with the recorded ones; prints a table and writes `demo.json` and `mismatch.png`.
+GPTModel with its own routes and with the recorded ones; prints a table and writes `demo.json`, `mismatch.png`,
+the files of a run in `mismatch/` and the page about them, `report.html`.
 
 The server runs on the GPU where there is one, else on the CPU. The trainer's passes always run on the CPU.
 """
@@ -97,7 +98,7 @@ def main(
     trainer_dtype: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Of the trainer's weights.")
     ] = "float32",
-    out: Annotated[Path, typer.Option(help="Folder of demo.json and mismatch.png.")] = Path("report"),
+    out: Annotated[Path, typer.Option(help="Folder of the files that are written.")] = Path("report"),
 ) -> None:
     """Play conversations in SGLang, and compare Megatron's log-probabilities with and without routing replay."""
     seconds: dict[str, float] = {}
@@ -116,10 +117,13 @@ def main(
         raise typer.Exit(1) from error
 
     from benchmarks.machine import hardware, versions, write_json
-    from examples.mismatch_plot import TAUS, plot_mismatch
-    from examples.replay_report import compare, summarize, table
+    from examples.mismatch_plot import plot_mismatch
+    from examples.replay_report import REPORTED_TAUS, compare, summarize, table
+    from examples.run_steps import report_steps, write_steps
+    from megatron_router_replay.report.summary import CURVE_TAUS
 
-    comparison = compare(played, scores.native_logprobs, scores.replay_logprobs, scores.native_routes, TAUS)
+    found = (scores.native_logprobs, scores.replay_logprobs, scores.native_routes)
+    comparison = compare(played, *found, taus=sorted({*REPORTED_TAUS, *CURVE_TAUS}))
     report = {
         **summarize(played, comparison),
         "seed": seed,
@@ -130,9 +134,17 @@ def main(
     }
     plot_mismatch(comparison, out / "mismatch.png")
     write_json(report, out / "demo.json")
+    files = write_steps(played, *found, out / "mismatch")
+    report_steps(files, out / "report.html")
     console.print(table(report))
     console.print("seconds: " + ", ".join(f"{phase.replace('_', ' ')} {took:.0f}" for phase, took in seconds.items()))
-    console.print(f"written: {out / 'demo.json'}, {out / 'mismatch.png'}", highlight=False)
+    for path, what in (
+        ("report.html", "page of all plots, for a browser"),
+        ("mismatch.png", "the picture"),
+        ("demo.json", "the figures"),
+        ("mismatch", f"the run's {len(files)} files, from which `r3 report` makes the page"),
+    ):
+        console.print(f"written: {out / path} ({what})", highlight=False, soft_wrap=True)
 
 
 def _lap(begin: float) -> float:

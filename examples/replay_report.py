@@ -17,6 +17,9 @@ from routing_masks import RoutingGeometry, get_codec
 
 REPORTED_TAUS = (1.01, 1.1, 1.5, 2.0)
 
+OWN_ROUTES, REPLAYED = "trainer's own routes", "rollout's routes replayed"
+"""The trainer's two passes, as pictures and pages call them."""
+
 
 @dataclass(frozen=True, eq=False)
 class Comparison:

@@ -12,6 +12,9 @@ from typer.testing import CliRunner
 from benchmarks import mask_codec
 from cpu_engines.sglang.server import Server
 from examples import multi_turn_replay
+from examples.replay_report import OWN_ROUTES, REPLAYED
+from megatron_router_replay.report import read_run
+from megatron_router_replay.report.summary import summarize
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -44,6 +47,18 @@ def test_main_job_against_a_running_server(capture_server: Server, small_model: 
     assert report["bytes_per_token"]["masks"] < report["bytes_per_token"]["sglang_base64"]
     assert report["versions"]["sglang"] and report["versions"]["megatron-core"]
     assert (out / "mismatch.png").stat().st_size > 10_000
+    # The page is of the same tokens, through the files that a trainer would write.
+    files = sorted((out / "mismatch").iterdir())
+    assert len(files) == 8
+    run = summarize(read_run(files))
+    assert run.passes[OWN_ROUTES].diagnostics.num_tokens == report["sampled_tokens"]
+    assert run.passes[OWN_ROUTES].diagnostics.k3 == pytest.approx(report["kl_k3"]["native"], rel=1e-6)
+    assert run.passes[REPLAYED].diagnostics.k3 == pytest.approx(report["kl_k3"]["replay"], rel=1e-6)
+    assert run.routes is not None and run.routes.differing_routes == pytest.approx(report["route_mismatch"]["rows"])
+    page = (out / "report.html").read_text()
+    assert page.count("<figure ") == page.count("<img ") == 6
+    for name in ("demo.json", "mismatch.png", "mismatch", "report.html"):
+        assert f"written: {out / name} (" in result.output
     assert f"{report['tokens']:,}" in result.output
 
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.machine import write_json, write_whole
-from examples.mismatch_plot import TAUS, plot_mismatch
-from examples.replay_report import Comparison, compare, summarize
+from benchmarks.machine import write_json
+from examples.mismatch_plot import plot_mismatch
+from examples.replay_report import OWN_ROUTES, REPLAYED, REPORTED_TAUS, Comparison, compare, summarize
 from examples.rollout import Conversation
+from examples.run_steps import report_steps, write_steps
+from megatron_router_replay.report import read_run
+from megatron_router_replay.report.summary import CURVE_TAUS
+from megatron_router_replay.report.summary import summarize as summarize_run
 from routing_masks import RoutingGeometry, RoutingMasks
+from routing_masks.files import write_whole
 
 GEOMETRY = RoutingGeometry(num_layers=3, moe_layers=(1, 2), num_experts=8, top_k=2)
 ROLLOUT_LOGPROBS = [0.0, 0.0, -1.0, -0.5]
@@ -41,11 +47,14 @@ def _conversation(correct: bool = True) -> Conversation:
 
 def _comparison(conversations: list[Conversation]) -> Comparison:
     """Natively the third token is exp(0.3) times as likely and takes other experts in layer 2; replay hits exactly."""
+    return compare(conversations, *_scores(len(conversations)), sorted({*REPORTED_TAUS, *CURVE_TAUS}))
+
+
+def _scores(count: int) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
     own = torch.cat([RECORDED.flip(-1), RECORDED[:1]])
     own[2, 1] = torch.tensor([1, 4])
     native = torch.tensor([-9.0, -9.0, -0.7, -0.5])
-    count = len(conversations)
-    return compare(conversations, [native] * count, [torch.tensor(ROLLOUT_LOGPROBS)] * count, [own] * count, TAUS)
+    return [native] * count, [torch.tensor(ROLLOUT_LOGPROBS)] * count, [own] * count
 
 
 def _report() -> dict[str, Any]:
@@ -79,6 +88,26 @@ def test_report_and_picture_are_written_whole(tmp_path: Path):
     assert json.loads((folder / "demo.json").read_text()) == report
     assert (folder / "mismatch.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in folder.iterdir()) == ["demo.json", "mismatch.png"]
+
+
+def test_the_runs_files_say_what_the_comparison_says(tmp_path: Path):
+    conversations = [_conversation() for _ in range(10)]
+    (tmp_path / "mismatch").mkdir()
+    (tmp_path / "mismatch" / "step-00000099.safetensors").write_text("of an earlier run")
+    files = write_steps(conversations, *_scores(10), tmp_path / "mismatch", num_steps=4)
+    assert sorted((tmp_path / "mismatch").iterdir()) == files
+    steps = list(read_run(files))
+    assert [step.responses.num_sequences for step in steps] == [2, 3, 2, 3]
+    assert all(step.moe_layers == (1, 2) for step in steps)
+    found, compared = summarize_run(steps), _comparison(conversations)
+    assert found.routes == compared.routes
+    for name, expected in ((OWN_ROUTES, compared.native), (REPLAYED, compared.replay)):
+        of_run = found.passes[name].diagnostics
+        # Sums of the same numbers in another order; the rollout's are float32 in the files.
+        assert of_run.flat() == pytest.approx(replace(expected, routes=None).flat(), rel=1e-6, abs=1e-12)
+    report_steps(files, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "nothing is trained between them" in page and str(tmp_path) not in page
 
 
 def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path):

@@ -1,0 +1,72 @@
+"""The demo's conversations as the steps of a run, and the report about them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from examples.replay_report import OWN_ROUTES, REPLAYED
+from examples.rollout import Conversation
+from megatron_router_replay.report import RunStep, read_run, write_step
+from megatron_router_replay.report.page import write_report
+from megatron_router_replay.report.summary import summarize
+
+STEP_MEANS = "a batch of conversations of one and the same model; nothing is trained between them"
+
+
+def write_steps(
+    conversations: Sequence[Conversation],
+    native_logprobs: Sequence[torch.Tensor],
+    replay_logprobs: Sequence[torch.Tensor],
+    native_routes: Sequence[torch.Tensor],
+    folder: Path,
+    *,
+    num_steps: int = 8,
+) -> list[Path]:
+    """Write what a trainer would: one file for each of `num_steps` batches, or fewer of fewer conversations.
+
+    Files of an earlier run in `folder` are removed: they are steps of another run.
+
+    Args:
+        native_logprobs, replay_logprobs: float `[n]` in nats for each conversation of n tokens.
+        native_routes: int `[n, L, K]`, the experts that the trainer took by itself.
+    """
+    for earlier in folder.glob("step-*.safetensors"):
+        earlier.unlink()
+    count = len(conversations)
+    num_steps = min(num_steps, count)
+    bounds = [count * number // num_steps for number in range(num_steps + 1)]
+    return [
+        write_step(
+            folder,
+            RunStep.of(
+                step,
+                torch.cat([torch.tensor(each.rollout_logprobs) for each in conversations[begin:end]]),
+                {
+                    OWN_ROUTES: torch.cat(list(native_logprobs[begin:end])),
+                    REPLAYED: torch.cat(list(replay_logprobs[begin:end])),
+                },
+                torch.cat([torch.tensor(each.sampled) for each in conversations[begin:end]]),
+                [0, *itertools.accumulate(len(each.token_ids) for each in conversations[begin:end])],
+                # Every conversation has a problem of its own.
+                group_ids=range(begin, end),
+                rollout_masks=[each.masks for each in conversations[begin:end]],
+                trainer_routes=torch.cat(list(native_routes[begin:end])),
+            ),
+        )
+        for step, (begin, end) in enumerate(itertools.pairwise(bounds))
+    ]
+
+
+def report_steps(files: Sequence[Path], path: Path) -> None:
+    """Write the page about a run's files, as `r3 report` does."""
+    write_report(
+        summarize(read_run(files)),
+        path,
+        title="Multi-turn rollout in SGLang, scored in Megatron-Core",
+        inputs=[f"{files[0].parent.name} ({len(files)} files)"],
+        step_means=STEP_MEANS,
+    )
