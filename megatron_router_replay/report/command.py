@@ -44,10 +44,13 @@ def report(
 ) -> None:
     """Write one HTML page about how far rollout and trainer are apart in a run.
 
-    Trainers write a run's steps with megatron_router_replay.report.write_step (safetensors), any other program as JSON
-    lines, one sequence a line: {"step": 0, "group": 7, "rollout_logprobs": [...], "trainer_logprobs": [...] or
-    {"name": [...]}, "response_mask": [...], "rollout_masks": [...], "trainer_routes": [...]}, of which the last
-    two are optional.
+    Trainers write a run's steps as safetensors files, with
+    megatron_router_replay.report.write_step. Any other program writes JSON
+    lines, one sequence a line, of which routes and masks may be left out:
+
+    {"step": 0, "group": 7, "response_mask": [0, 1, ...],
+     "rollout_logprobs": [...], "trainer_logprobs": {"old": [...]},
+     "rollout_masks": meta_info["routing_masks"], "trainer_routes": [...]}
     """
     # Here and not above: --help need not wait for torch and matplotlib.
     from megatron_router_replay.errors import RunFileError

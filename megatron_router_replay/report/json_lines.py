@@ -53,9 +53,15 @@ def read_json_lines(path: Path) -> list[RunStep]:
         where = f"{path}, line {number}"
         try:
             line = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunFileError(f"{where}: not JSON ({error}): every line must be one whole object") from error
-        record, has_group = _sequence(line, where)
+        try:
+            record, has_group = _sequence(line, where)
+        except RunFileError:
+            raise
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            # Errors of this project are ValueErrors; the others are of numbers that no tensor can hold.
+            raise RunFileError(f"{where}: {error}") from error
         if grouped.setdefault(record.step, has_group) != has_group:
             raise RunFileError(
                 f"{where}: some lines of step {record.step} have the key 'group' and others not: all or none"
@@ -94,35 +100,41 @@ def _sequence(line: Any, where: str) -> tuple[RunStep, bool]:
     mask = _numbers(line["response_mask"], f"{where}: 'response_mask'")
     count = len(mask)
     moe_layers = line.get("moe_layers")
-    try:
-        recorded, valid = _raw_routes(line, "rollout_routes", where), None
-        if "routes_valid" in line:
-            valid = _numbers(line["routes_valid"], f"{where}: 'routes_valid'").bool()
-        if "rollout_masks" in line:
-            if recorded is not None:
-                raise MismatchInputError("the rollout's routes are given twice: 'rollout_masks' and 'rollout_routes'")
-            handles = line["rollout_masks"]
-            parts = [routing_masks.load(handle) for handle in (handles if isinstance(handles, list) else [handles])]
-            if not parts:
-                raise MismatchInputError("'rollout_masks' is an empty list: leave the key out where there are none")
-            recorded, valid = recorded_routes(parts, count)
-            moe_layers = parts[0].geometry.moe_layers
-        passes, weights = line["trainer_logprobs"], line.get("weights", {})
-        record = RunStep.of(
-            line["step"],
-            _numbers(line["rollout_logprobs"], f"{where}: 'rollout_logprobs'"),
-            _named(passes if isinstance(passes, dict) else {"trainer": passes}, where, "trainer_logprobs"),
-            mask,
-            [0, count],
-            group_ids=[_group(line.get("group", 0), where)],
-            rollout_routes=recorded,
-            trainer_routes=_raw_routes(line, "trainer_routes", where),
-            routes_valid=valid,
-            moe_layers=moe_layers,
-            weights=_named(weights, where, "weights"),
-        )
-    except (MismatchInputError, routing_masks.RoutingMaskError) as error:
-        raise error if isinstance(error, RunFileError) else RunFileError(f"{where}: {error}") from error
+    if moe_layers is not None and not (isinstance(moe_layers, list) and all(type(each) is int for each in moe_layers)):
+        raise RunFileError(f"{where}: 'moe_layers' must be a list of integers, got {str(moe_layers)[:60]}")
+    recorded, valid = _raw_routes(line, "rollout_routes", where), None
+    if "routes_valid" in line:
+        if recorded is None:
+            raise MismatchInputError(
+                "'routes_valid' is of 'rollout_routes', which the line lacks; masks have their own"
+            )
+        valid = _numbers(line["routes_valid"], f"{where}: 'routes_valid'")
+        if not bool(((valid == 0) | (valid == 1)).all()):
+            raise MismatchInputError("'routes_valid' must hold 0 and 1, or false and true")
+        valid = valid.bool()
+    if "rollout_masks" in line:
+        if recorded is not None:
+            raise MismatchInputError("the rollout's routes are given twice: 'rollout_masks' and 'rollout_routes'")
+        handles = line["rollout_masks"]
+        parts = [routing_masks.load(handle) for handle in (handles if isinstance(handles, list) else [handles])]
+        if not parts:
+            raise MismatchInputError("'rollout_masks' is an empty list: leave the key out where there are none")
+        recorded, valid = recorded_routes(parts, count)
+        moe_layers = parts[0].geometry.moe_layers
+    passes, weights = line["trainer_logprobs"], line.get("weights", {})
+    record = RunStep.of(
+        line["step"],
+        _numbers(line["rollout_logprobs"], f"{where}: 'rollout_logprobs'"),
+        _named(passes if isinstance(passes, dict) else {"trainer": passes}, where, "trainer_logprobs"),
+        mask,
+        [0, count],
+        group_ids=[_group(line.get("group", 0), where)],
+        rollout_routes=recorded,
+        trainer_routes=_raw_routes(line, "trainer_routes", where),
+        routes_valid=valid,
+        moe_layers=moe_layers,
+        weights=_named(weights, where, "weights"),
+    )
     return record, "group" in line
 
 

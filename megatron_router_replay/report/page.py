@@ -29,6 +29,7 @@ h2 { font-size: 1.2rem; margin: 2.2rem 0 0.4rem; }
 table { border-collapse: collapse; width: 100%; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; vertical-align: top; }
 td { white-space: nowrap; }
+td[colspan] { text-align: center; }
 tr > :first-child { text-align: left; font-weight: 600; padding-left: 0; }
 th small { display: block; font-weight: 400; color: #595959; }
 figure { margin: 0.5rem 0 0; }

@@ -99,6 +99,8 @@ class RunStep:
         """
         if rollout_masks is not None and (rollout_routes is not None or routes_valid is not None):
             raise MismatchInputError("the rollout's routes are given twice: pass rollout_masks or rollout_routes")
+        if routes_valid is not None and rollout_routes is None:
+            raise MismatchInputError("routes_valid is of rollout_routes, which are not given")
         response_mask = response_mask.detach().cpu()
         bounds = torch.as_tensor(cu_seqlens).detach().cpu().long()
         groups = torch.zeros(max(len(bounds) - 1, 0)) if group_ids is None else torch.as_tensor(group_ids)

@@ -115,9 +115,9 @@ def sections(summary: RunSummary, step_means: str) -> Iterator[Section]:
             for name, figures in by_pass.items()
         ),
         "Left: (Σw)² / (n Σw²), the share of the n response tokens that the weighted batch is worth; the black line is"
-        " the lowest of all steps. Right: the share of tokens that keep any weight. 100 % is best; few tokens kept with"
-        " a high effective size is a strict filter, many kept with a low one is a gradient that hangs on a few tokens."
-        " Of two corrections with the same effective size, the one that keeps more is less biased.",
+        " the lowest of all steps. Right: the share of tokens that keep any weight, which the left bar never exceeds."
+        " 100 % is best. Bars of the same length mean that the kept tokens weigh about the same, and short ones that"
+        " the filter is strict; a left bar much shorter than its right one means that a few tokens carry the gradient.",
     )
 
 

@@ -120,7 +120,7 @@ def read_step(path: Path) -> RunStep:
             weights={name.removeprefix(_WEIGHTS): tensors[name] for name in tensors if name.startswith(_WEIGHTS)},
         )
         return _with_counts(record, metadata, tensors, layers)
-    except (MismatchInputError, KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise RunFileError(f"{path}: step {step} contradicts itself: {error}") from error
 
 

@@ -204,6 +204,11 @@ def _handles(*parts: RoutingMasks) -> list[dict]:
         ({**RAW, "rollout_routes": [[0, 1]]}, r"\[layers\]\[top-k\] integers, got \[1, 2\]"),
         ({**RAW, "rollout_routes": [[[0], [1, 2]]]}, r"'rollout_routes' must be \[tokens\]\[layers\]"),
         ({**RAW, "routes_valid": [1, 1]}, r"valid \[2\] must have one entry for each of 4 tokens"),
+        ({**RAW, "routes_valid": [1, None, 1, 1]}, "line 2: 'routes_valid' must hold 0 and 1"),
+        ({"routes_valid": [1, 1, 1, 1]}, "line 2: 'routes_valid' is of 'rollout_routes', which the line lacks"),
+        ({**RAW, "moe_layers": 5}, "line 2: 'moe_layers' must be a list of integers, got 5"),
+        ({"group": 10**30}, "line 2: .*[Oo]verflow"),
+        ({"rollout_logprobs": [-(10**400), 1, 1, 1]}, "line 2: .*too large"),
         ({**RAW, "moe_layers": [0]}, "moe_layers names 1 decoder layers, the routes have 2"),
         ({**RAW, "rollout_masks": _handles(_masks(0, 3))}, "given twice: 'rollout_masks' and 'rollout_routes'"),
         ({"rollout_masks": [], "trainer_routes": OWN.tolist()}, "'rollout_masks' is an empty list"),
@@ -261,6 +266,7 @@ def _routes_counts(tensors: dict) -> dict:
 @pytest.mark.parametrize(
     ("tensors", "metadata", "message"),
     [
+        ({"routes_valid": torch.ones(240)}, {}, "routes_valid is of rollout_routes, which are not given"),
         ({}, {"format": "pt"}, "a safetensors file of format 'pt', not 'r3_run_step'"),
         ({}, {"format_version": "2"}, "format version '2'; this release reads version '1'"),
         ({}, {"step": "one"}, "step and part must be integers"),
