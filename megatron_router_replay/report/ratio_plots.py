@@ -72,16 +72,33 @@ def draw_scatter(axes: Axes, sample: TokenSample, number: int, linear_width: flo
     axes.axhline(0, color=style.INK, linewidth=1)
     for ratio in (0.5, 2.0):
         axes.axhline(np.log(ratio), color=style.GREY, linewidth=1, linestyle=":")
-    axes.plot(np.exp(points[:, 0]), _finite(points[:, 1]), linestyle="", marker=".", markersize=4,
-              alpha=0.35, markeredgewidth=0, color=style.colour(number), label="sampled tokens")  # fmt: skip
-    axes.plot(np.exp(extremes[:, 0]), _finite(extremes[:, 1]), linestyle="", marker="o", markersize=4.5,
-              markerfacecolor="none", markeredgecolor=style.INK, markeredgewidth=0.6, label="largest |ln r|",
-              )  # fmt: skip
+    axes.plot(
+        np.exp(points[:, 0]),
+        _finite(points[:, 1]),
+        linestyle="",
+        marker=".",
+        markersize=4 if len(points) > 2000 else 7,
+        markeredgewidth=0,
+        alpha=0.35,
+        color=style.colour(number),
+        label="sampled tokens",
+    )
+    axes.plot(
+        np.exp(extremes[:, 0]),
+        _finite(extremes[:, 1]),
+        linestyle="",
+        marker="o",
+        markersize=4.5,
+        markerfacecolor="none",
+        markeredgecolor=style.INK,
+        markeredgewidth=0.6,
+        label="largest |ln r|",
+    )
     axes.set_xscale("log")
     axes.set_yscale("asinh", linear_width=linear_width)
     # Decades that fall into the linear part would be printed over each other.
     decades = [10.0**power for power in range(-9, 4) if 10.0**power >= linear_width and power != 0]
-    decades.append(math.log(2))
+    decades += [math.log(2), 3.0]
     axes.yaxis.set_major_locator(FixedLocator([-each for each in decades] + [0.0] + decades))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
     axes.yaxis.set_minor_locator(NullLocator())
