@@ -10,6 +10,9 @@ from torch import Tensor
 
 from megatron_router_replay.errors import MismatchInputError
 
+CHUNK_TOKENS = 8192
+"""Tokens that are compared at a time: comparing takes K bytes for every expert of a route."""
+
 
 @dataclass(frozen=True)
 class RouteAgreement:
@@ -59,15 +62,17 @@ class RouteTally:
                     f"valid {list(valid.shape)} must have one entry for each of {trainer.shape[0]} tokens"
                 )
             trainer, rollout = trainer[valid], rollout[valid]
-        shared = (trainer[..., :, None] == rollout[..., None, :]).any(-1).sum(-1)
-        differs = shared < trainer.shape[-1]
-        return cls(
-            top_k=trainer.shape[-1],
-            tokens=torch.tensor([len(trainer)], device=trainer.device),
-            differing_tokens=differs.any(-1).sum()[None],
-            differing=differs.sum(0),
-            shared=shared.sum(0),
-        )
+        num_tokens, num_layers, top_k = trainer.shape
+        differing_tokens = torch.zeros(1, dtype=torch.int64, device=trainer.device)
+        differing, shared = torch.zeros(2, num_layers, dtype=torch.int64, device=trainer.device)
+        for ours, theirs in zip(trainer.split(CHUNK_TOKENS), rollout.split(CHUNK_TOKENS), strict=True):
+            common = (ours[..., :, None] == theirs[..., None, :]).any(-1).sum(-1)
+            differs = common < top_k
+            differing_tokens += differs.any(-1).sum()
+            differing += differs.sum(0)
+            shared += common.sum(0)
+        tokens = torch.tensor([num_tokens], device=trainer.device)
+        return cls(top_k, tokens, differing_tokens, differing, shared)
 
     def __add__(self, other: RouteTally) -> RouteTally:
         if (self.top_k, self.differing.shape) != (other.top_k, other.differing.shape):

@@ -128,11 +128,10 @@ class Tally:
             "xy": (x * y).sum(),
         }
         counts = [responses.mask.sum(), (~possible).sum(), (responses.lengths > 0).sum(), all_possible.sum()]
-        beyond = [(ratio.abs() > math.log(tau)).sum() for tau in taus]
         none = ratio.new_full((1,), -torch.inf)
         return cls(
             taus=taus,
-            counts=torch.stack([*counts, *beyond]),
+            counts=torch.cat([torch.stack(counts), _beyond(ratio, taus)]),
             sums=torch.stack([sums[name] for name in SUMS]),
             extremes=torch.stack([torch.cat([ratio, none]).max(), torch.cat([-ratio, none]).max()]),
             token_weights=WeightSums.of(ratio),
@@ -176,6 +175,16 @@ class Tally:
             sequence_weights=WeightSums(maxima[3:4], summed[-2:]),
             routes=routes,
         )
+
+
+def _beyond(ratio: Tensor, taus: tuple[float, ...]) -> Tensor:
+    """Numbers of log-ratios beyond each tau, in either direction: one pass, however many there are."""
+    ordered = sorted(range(len(taus)), key=taus.__getitem__)
+    bounds = ratio.new_tensor([math.log(taus[index]) for index in ordered])
+    # With right=False an item goes to the first bound that it does not exceed: it is beyond all before.
+    exceeded = torch.bucketize(ratio.abs(), bounds)
+    places = torch.bincount(exceeded, minlength=len(taus) + 1).flip(0).cumsum(0).flip(0)[1:]
+    return places[torch.tensor(ordered, device=ratio.device).argsort()] if taus else places
 
 
 def _perplexity(mean_log: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_router_replay.errors import MismatchInputError
 from megatron_router_replay.mismatch.responses import Responses
 from megatron_router_replay.mismatch.routes import RouteTally
-from megatron_router_replay.report.routes import recorded_routes, tally_routes
+from megatron_router_replay.report.routes import recorded_routes
 from routing_masks import RoutingMasks
 
 
@@ -131,7 +131,8 @@ class RunStep:
                     f"trainer_routes {list(trainer_routes.shape)} must have one row for each of the"
                     f" {len(response_mask)} tokens of the response mask"
                 )
-            routes = tally_routes(trainer_routes, rollout_routes, routes_valid)
+            valid = None if routes_valid is None else routes_valid.detach().cpu().bool()
+            routes = RouteTally.of(trainer_routes.detach().cpu().int(), rollout_routes.detach().cpu().int(), valid)
         passes = {"trainer": trainer_logprobs} if isinstance(trainer_logprobs, Tensor) else trainer_logprobs
         return cls(
             step=step,

@@ -1,4 +1,4 @@
-"""Routes of whole sequences, counted in little memory."""
+"""Routes of whole sequences, from the masks that the rollout recorded."""
 
 from __future__ import annotations
 
@@ -8,26 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_router_replay.errors import MismatchInputError
-from megatron_router_replay.mismatch.routes import RouteTally
 from routing_masks import RoutingMasks
-
-CHUNK_TOKENS = 8192
-"""Tokens that are compared at a time: comparing takes K bytes for every expert of a route."""
-
-
-def tally_routes(trainer: Tensor, rollout: Tensor, valid: Tensor | None = None) -> RouteTally:
-    """Compare expert sets, int ``[T, L, K]`` each, on the CPU; as ``RouteTally.of``, with the same errors."""
-    trainer, rollout = trainer.detach().cpu(), rollout.detach().cpu()
-    valid = None if valid is None else valid.detach().cpu().bool()
-    if trainer.shape != rollout.shape or trainer.dim() != 3 or (valid is not None and valid.shape != trainer.shape[:1]):
-        # The comparison of the whole says what does not fit.
-        return RouteTally.of(trainer, rollout, valid)
-    total = RouteTally.of(trainer[:0].int(), rollout[:0].int())
-    for begin in range(0, len(trainer), CHUNK_TOKENS):
-        part = slice(begin, begin + CHUNK_TOKENS)
-        known = None if valid is None else valid[part]
-        total = total + RouteTally.of(trainer[part].int(), rollout[part].int(), known)
-    return total
 
 
 def recorded_routes(parts: Sequence[RoutingMasks], num_tokens: int) -> tuple[Tensor, Tensor]:

@@ -164,6 +164,14 @@ def test_flat_names_every_figure():
     assert all(math.isfinite(value) for value in found.flat().values())
 
 
+def test_tails_are_counted_for_taus_in_any_order_and_a_ratio_of_tau_is_not_beyond_it():
+    """Ratios of e, sqrt(e), 1 / sqrt(e), 1 / e and 1 / e^2: halves and wholes are exact."""
+    trainer, rollout = torch.tensor([-8.0, -8.5, -9.5, -10.0, -11.0]), torch.full((5,), -9.0)
+    found = diagnose(trainer, rollout, _all(rollout), taus=(math.e, 1.2, 2.0, 9.0))
+    assert found.ratio_tails == {math.e: 0.2, 1.2: 1.0, 2.0: 0.6, 9.0: 0.0}
+    assert diagnose(rollout, rollout, _all(rollout), taus=()).ratio_tails == {}
+
+
 @pytest.mark.parametrize(
     ("trainer", "rollout", "mask", "options", "message"),
     [

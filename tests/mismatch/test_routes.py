@@ -48,3 +48,16 @@ def test_tallies_of_parts_add_up_to_that_of_the_whole():
     assert (nothing + RouteTally.of(TRAINER, ROLLOUT)).agreement() == compare_routes(TRAINER, ROLLOUT)
     with pytest.raises(MismatchInputError, match="2 layers and top-2 do not add up with routes of 1 layers"):
         nothing + RouteTally.of(TRAINER[:, :1], ROLLOUT[:, :1])
+
+
+def test_many_tokens_are_compared_part_by_part(monkeypatch):
+    torch.manual_seed(0)
+    ours, theirs = (torch.rand(50, 3, 16).topk(4).indices for _ in range(2))
+    whole = compare_routes(ours, theirs)
+    monkeypatch.setattr("megatron_router_replay.mismatch.routes.CHUNK_TOKENS", 7)
+    assert compare_routes(ours, theirs) == whole
+    sets = [
+        [(set(a) & set(b)) for a, b in zip(*row, strict=True)]
+        for row in zip(ours.tolist(), theirs.tolist(), strict=True)
+    ]
+    assert whole.overlap == pytest.approx([sum(len(row[layer]) for row in sets) / 200 for layer in range(3)])
