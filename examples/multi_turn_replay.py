@@ -54,14 +54,16 @@ def rollout_server(model: Path, server: str | None, seed: int) -> Iterator[str]:
         yield started.url
 
 
-def roll_out(url: str, model: Path, count: int, seed: int, concurrency: int) -> list[Conversation]:
-    """Play `count` conversations, with a progress bar."""
+def roll_out(
+    url: str, model: Path, count: int, seed: int, concurrency: int, *, group_size: int = 1
+) -> list[Conversation]:
+    """Play `count` conversations, `group_size` one after the other about each problem, with a progress bar."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     with _progress() as progress:
         bar = progress.add_task("rollout: conversations", total=count)
         return play(
             url,
-            list(islice(problems("held_out", seed), count)),
+            list(islice((each for each in problems("held_out", seed) for _ in range(group_size)), count)),
             tokenizer,
             concurrency=concurrency,
             on_finished=lambda conversation: progress.advance(bar),
@@ -93,6 +95,7 @@ def main(
     ] = None,
     model: Annotated[Path, typer.Option(help="Qwen3-MoE checkpoint folder; that of --server, too.")] = SMALL_MODEL,
     conversations: Annotated[int, typer.Option(min=1, help="How many to play.")] = 128,
+    group_size: Annotated[int, typer.Option(min=1, help="Conversations about each problem: a prompt's group.")] = 4,
     concurrency: Annotated[int, typer.Option(min=1, help="Conversations at a time.")] = 16,
     seed: Annotated[int, typer.Option(help="Chooses the problems, and seeds the server started here.")] = 0,
     trainer_dtype: Annotated[
@@ -107,7 +110,7 @@ def main(
         with rollout_server(model, server, seed) as url:
             seconds["server_start"] = _lap(begin)
             begin = time.perf_counter()
-            played = roll_out(url, model, conversations, seed, concurrency)
+            played = roll_out(url, model, conversations, seed, concurrency, group_size=group_size)
             seconds["rollout"] = _lap(begin)
         begin = time.perf_counter()
         scores = train_side(model, played, getattr(torch, trainer_dtype))
@@ -134,7 +137,7 @@ def main(
     }
     plot_mismatch(comparison, out / "mismatch.png")
     write_json(report, out / "demo.json")
-    files = write_steps(played, *found, out / "mismatch")
+    files = write_steps(played, *found, out / "mismatch", group_size=group_size)
     report_steps(files, out / "report.html")
     console.print(table(report))
     console.print("seconds: " + ", ".join(f"{phase.replace('_', ' ')} {took:.0f}" for phase, took in seconds.items()))

@@ -70,8 +70,7 @@ def compare(
         [routes[: each.masks.num_tokens] for each, routes in zip(conversations, native_routes, strict=True)]
     )
     bounds = [0, *itertools.accumulate(len(each.token_ids) for each in conversations)]
-    # Every conversation has a problem of its own.
-    responses = Responses.packed(sampled, bounds, group_ids=range(len(conversations)))
+    responses = Responses.packed(sampled, bounds)
     return Comparison(
         native=diagnose(
             torch.cat(list(native_logprobs)),

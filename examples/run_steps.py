@@ -24,21 +24,23 @@ def write_steps(
     native_routes: Sequence[torch.Tensor],
     folder: Path,
     *,
+    group_size: int = 1,
     num_steps: int = 8,
 ) -> list[Path]:
-    """Write what a trainer would: one file for each of `num_steps` batches, or fewer of fewer conversations.
+    """Write what a trainer would: one file for each of `num_steps` batches, or fewer of fewer groups.
 
     Files of an earlier run in `folder` are removed: they are steps of another run.
 
     Args:
         native_logprobs, replay_logprobs: float `[n]` in nats for each conversation of n tokens.
         native_routes: int `[n, L, K]`, the experts that the trainer took by itself.
+        group_size: conversations about one problem, which follow each other.
     """
     for earlier in folder.glob("step-*.safetensors"):
         earlier.unlink()
-    count = len(conversations)
-    num_steps = min(num_steps, count)
-    bounds = [count * number // num_steps for number in range(num_steps + 1)]
+    num_groups = -(-len(conversations) // group_size)
+    num_steps = min(num_steps, num_groups)
+    bounds = [num_groups * number // num_steps * group_size for number in range(num_steps)] + [len(conversations)]
     return [
         write_step(
             folder,
@@ -51,8 +53,7 @@ def write_steps(
                 },
                 torch.cat([torch.tensor(each.sampled) for each in conversations[begin:end]]),
                 [0, *itertools.accumulate(len(each.token_ids) for each in conversations[begin:end])],
-                # Every conversation has a problem of its own.
-                group_ids=range(begin, end),
+                group_ids=[conversation // group_size for conversation in range(begin, end)],
                 rollout_masks=[each.masks for each in conversations[begin:end]],
                 trainer_routes=torch.cat(list(native_routes[begin:end])),
             ),

@@ -45,8 +45,9 @@ def sections(summary: RunSummary, step_means: str) -> Iterator[Section]:
         + "; ".join(f"{name}: F(2) = {_tail(summary, name):.2e}" for name in names),
         "Read it at a τ on the horizontal axis: the height is the share of sampled tokens whose probability differs"
         " between trainer and rollout by more than that factor, in either direction. Lower and further left is better;"
-        " a curve that goes on to the right, with a flat tail, means few tokens with huge ratios, which is what makes"
-        " training collapse. Below the dotted line there is less than one token.",
+        " a curve that goes on to the right, with a flat tail, means few tokens with huge ratios: the extreme tokens"
+        " that were seen before training collapsed (arXiv 2510.11370). Below the dotted line there is less than one"
+        " token.",
     )
     sample = samples[names[0]]
     yield Section(
@@ -90,8 +91,8 @@ def sections(summary: RunSummary, step_means: str) -> Iterator[Section]:
             "Share of tokens for which the trainer's router, left alone, takes another set of experts than the"
             f" rollout's did: a row for each MoE layer, a column for each step{several}, brighter is worse; the bars"
             " are all steps together. Some per cent in every layer is what two engines with other kernels give."
-            " One layer that stands out is a bug in that layer; everything near 100 % is misaligned routes, or other"
-            " weights; brighter from some step on is a change of weights that one side missed.",
+            " One layer at many times the others points to a bug in that layer; everything near 100 % to misaligned"
+            " routes or other weights; brighter from some step on to a change of weights that one side missed.",
         )
     series = _series(summary)
     yield Section(

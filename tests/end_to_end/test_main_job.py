@@ -50,6 +50,8 @@ def test_main_job_against_a_running_server(capture_server: Server, small_model: 
     # The page is of the same tokens, through the files that a trainer would write.
     files = sorted((out / "mismatch").iterdir())
     assert len(files) == 8
+    # 16 problems with four conversations each: whole groups in every step.
+    assert [step.responses.groups.width for step in read_run(files)] == [4] * 8
     run = summarize(read_run(files))
     assert run.passes[OWN_ROUTES].diagnostics.num_tokens == report["sampled_tokens"]
     assert run.passes[OWN_ROUTES].diagnostics.k3 == pytest.approx(report["kl_k3"]["native"], rel=1e-6)
