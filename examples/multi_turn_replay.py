@@ -94,7 +94,7 @@ def main(
         str | None, typer.Option(help="URL of a running SGLang server with --enable-router-capture.")
     ] = None,
     model: Annotated[Path, typer.Option(help="Qwen3-MoE checkpoint folder; that of --server, too.")] = SMALL_MODEL,
-    conversations: Annotated[int, typer.Option(min=1, help="How many to play.")] = 128,
+    conversations: Annotated[int, typer.Option(min=1, help="How many to play.")] = 256,
     group_size: Annotated[int, typer.Option(min=1, help="Conversations about each problem: a prompt's group.")] = 4,
     concurrency: Annotated[int, typer.Option(min=1, help="Conversations at a time.")] = 16,
     seed: Annotated[int, typer.Option(help="Chooses the problems, and seeds the server started here.")] = 0,

@@ -29,18 +29,18 @@ def test_main_job_against_a_running_server(capture_server: Server, small_model: 
     out = tmp_path / "report"
     result = _run(
         multi_turn_replay.main,
-        *("--server", capture_server.url, "--model", str(small_model), "--conversations", "64"),
+        *("--server", capture_server.url, "--model", str(small_model), "--conversations", "128", "--group-size", "2"),
         *("--concurrency", "8", "--seed", "5", "--out", str(out)),
     )
     assert result.exit_code == 0, result.output
     report = json.loads((out / "demo.json").read_text())
-    assert report["conversations"] == 64
+    assert report["conversations"] == 128
     assert report["seed"] == 5
-    assert report["turns"] >= 2 * 64
+    assert report["turns"] >= 2 * 128
     assert report["prefix_cached_tokens"] > 0
     assert report["valid_rows"] + report["invalid_rows"] == report["tokens"]
     # Only the last sampled token of a conversation was never fed back.
-    assert report["invalid_rows"] == 64
+    assert report["invalid_rows"] == 128
     assert report["kl_k3"]["replay"] < report["kl_k3"]["native"]
     assert report["route_mismatch"]["tokens"] >= report["route_mismatch"]["rows"] > 0
     assert {"1.1", "2"} <= report["f_tau"].keys()
@@ -50,8 +50,8 @@ def test_main_job_against_a_running_server(capture_server: Server, small_model: 
     # The page is of the same tokens, through the files that a trainer would write.
     files = sorted((out / "mismatch").iterdir())
     assert len(files) == 8
-    # 16 problems with four conversations each: whole groups in every step.
-    assert [step.responses.groups.width for step in read_run(files)] == [4] * 8
+    # 64 problems with two conversations each: whole groups in every step.
+    assert [step.responses.groups.width for step in read_run(files)] == [2] * 8
     run = summarize(read_run(files))
     assert run.passes[OWN_ROUTES].diagnostics.num_tokens == report["sampled_tokens"]
     assert run.passes[OWN_ROUTES].diagnostics.k3 == pytest.approx(report["kl_k3"]["native"], rel=1e-6)
