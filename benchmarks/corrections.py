@@ -83,6 +83,8 @@ class Task:
     """A scenario's policies, and the trainer's exact gradient `[T, V]`."""
 
     def __init__(self, scenario: Scenario, seed: int) -> None:
+        # Of the chains, which draw from torch's own.
+        torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:

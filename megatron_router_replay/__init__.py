@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_router_replay.errors import (
     AlreadyAttachedError,
+    AverageInUseError,
+    AverageSourceError,
+    AverageStateError,
     DetachedRecomputeError,
     DuplicateLayerError,
     LayoutError,
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AlreadyAttachedError",
+    "AverageInUseError",
+    "AverageSourceError",
+    "AverageStateError",
     "BatchLayout",
     "DetachedRecomputeError",
     "DuplicateLayerError",

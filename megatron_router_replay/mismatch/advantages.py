@@ -29,8 +29,9 @@ def group_relative_advantages(rewards: Tensor, responses: Responses, *, divide_b
         raise MismatchInputError(
             f"rewards {list(rewards.shape)} must be [{responses.num_sequences}], one for each sequence"
         )
+    rewards = rewards.to(responses.mask.device)
     dtype = torch.promote_types(rewards.dtype, torch.float32)
-    groups = responses.groups
+    groups = responses.prompts
     count = groups.spread(torch.ones_like(rewards, dtype=dtype)).sum(-1)
     mean = groups.spread(rewards.to(dtype)).sum(-1) / count
     centred = rewards.to(dtype) - mean[groups.row]
@@ -90,8 +91,8 @@ def optimal_token_baseline_advantages(
     mask = responses.rectangle(responses.mask)
     number = mask.long().cumsum(-1) - 1
     width = mask.shape[-1]
-    cell = (responses.groups.row[:, None] * width + number)[mask]
-    sums = returns.new_zeros(3, responses.groups.num_rows * width)
+    cell = (responses.prompts.row[:, None] * width + number)[mask]
+    sums = returns.new_zeros(3, responses.prompts.num_rows * width)
     sums[0].index_add_(0, cell, (gathered * returns)[mask])
     sums[1].index_add_(0, cell, gathered[mask])
     sums[2].index_add_(0, cell, torch.ones_like(returns)[mask])

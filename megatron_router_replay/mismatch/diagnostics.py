@@ -101,21 +101,27 @@ class Diagnostics:
             ess_token=tally.token_weights.effective_share(tokens),
             ess_sequence=tally.sequence_weights.effective_share(sequences),
             ratio_tails={tau: count / tokens for tau, count in zip(tally.taus, beyond, strict=True)},
-            max_ratio=_saturating_exp(highest),
-            min_ratio=_saturating_exp(-lowest) if zeros == 0 else 0.0,
+            max_ratio=_ratio(highest),
+            min_ratio=_ratio(-lowest) if zeros == 0 else 0.0,
             mean_abs_difference=sums["absolute"] / possible,
             correlation=_correlation(possible, *(sums[name] for name in ("x", "y", "xx", "yy", "xy"))),
             routes=tally.routes.agreement() if tally.routes else None,
         )
 
-    def flat(self, prefix: str = "mismatch/") -> dict[str, float]:
-        """Names and numbers for a metrics logger; F(2) is ``f_tau/2``, what is None is left out."""
+    def flat(self, prefix: str = "mismatch/", moe_layers: Sequence[int] | None = None) -> dict[str, float]:
+        """Names and numbers for a metrics logger; F(2) is ``f_tau/2``, what is None is left out.
+
+        Args:
+            moe_layers: decoder layers of the routes, for the names; by default they are numbered from 0 as given.
+        """
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         tails, routes = named.pop("ratio_tails"), named.pop("routes")
         named |= {f"f_tau/{tau:g}": share for tau, share in tails.items()}
         if routes is not None:
             named |= {"routes/differing": routes.differing_routes, "routes/differing_tokens": routes.differing_tokens}
-            named |= {f"routes/layer_{slot}": share for slot, share in enumerate(routes.differing_by_layer)}
+            layers = range(len(routes.differing_by_layer)) if moe_layers is None else moe_layers
+            by_layer = zip(layers, routes.differing_by_layer, strict=True)
+            named |= {f"routes/layer_{layer}": share for layer, share in by_layer}
         return {f"{prefix}{name}": float(value) for name, value in named.items() if value is not None}
 
 
@@ -137,11 +143,12 @@ def diagnose(
     Args:
         trainer, rollout: log-probabilities of the sampled tokens in nats, tokens' shape.
         taus: thresholds of F(tau), above 1.
-        trainer_routes, rollout_routes: int ``[T, L, K]``, the experts of any tokens (prompt tokens have routes, too);
-            both or neither.
-        routes_valid: bool ``[T]``, False for tokens whose routes were not recorded.
+        trainer_routes, rollout_routes: int ``[T, L, K]`` or ``[B, T, L, K]``, the experts of any tokens (prompt tokens
+            have routes, too); both or neither.
+        routes_valid: bool, without the last two dimensions, False for tokens whose routes were not recorded.
         process_group: data-parallel ranks to reduce over, exactly: sums are reduced, not means. Every rank calls, with
-            the same `taus` and the same layers; one without tokens passes empty tensors.
+            the same `taus` and the same layers; one without tokens passes empty tensors. Ranks that hold parts of one
+            sequence (context parallel) are not data parallel, see :class:`Responses`.
 
     Returns:
         The same figures on every rank.
@@ -159,7 +166,7 @@ def diagnose(
     return Diagnostics.of(tally if process_group is None else tally.all_reduce(process_group))
 
 
-def _saturating_exp(log_ratio: float) -> float:
+def _ratio(log_ratio: float) -> float:
     return math.exp(max(-SATURATION, min(SATURATION, log_ratio)))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_router_replay.errors import AverageInUseError, AverageStateError
+from megatron_router_replay.errors import AverageInUseError, AverageStateError, MismatchInputError
 from megatron_router_replay.mismatch.averaged_tensors import find_averaged, is_half_parameter, main_param
 
 
@@ -66,12 +66,12 @@ class ExponentialMovingAverage:
             warm_up: False gives w_0 = 1 / (1 - decay), the plain recursion average += (1-b) (p - average).
 
         Raises:
-            ValueError: a decay outside [0, 1).
+            MismatchInputError: a decay outside [0, 1).
             AverageSourceError: nothing to average, or parameters that are not plain whole tensors of their shard at
                 the end of ``optimizer.step()``.
         """
         if not 0 <= decay < 1:
-            raise ValueError(f"decay must be in [0, 1), got {decay}: 0 follows the model, 1 would never move")
+            raise MismatchInputError(f"decay must be in [0, 1), got {decay}: 0 follows the model, 1 would never move")
         self.decay = decay
         self.total_weight = 1.0 if warm_up else 1 / (1 - decay)
         chunks = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)

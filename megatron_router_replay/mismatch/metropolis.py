@@ -74,17 +74,18 @@ def metropolis_chain(
     shape = (responses.num_sequences,) if level == "sequence" else tuple(ratio.shape)
     if uniforms is None:
         uniforms = torch.rand(shape, generator=generator, device=ratio.device)
+    uniforms = uniforms.to(ratio.device)
     if tuple(uniforms.shape) != shape or not bool(((uniforms >= 0) & (uniforms < 1)).all()):
         raise MismatchInputError(f"uniforms must be {list(shape)} numbers in [0, 1), got {list(uniforms.shape)}")
     if level == "sequence":
         # A response without tokens is no proposal.
         proposed = responses.lengths > 0
-        chain_of = responses.groups.row[proposed]
-        steps = _run_chains(responses.sum(ratio)[proposed], uniforms[proposed], chain_of, responses.groups.num_rows)
+        chain_of = responses.prompts.row[proposed]
+        steps = _run_chains(responses.sum(ratio)[proposed], uniforms[proposed], chain_of, responses.prompts.num_rows)
         multiplicity = responses.expand(torch.zeros(shape, device=ratio.device).masked_scatter(proposed, steps))
     else:
-        group = responses.groups.row[responses.tokens.row].view(shape)[responses.mask]
-        steps = _run_chains(ratio[responses.mask], uniforms[responses.mask], group, responses.groups.num_rows)
+        group = responses.prompts.row[responses.tokens.row].view(shape)[responses.mask]
+        steps = _run_chains(ratio[responses.mask], uniforms[responses.mask], group, responses.prompts.num_rows)
         multiplicity = torch.zeros(shape, device=ratio.device).masked_scatter(responses.mask, steps)
     return MetropolisChain(multiplicity > 0, multiplicity)
 

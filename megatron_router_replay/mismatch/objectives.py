@@ -6,14 +6,13 @@ it, from which trust is measured) and `current` (pi_theta, the only one that gra
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_router_replay.errors import MismatchInputError
-from megatron_router_replay.mismatch.ratios import log_ratio
+from megatron_router_replay.mismatch.ratios import log_ratio, saturating_exp
 from megatron_router_replay.mismatch.responses import Responses
 from megatron_router_replay.mismatch.weights import truncated_importance_weights
 
@@ -84,7 +83,7 @@ def grpo_loss(
     ratio_log = log_ratio(current, old.detach(), responses)
     if responses.is_per_sequence(advantages=advantages):
         advantages = responses.expand(advantages)
-    losses = _clipped(_saturating_exp(ratio_log), advantages, responses, clip_low, clip_high)
+    losses = _clipped(saturating_exp(ratio_log), advantages, responses, clip_low, clip_high)
     return aggregate(_weighted(losses, weights, responses), responses, aggregation, denominator)
 
 
@@ -117,7 +116,7 @@ def gspo_loss(
             f"GSPO has one advantage for each sequence: advantages {list(advantages.shape)} must be"
             f" [{responses.num_sequences}]"
         )
-    ratio = _saturating_exp(responses.expand(responses.mean(log_ratio(current, old.detach(), responses))))
+    ratio = saturating_exp(responses.expand(responses.mean(log_ratio(current, old.detach(), responses))))
     losses = _clipped(ratio, responses.expand(advantages), responses, clip_low, clip_high)
     return aggregate(_weighted(losses, weights, responses), responses, "sequence-mean", denominator)
 
@@ -133,7 +132,7 @@ def decoupled_loss(
     clip_high: float = 0.2,
     cap: float = 2.0,
     weights: Tensor | None = None,
-    aggregation: Aggregation = "token-mean",
+    aggregation: Aggregation = "sequence-mean",
     denominator: float | Tensor | None = None,
 ) -> Tensor:
     """Decoupled PPO: L = - mean_t min(pi_prox / mu, cap) min(r_t A_t, clip(r_t) A_t), r_t = pi_theta / pi_prox.
@@ -179,9 +178,3 @@ def _weighted(losses: Tensor, weights: Tensor | None, responses: Responses) -> T
         return losses
     responses.require(weights=weights)
     return losses * weights.detach().to(losses.dtype)
-
-
-def _saturating_exp(log_values: Tensor) -> Tensor:
-    """An exp without inf, which times an advantage or weight of 0 would be NaN; a ratio beyond has no gradient."""
-    # Room for an advantage and a sum over the batch below the dtype's largest number.
-    return log_values.clamp(max=math.log(torch.finfo(log_values.dtype).max) / 2).exp()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -11,6 +12,8 @@ from megatron_router_replay.errors import MismatchInputError
 from megatron_router_replay.mismatch.responses import Responses
 
 Level = Literal["token", "sequence", "geometric"]
+
+LARGEST = 1e30
 
 
 def log_ratio(
@@ -24,8 +27,8 @@ def log_ratio(
         at_least: the result's dtype, unless the inputs' is wider.
 
     Returns:
-        Tokens' shape; 0 for all but response tokens; -inf where the numerator's probability is 0.
-        Gradients flow to both.
+        Tokens' shape; 0 for all but response tokens; -inf where the numerator's probability is 0, and at most 1e30,
+        so that no sum of a batch becomes infinite and meets that. Gradients flow to both.
 
     Raises:
         MismatchInputError: shapes differ; a response token has NaN or +inf, or probability 0 under the denominator,
@@ -41,7 +44,7 @@ def log_ratio(
     top = numerator.to(dtype).masked_fill(~responses.mask, 0)
     bottom = denominator.to(dtype).masked_fill(~responses.mask, 0)
     _require_log_probabilities(top.detach(), bottom.detach(), responses)
-    return top - bottom
+    return (top - bottom).clamp(max=LARGEST)
 
 
 def at_level(ratio: Tensor, responses: Responses, level: Level) -> Tensor:
@@ -61,10 +64,17 @@ def at_level(ratio: Tensor, responses: Responses, level: Level) -> Tensor:
     raise MismatchInputError(f"level must be 'token', 'sequence' or 'geometric', got {level!r}")
 
 
+def saturating_exp(log_values: Tensor) -> Tensor:
+    """An exp that saturates at the square root of the dtype's largest number, and has no gradient beyond.
+
+    An infinite one would be NaN times an advantage or weight of 0; the root leaves room for products and sums.
+    """
+    return log_values.clamp(max=math.log(torch.finfo(log_values.dtype).max) / 2).exp()
+
+
 def exponential(log_weights: Tensor, responses: Responses) -> Tensor:
-    """exp, saturating at the dtype's largest number, 0 for all but response tokens."""
-    largest = torch.finfo(log_weights.dtype).max
-    return log_weights.exp().clamp(max=largest).masked_fill(~responses.mask, 0)
+    """:func:`saturating_exp`, 0 for all but response tokens."""
+    return saturating_exp(log_weights).masked_fill(~responses.mask, 0)
 
 
 def _require_log_probabilities(top: Tensor, bottom: Tensor, responses: Responses) -> None:

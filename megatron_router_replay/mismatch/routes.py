@@ -52,20 +52,32 @@ class RouteTally:
     @classmethod
     def of(cls, trainer: Tensor, rollout: Tensor, valid: Tensor | None = None) -> RouteTally:
         """Compare expert sets; see :func:`compare_routes`."""
-        if trainer.shape != rollout.shape or trainer.dim() != 3:
+        if trainer.shape != rollout.shape or trainer.dim() < 3:
             raise MismatchInputError(
-                f"trainer routes {list(trainer.shape)} and rollout routes {list(rollout.shape)} must both be [T, L, K]"
+                f"trainer routes {list(trainer.shape)} and rollout routes {list(rollout.shape)} must both be"
+                " [T, L, K], or [B, T, L, K]"
             )
+        if valid is not None and valid.shape != trainer.shape[:-2]:
+            raise MismatchInputError(
+                f"valid {list(valid.shape)} must have one entry for each token, {list(trainer.shape[:-2])}"
+            )
+        trainer, rollout = trainer.flatten(0, -3), rollout.flatten(0, -3)
         if valid is not None:
-            if valid.shape != trainer.shape[:1]:
+            trainer, rollout = trainer[valid.flatten()], rollout[valid.flatten()]
+        for name, routes in (("trainer", trainer), ("rollout", rollout)):
+            if routes.numel() and int(routes.min()) < 0:
                 raise MismatchInputError(
-                    f"valid {list(valid.shape)} must have one entry for each of {trainer.shape[0]} tokens"
+                    f"the {name}'s routes have experts below 0, as SGLang writes for tokens that it has no routes of:"
+                    " leave those tokens out by `valid`"
                 )
-            trainer, rollout = trainer[valid], rollout[valid]
         num_tokens, num_layers, top_k = trainer.shape
         differing_tokens = torch.zeros(1, dtype=torch.int64, device=trainer.device)
         differing, shared = torch.zeros(2, num_layers, dtype=torch.int64, device=trainer.device)
         for ours, theirs in zip(trainer.split(CHUNK_TOKENS), rollout.split(CHUNK_TOKENS), strict=True):
+            for name, routes in (("trainer", ours), ("rollout", theirs)):
+                in_order = routes.sort(-1).values
+                if bool((in_order[..., 1:] == in_order[..., :-1]).any()):
+                    raise MismatchInputError(f"the {name}'s routes have an expert twice in one layer of a token")
             common = (ours[..., :, None] == theirs[..., None, :]).any(-1).sum(-1)
             differs = common < top_k
             differing_tokens += differs.any(-1).sum()
@@ -82,7 +94,7 @@ class RouteTally:
             )
         return self._with_counts(self._counts() + other._counts())
 
-    def all_reduce(self, process_group: dist.ProcessGroup | None) -> RouteTally:
+    def all_reduce(self, process_group: dist.ProcessGroup) -> RouteTally:
         """The sum over the ranks of a group; every rank calls it, with the same layers and top-k."""
         counts = self._counts()
         dist.all_reduce(counts, group=process_group)
@@ -118,10 +130,10 @@ def compare_routes(trainer: Tensor, rollout: Tensor, valid: Tensor | None = None
     """Compare expert sets; the order of a token's experts does not count.
 
     Args:
-        trainer, rollout: int ``[T, L, K]``, K distinct experts each.
-        valid: bool ``[T]``, False for tokens that were not recorded; by default all count.
+        trainer, rollout: int ``[T, L, K]`` or ``[B, T, L, K]``, K distinct experts each.
+        valid: bool ``[T]`` or ``[B, T]``, False for tokens that were not recorded; by default all count.
 
     Raises:
-        MismatchInputError: shapes differ, or no token is left to compare.
+        MismatchInputError: shapes differ, experts below 0 or twice, or no token is left to compare.
     """
     return RouteTally.of(trainer, rollout, valid).agreement()

@@ -9,7 +9,12 @@ from megatron_router_replay.errors import MismatchInputError
 
 
 def apply_sampling_mask(
-    logits: Tensor, kept_ids: Tensor, sampled_ids: Tensor | None = None, *, vocab_start: int = 0
+    logits: Tensor,
+    kept_ids: Tensor,
+    sampled_ids: Tensor | None = None,
+    *,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
 ) -> Tensor:
     """The trainer's logits with -inf for every token that the sampler had cut off.
 
@@ -21,12 +26,13 @@ def apply_sampling_mask(
     Temperature comes first, as in the sampler: divide the logits by it before.
 
     Args:
-        logits: float ``[..., V]``; of one tensor-parallel rank, ``[..., V / TP]`` with its `vocab_start`, for
-            Megatron's vocabulary-parallel cross entropy.
+        logits: float ``[..., V]``; of one tensor-parallel rank, ``[..., V / TP]`` with its `vocab_start` and the whole
+            `vocab_size`, for Megatron's vocabulary-parallel cross entropy. A bool of this shape is made beside them.
         kept_ids: int ``[..., K]``, ids of the whole vocabulary, filled up with -1; a row of nothing but -1 was not
             truncated and keeps all.
         sampled_ids: int ``[...]``; if given, each has to be among its row's kept ids.
         vocab_start: id of the first column of `logits`.
+        vocab_size: of the whole vocabulary; by default `logits` hold all of it.
 
     Returns:
         The same shape and dtype; gradients flow to the kept logits only.
@@ -36,6 +42,12 @@ def apply_sampling_mask(
     """
     if kept_ids.shape[:-1] != logits.shape[:-1]:
         raise MismatchInputError(f"kept ids {list(kept_ids.shape)} must be {list(logits.shape[:-1])} and a list of ids")
+    vocab_size = logits.shape[-1] if vocab_size is None else vocab_size
+    if bool(((kept_ids < -1) | (kept_ids >= vocab_size)).any()):
+        raise MismatchInputError(
+            f"kept ids must be in [0, {vocab_size}), or -1, and go from {int(kept_ids.min())} to {int(kept_ids.max())}:"
+            " another tokenizer, or logits of one tensor-parallel rank, for which vocab_size is to be given"
+        )
     truncated = (kept_ids >= 0).any(-1)
     if sampled_ids is not None:
         if sampled_ids.shape != logits.shape[:-1]:
@@ -53,7 +65,8 @@ def apply_sampling_mask(
     # One column more than the vocabulary takes what is not of this rank.
     kept = torch.zeros(*logits.shape[:-1], logits.shape[-1] + 1, dtype=torch.bool, device=logits.device)
     kept.scatter_(-1, column.masked_fill(~here, logits.shape[-1]), True)
-    return logits.masked_fill(~(kept[..., :-1] | ~truncated[..., None]), -torch.inf)
+    cut = kept[..., :-1].logical_or_(~truncated[..., None]).logical_not_()
+    return logits.masked_fill(cut, -torch.inf)
 
 
 def sampling_mask(logits: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor:
@@ -76,11 +89,12 @@ def sampling_mask(logits: Tensor, *, top_k: int | None = None, top_p: float | No
     """
     if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise MismatchInputError(f"top_k must be at least 1 and top_p in (0, 1], got {top_k} and {top_p}")
-    ordered, ids = torch.sort(logits.detach().to(torch.promote_types(logits.dtype, torch.float32)), descending=True,
-                              stable=True, dim=-1)  # fmt: skip
+    ordered, ids = torch.sort(logits.detach().double(), descending=True, stable=True, dim=-1)
     width = min(top_k or logits.shape[-1], logits.shape[-1])
     ordered, ids = ordered[..., :width], ids[..., :width]
-    probs = ordered.softmax(-1)
-    before = probs.cumsum(-1) - probs
-    kept = (before < (1.0 if top_p is None else top_p)) & (ordered > -torch.inf)
+    kept = ordered > -torch.inf
+    if top_p is not None and top_p < 1:
+        probs = ordered.softmax(-1)
+        # In float64: in float32 a long tail adds up to 1 before it ends.
+        kept &= probs.cumsum(-1) - probs < top_p
     return ids.masked_fill(~kept, -1)[..., : max(int(kept.sum(-1).max()), 1)]

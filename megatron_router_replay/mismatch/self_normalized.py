@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_router_replay.errors import MismatchInputError
-from megatron_router_replay.mismatch.ratios import at_level, exponential, log_ratio
+from megatron_router_replay.mismatch.ratios import log_ratio
 from megatron_router_replay.mismatch.responses import Responses
 
 
@@ -52,22 +52,28 @@ def self_normalized_weights(
     if over == "group" and process_group is not None:
         raise MismatchInputError("a process group joins batches: with over='group' every prompt's group is on one rank")
     dtype = torch.promote_types(torch.promote_types(trainer.dtype, rollout.dtype), torch.float32)
-    full = log_ratio(trainer.detach(), rollout.detach(), responses, at_least=torch.float64)
-    ratio = at_level(full, responses, level)
-    counted = responses.mask if level == "token" else _first_response_tokens(responses)
-    set_of = responses.groups.row[responses.tokens.row] if over == "group" else torch.zeros_like(responses.tokens.row)
-    num_sets = responses.groups.num_rows if over == "group" else 1
-    log_mean = _log_mean(ratio.flatten(), counted.flatten(), set_of, num_sets, process_group)
-    # In float64 up to here: a logarithm of some tens has few digits left for the weight. None is above n.
-    normalized = (ratio - log_mean[set_of].view(ratio.shape)).masked_fill(ratio == -torch.inf, -torch.inf)
-    return exponential(normalized, responses).to(dtype)
+    # In float64: of a logarithm of some tens, few digits would be left for the weight. No weight is above n.
+    ratio = log_ratio(trainer.detach(), rollout.detach(), responses, at_least=torch.float64)
+    if level == "token":
+        counted = responses.mask.flatten()
+        sets = responses.prompts.row[responses.tokens.row] if over == "group" else None
+        weights = _normalized(ratio.flatten(), counted, sets, process_group).view(ratio.shape)
+    else:
+        counted = responses.lengths > 0
+        sets = responses.prompts.row if over == "group" else None
+        weights = responses.expand(_normalized(responses.sum(ratio), counted, sets, process_group))
+    return weights.to(dtype)
 
 
-def _first_response_tokens(responses: Responses) -> Tensor:
-    """One token for each sequence that has any: the sample that stands for it."""
-    rectangle = responses.rectangle(responses.mask)
-    first = rectangle & (rectangle.long().cumsum(-1) == 1)
-    return responses.tokens.gather(first).view(responses.mask.shape)
+def _normalized(
+    ratio: Tensor, counted: Tensor, set_of: Tensor | None, process_group: dist.ProcessGroup | None
+) -> Tensor:
+    """Weights of log-ratios ``[n]`` over their mean in each set, 0 for what does not count."""
+    if set_of is None:
+        set_of = torch.zeros(len(ratio), dtype=torch.int64, device=ratio.device)
+    log_mean = _log_mean(ratio, counted, set_of, int(set_of.max()) + 1 if len(set_of) else 1, process_group)
+    # A set whose every ratio is 0 has no mean.
+    return (ratio - log_mean[set_of]).exp().masked_fill(~counted | (ratio == -torch.inf), 0)
 
 
 def _log_mean(

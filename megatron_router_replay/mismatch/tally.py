@@ -148,7 +148,7 @@ class Tally:
         routes = self.routes + other.routes if self.routes and other.routes else None
         return self._combined(self.counts + other.counts, extremes, summed, routes)
 
-    def all_reduce(self, process_group: dist.ProcessGroup | None) -> Tally:
+    def all_reduce(self, process_group: dist.ProcessGroup) -> Tally:
         """The sum over the ranks of a group; every rank calls it, a rank without tokens too."""
         counts, extremes = self.counts.clone(), self._maxima()
         dist.all_reduce(counts, group=process_group)

@@ -28,11 +28,11 @@ def truncated_importance_weights(
     unbiased as the cap grows, with a variance that grows with the length of the response; the geometric mean does not
     depend on the length and is no importance weight of anything, only bounded.
 
-    Source: Ionides, "Truncated importance sampling", J. Comp. Graph. Stat. 17 (2008); for this use Yao et al.,
-    "Your efficient RL framework secretly brings you off-policy RL training" (2025, fengyao.notion.site/off-policy-rl).
-    Implementations: the cap is 2 in verl and slime, 3 in TRL. slime may clamp from below, too (``--tis-clip-low``, 0 by
-    default); verl 0.9.1 first limits the logarithm to +-20, so that a weight is never below exp(-20), which is 2e-9. We
-    do neither: a token that the trainer would never take gets weight 0.
+    Source: Ionides, "Truncated importance sampling", J. Comp. Graph. Stat. 17 (2008); for this use Yao et al., "Your
+    efficient RL framework secretly brings you off-policy RL training" (2025, fengyao.notion.site/off-policy-rl).
+    Implementations: the cap is 2 in verl and slime, 2 or 3 in TRL by release. slime may clamp from below, too
+    (``--tis-clip-low``, 0 by default); verl 0.9.1 first limits the logarithm to +-20, so that a weight is never below
+    exp(-20), which is 2e-9. We do neither: a token that the trainer would never take gets weight 0.
 
     Args:
         trainer, rollout: log-probabilities of the sampled tokens, tokens' shape.
@@ -61,9 +61,9 @@ def masked_importance_weights(
 
     Source: Liu, Li et al., "When speed kills stability: demystifying RL collapse from the training-inference mismatch"
     (2025, richardli.xyz/rl-collapse). Implementations: for sequences only an upper bound is common (``lower=0``), 2 in
-    verl and 3 in TRL, whose default this is ("sequence_mask"); a geometric mean needs bounds next to 1 (verl speaks of
-    about 1.001). verl's ``token_k1`` and ``seq_*_k1`` compare -log r with [log lower, log upper] and therefore keep r
-    in [1/upper, 1/lower]; its ``rollout_is_threshold="lower_upper"`` keeps r in [lower, upper] as we do. For the
+    verl, 2 or 3 in TRL, whose default this is ("sequence_mask"); a geometric mean needs bounds next to 1 (verl speaks
+    of about 1.001). verl's ``token_k1`` and ``seq_*_k1`` compare -log r with [log lower, log upper] and therefore keep
+    r in [1/upper, 1/lower]; its ``rollout_is_threshold="lower_upper"`` keeps r in [lower, upper] as we do. For the
     geometric level slime and verl mask by the geometric mean and weigh by something else; here the mean is the weight,
     and ``geometric > 0`` is the mask alone.
 
@@ -131,24 +131,24 @@ def balance_heuristic_weights(
             f"shares {list(shares.shape)} must be [{len(behaviours)}] or [{len(behaviours)}, {num_sequences}]: one for"
             " each behaviour, or for each behaviour and sequence"
         )
-    dtype = torch.promote_types(behaviours.dtype, torch.float32)
-    shares = shares.to(dtype).reshape(len(behaviours), -1).expand(-1, num_sequences)
+    # In float64: the logarithms of whole sequences are large, and their difference is small.
+    shares = shares.to(responses.mask.device, torch.float64).reshape(len(behaviours), -1).expand(-1, num_sequences)
     # Sums of a few float32 shares are off by some eps each.
     wrong = (shares.sum(0) - 1).abs() > len(behaviours) * 1e-6
     if bool((wrong | (shares < 0).any(0)).any()):
         raise MismatchInputError("shares of behaviours must be at least 0 and sum to 1 over the behaviours")
     log_shares = shares.log()
-    behaviours = behaviours.detach().to(dtype)
+    behaviours, trainer = behaviours.detach(), trainer.detach()
+    dtype = torch.promote_types(torch.promote_types(trainer.dtype, behaviours.dtype), torch.float32)
+    behaviours, trainer = behaviours.double(), trainer.double()
     if level == "token":
         per_token = torch.stack([responses.expand(each) for each in log_shares])
-        return exponential(
-            log_ratio(trainer.detach(), torch.logsumexp(behaviours + per_token, 0), responses), responses
-        )
-    # Each behaviour's sequence log-ratio to pi; the weight is one over their mixture.
-    pi = responses.sum(log_ratio(trainer.detach(), torch.zeros_like(trainer), responses))
+        mixture = torch.logsumexp(behaviours + per_token, 0)
+        return exponential(log_ratio(trainer, mixture, responses).to(dtype), responses)
+    pi = responses.sum(log_ratio(trainer, torch.zeros_like(trainer), responses))
     mixture = torch.logsumexp(torch.stack([responses.sum(each) for each in behaviours]) + log_shares, 0)
     if not bool(mixture.isfinite().all()):
         raise MismatchInputError(
             "a sequence has probability 0 (or NaN) under every behaviour policy: it cannot have been sampled"
         )
-    return exponential(responses.expand(pi - mixture), responses)
+    return exponential(responses.expand(pi - mixture).to(dtype), responses)

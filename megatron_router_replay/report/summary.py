@@ -123,7 +123,7 @@ class _Gathered:
                 )
             self.moe_layers = step.moe_layers
             self.routes = routes if self.routes is None else self.routes + routes
-        self.groups_of_one &= step.responses.groups.width <= 1
+        self.groups_of_one &= step.responses.prompts.width <= 1
         self.steps.append(StepFigures(step.step, found, routes))
 
     def _add_pass(self, name: str, step: RunStep) -> Diagnostics:

@@ -33,7 +33,9 @@ def test_group_relative_advantages_are_standard_scores(divide):
 def test_equal_rewards_give_no_advantage(reward):
     """Rounding of their mean must not be divided by a standard deviation that is rounding, too."""
     for size in range(1, 33):
-        found = group_relative_advantages(torch.full((size,), reward), Responses.padded(torch.ones(size, 1)))
+        found = group_relative_advantages(
+            torch.full((size,), reward), Responses.padded(torch.ones(size, 1), [0] * size)
+        )
         assert found.tolist() == [0.0] * size
 
 
@@ -98,7 +100,7 @@ def test_the_energy_is_the_squared_norm_of_the_gradient_with_respect_to_the_logi
         torch.tensor([0.0, 1.0]),
         torch.tensor(logprobs, dtype=torch.float64),
         squares,
-        Responses.padded(torch.ones(2, 1)),
+        Responses.padded(torch.ones(2, 1), [0, 0]),
     )
     # Norms of size 0.1 and more from numbers with an error of a few eps.
     assert -found[0, 0].item() == pytest.approx(norms[1] / sum(norms), abs=1e-13)
@@ -107,7 +109,9 @@ def test_the_energy_is_the_squared_norm_of_the_gradient_with_respect_to_the_logi
 
 def test_tokens_of_probability_one_have_no_baseline():
     ones = torch.ones(2, 1)
-    found = optimal_token_baseline_advantages(torch.tensor([1.0, 3.0]), ones.log(), ones, Responses.padded(ones))
+    found = optimal_token_baseline_advantages(
+        torch.tensor([1.0, 3.0]), ones.log(), ones, Responses.padded(ones, [0, 0])
+    )
     assert found.flatten().tolist() == [1.0, 3.0]
 
 
@@ -133,7 +137,7 @@ def test_rewards_by_response_count_at_their_last_token():
     generator = torch.Generator().manual_seed(0)
     logprobs, squares = -torch.rand(3, 4, generator=generator) - 0.1, torch.rand(3, 4, generator=generator)
     mask = torch.tensor([[0, 1, 0, 1], [1, 1, 1, 0], [0, 0, 0, 0]])
-    responses = Responses.padded(mask)
+    responses = Responses.padded(mask, [0, 0, 0])
     at_the_end = torch.zeros(3, 4)
     at_the_end[0, 3], at_the_end[1, 2] = 2.0, -1.0
     found = optimal_token_baseline_advantages(torch.tensor([2.0, -1.0, 5.0]), logprobs, squares, responses)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_router_replay.errors import MismatchInputError
-from megatron_router_replay.mismatch import balance_heuristic_weights
+from megatron_router_replay.mismatch import Responses, balance_heuristic_weights
 from tests.mismatch.tiny_policies import (
     Policy,
     batch,
@@ -241,3 +241,16 @@ def test_masks_that_follow_from_a_samples_own_tokens_are_no_behaviours():
                 found[y] += covered[pair[0]] * covered[pair[1]] * weight / 2
     assert single == pytest.approx({(0, 0): 0.3, (0, 1): 0.3, (1, 0): 0.28}, abs=1e-13)
     assert mixed[0, 0] == pytest.approx(0.26, abs=0.005) and mixed[0, 1] == pytest.approx(0.42, abs=0.005)
+
+
+def test_long_responses_lose_no_digits():
+    """Logarithms of 1e5 and more, in float32: their difference is the weight's."""
+    generator = torch.Generator().manual_seed(0)
+    rollout = -5 * torch.rand(1, 32768, generator=generator)
+    trainer = rollout + 1e-3 * torch.randn(1, 32768, generator=generator)
+    trainer = trainer.clamp(max=0)
+    responses = Responses.padded(torch.ones(1, 32768))
+    found = balance_heuristic_weights(trainer, rollout[None], torch.ones(1), responses)
+    expected = (trainer.double() - rollout.double()).sum().exp()
+    # One rounding to float32 of the logarithm, of size 1, and one of the weight.
+    assert found[0, 0].item() == pytest.approx(expected.item(), rel=3e-7)

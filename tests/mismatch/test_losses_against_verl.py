@@ -114,10 +114,10 @@ def test_the_defaults_are_a_clip_of_one_fifth_and_a_mean_over_sequences():
 
 @pytest.mark.parametrize("cap", [1.5, None])
 def test_the_decoupled_loss_is_verls_clipped_loss_with_its_truncated_weights(batch, cap):
-    """Default: cap 2, mean over tokens."""
+    """Default: cap 2."""
     advantages = _advantages(batch)[:, None].expand_as(batch.current)
     weights, _ = compute_rollout_correction_weights(batch.trainer - batch.rollout, batch.mask, "token", cap or 2.0)
-    options = {} if cap is None else {"cap": cap}
+    options = {"aggregation": "token-mean"} | ({} if cap is None else {"cap": cap})
     _same(
         batch,
         lambda current: decoupled_loss(current, batch.trainer, batch.rollout, advantages, batch.responses, **options),

@@ -101,7 +101,9 @@ def test_decoupled_loss_with_a_far_range_has_the_off_policy_gradient():
     current = (rollout + 0.3 * torch.randn(2, 3, dtype=torch.float64)).requires_grad_()
     proximal = rollout + 0.3 * torch.randn(2, 3, dtype=torch.float64)
     advantages = torch.randn(2, 3, dtype=torch.float64)
-    decoupled_loss(current, proximal, rollout, advantages, TWO, clip_low=1, clip_high=1e9, cap=math.inf).backward()
+    decoupled_loss(
+        current, proximal, rollout, advantages, TWO, clip_low=1, clip_high=1e9, cap=math.inf, aggregation="token-mean"
+    ).backward()
     expected = -(current - rollout).exp() * advantages * TWO.mask / 4
     torch.testing.assert_close(current.grad, expected.detach())
 

@@ -119,7 +119,7 @@ def test_the_law_of_accepted_samples_is_the_docstrings():
 def test_acceptance_flips_at_the_ratio_of_ratios(old, new):
     threshold = _acceptance()[old, new].item()
     tokens = torch.tensor([old, new])
-    given = (PI.log()[tokens, None], MU.log()[tokens, None], Responses.padded(torch.ones(2, 1)))
+    given = (PI.log()[tokens, None], MU.log()[tokens, None], Responses.padded(torch.ones(2, 1), [0, 0]))
     # Logarithms of float32 numbers are off by an eps of 1.2e-7 or two: 1e-6 on either side is clear of it.
     below, above = threshold * (1 - 1e-6), threshold * (1 + 1e-6)
     assert metropolis_chain(*given, uniforms=torch.tensor([0.0, below])).accepted.flatten().tolist() == [True, True]
@@ -130,7 +130,7 @@ def test_acceptance_flips_at_the_ratio_of_ratios(old, new):
 
 def _one_chain(trainer: list[float], uniforms: list[float]) -> list[float]:
     given = torch.tensor(trainer)[:, None]
-    responses = Responses.padded(torch.ones_like(given))
+    responses = Responses.padded(torch.ones_like(given), [0] * len(given))
     found = metropolis_chain(given, torch.full_like(given, -1.0), responses, uniforms=torch.tensor(uniforms))
     return found.multiplicity.flatten().tolist()
 
@@ -222,7 +222,7 @@ def test_equal_seeds_give_equal_chains_and_others_do_not(level):
 def test_uniform_numbers_of_any_float_type_will_do(level, dtype):
     uniforms = torch.full((2,) if level == "sequence" else (2, 1), 0.5, dtype=dtype)
     given = torch.full((2, 1), -1.0)
-    found = metropolis_chain(given, given, Responses.padded(torch.ones(2, 1)), level=level, uniforms=uniforms)
+    found = metropolis_chain(given, given, Responses.padded(torch.ones(2, 1), [0, 0]), level=level, uniforms=uniforms)
     assert found.multiplicity.dtype == torch.float32 and found.multiplicity.flatten().tolist() == [1, 1]
 
 
@@ -239,4 +239,4 @@ def test_uniform_numbers_of_any_float_type_will_do(level, dtype):
 )
 def test_a_chain_refuses(options, message):
     with pytest.raises(MismatchInputError, match=message):
-        metropolis_chain(-torch.ones(2, 3), -torch.ones(2, 3), Responses.padded(torch.ones(2, 3)), **options)
+        metropolis_chain(-torch.ones(2, 3), -torch.ones(2, 3), Responses.padded(torch.ones(2, 3), [0, 0]), **options)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_router_replay.errors import MismatchInputError
+from megatron_router_replay.mismatch import Responses
 from tests.mismatch.batches import PER_SEQUENCE, PER_TOKEN, SCALARS, Batch, pack, padded_batch, permute
 
 # Sums of the same float64 numbers in another order, of at most some hundred terms of like size.
@@ -158,4 +160,55 @@ def test_groups_of_tokens_and_sequences_are_where_they_belong():
     assert responses.max(values).tolist() == [2, -math.inf, 8]
     assert responses.expand(torch.tensor([1.0, 2.0, 3.0])).tolist() == [[1, 0, 1], [0, 0, 0], [3, 3, 3]]
     assert responses.keep(values > 6).lengths.tolist() == [0, 0, 2]
-    assert responses.groups.spread(torch.tensor([1.0, 2.0, 3.0])).tolist() == [[3, 0], [1, 2]]
+    assert responses.prompts.spread(torch.tensor([1.0, 2.0, 3.0])).tolist() == [[1, 2], [3, 0]]
+
+
+@pytest.mark.parametrize(
+    "ids", [["u1", "u1", "u2"], np.array(["u1", "u1", "u2"], dtype=object), (0.5, 0.5, 2), [3, 3, "3"]]
+)
+def test_groups_are_called_by_whatever_tells_prompts_apart(ids):
+    assert Responses.padded(torch.ones(3, 1), ids).prompts.row.tolist() == [0, 0, 1]
+
+
+def test_what_compares_responses_to_one_prompt_asks_which_those_are():
+    batch = padded_batch(torch.ones(3, 2), torch.zeros(3))
+    unknown = replace(batch, responses=Responses.padded(torch.ones(3, 2)))
+    names = ("SNIS, sequences of a group", "SNIS, tokens of a group", "metropolis", "optimal token baseline")
+    for function in (*(PER_TOKEN[name] for name in names), PER_SEQUENCE["group-relative"]):
+        with pytest.raises(MismatchInputError, match="give group_ids"):
+            function(unknown)
+    assert PER_TOKEN["SNIS, sequences of the batch"](unknown).sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Responses.padded([[1]]), r"must be a tensor \[B, T\], got list"),
+        (lambda: Responses.packed(torch.ones(2, 2), [0, 2]), r"must be a tensor \[N\], got \[2, 2\]"),
+        (lambda: Responses.padded(torch.full((1, 1), 0.5)), "must be bool, or hold 0 and 1"),
+        (lambda: Responses.packed(torch.ones(2), [0, 1]), "must rise from 0 to the mask's 2 tokens"),
+        (lambda: Responses.packed(torch.ones(2), [0, 2, 1, 2]), "must rise from 0"),
+        (lambda: Responses.padded(torch.ones(2, 1), [0]), "1 group ids are given for 2 sequences"),
+        (lambda: Responses.padded(torch.ones(2, 1), [[0], [1]]), "one number or name for each"),
+        (lambda: Responses.padded(torch.ones(1, 1)).require(values=[[1.0]]), "values must be a torch.Tensor, got list"),
+        (
+            lambda: Responses.padded(torch.ones(1, 1)).require(values=torch.ones(1, 1, device="meta")),
+            "values is on meta, the response mask on cpu",
+        ),
+    ],
+)
+def test_what_is_no_batch_is_refused(call, message):
+    with pytest.raises(MismatchInputError, match=message):
+        call()
+
+
+def test_one_long_response_among_short_ones_costs_what_its_tokens_cost():
+    """The rectangle of 4,001 sequences would have 131 million places."""
+    lengths = [32768] + [1] * 4000
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    responses = Responses.packed(torch.ones(sum(lengths)), bounds, range(len(lengths)))
+    values = torch.full((sum(lengths),), 0.1)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        found = responses.sum(values), responses.max(values), responses.mean(values), responses.lengths
+    assert found[0][0].item() == pytest.approx(3276.8, rel=1e-7) and found[3].tolist() == lengths
+    assert sum(max(event.self_cpu_memory_usage, 0) for event in profile.events()) < 100 * sum(lengths)

@@ -9,7 +9,7 @@ from megatron_router_replay.errors import MismatchInputError
 from megatron_router_replay.mismatch import RouteTally, compare_routes
 
 TRAINER = torch.tensor([[[0, 1], [2, 3]], [[0, 1], [2, 3]], [[0, 1], [2, 3]], [[4, 5], [6, 7]]])
-ROLLOUT = torch.tensor([[[1, 0], [3, 2]], [[0, 2], [2, 3]], [[0, 1], [4, 5]], [[0, 0], [0, 0]]])
+ROLLOUT = torch.tensor([[[1, 0], [3, 2]], [[0, 2], [2, 3]], [[0, 1], [4, 5]], [[-1, -1], [-1, -1]]])
 
 
 def test_routes_are_compared_as_sets():
@@ -24,15 +24,17 @@ def test_routes_are_compared_as_sets():
 
 def test_all_tokens_count_by_default():
     assert compare_routes(TRAINER, TRAINER).overlap == (1.0, 1.0)
-    assert compare_routes(TRAINER, ROLLOUT).num_tokens == 4
+    assert compare_routes(TRAINER, TRAINER).num_tokens == 4
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((TRAINER, ROLLOUT[:, :1]), r"\[4, 2, 2\] and rollout routes \[4, 1, 2\]"),
-        ((TRAINER, ROLLOUT, torch.ones(3, dtype=torch.bool)), r"valid \[3\] must have one entry for each of 4"),
+        ((TRAINER, ROLLOUT, torch.ones(3, dtype=torch.bool)), r"valid \[3\] must have one entry for each token, \[4\]"),
         ((TRAINER, ROLLOUT, torch.zeros(4, dtype=torch.bool)), "no token has routes on both sides"),
+        ((TRAINER, ROLLOUT), "the rollout's routes have experts below 0, .* leave those tokens out by `valid`"),
+        ((TRAINER // 2, TRAINER), "the trainer's routes have an expert twice in one layer"),
     ],
 )
 def test_compare_routes_refuses(arguments, message):
@@ -45,9 +47,11 @@ def test_tallies_of_parts_add_up_to_that_of_the_whole():
     parts = [RouteTally.of(TRAINER[at : at + 2], ROLLOUT[at : at + 2], valid[at : at + 2]) for at in (0, 2)]
     assert (parts[0] + parts[1]).agreement() == compare_routes(TRAINER, ROLLOUT, valid)
     nothing = RouteTally.of(TRAINER[:0], ROLLOUT[:0])
-    assert (nothing + RouteTally.of(TRAINER, ROLLOUT)).agreement() == compare_routes(TRAINER, ROLLOUT)
+    assert (nothing + RouteTally.of(TRAINER, ROLLOUT, valid)).agreement() == compare_routes(TRAINER, ROLLOUT, valid)
+    padded = (each.unflatten(0, (2, 2)) for each in (TRAINER, ROLLOUT, valid))
+    assert compare_routes(*padded) == compare_routes(TRAINER, ROLLOUT, valid)
     with pytest.raises(MismatchInputError, match="2 layers and top-2 do not add up with routes of 1 layers"):
-        nothing + RouteTally.of(TRAINER[:, :1], ROLLOUT[:, :1])
+        nothing + RouteTally.of(TRAINER[:, :1], TRAINER[:, :1])
 
 
 def test_many_tokens_are_compared_part_by_part(monkeypatch):

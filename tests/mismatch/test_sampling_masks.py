@@ -59,7 +59,7 @@ def test_shards_of_the_vocabulary_are_masked_alike():
     logits = torch.randn(6, 10)
     kept = sampling_mask(logits, top_p=0.7)
     kept[2] = -1
-    halves = [apply_sampling_mask(logits[:, at : at + 5], kept, vocab_start=at) for at in (0, 5)]
+    halves = [apply_sampling_mask(logits[:, at : at + 5], kept, vocab_start=at, vocab_size=10) for at in (0, 5)]
     assert torch.equal(torch.cat(halves, -1), apply_sampling_mask(logits, kept))
 
 
@@ -85,3 +85,20 @@ def test_shapes_that_do_not_fit_are_refused(arguments, message):
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(MismatchInputError, match="top_k must be at least 1"):
         sampling_mask(LOGITS[None], **settings)
+
+
+def test_nothing_is_cut_off_a_long_tail_where_nothing_is_truncated():
+    """Float32 sums of 150,000 probabilities reach 1 before the last of them."""
+    logits = 3 * torch.randn(1, 151936, generator=torch.Generator().manual_seed(0))
+    for settings in ({}, {"top_p": 1.0}, {"top_k": 200_000}):
+        assert sampling_mask(logits, **settings).shape == logits.shape
+    probs = logits.double().softmax(-1).sort(descending=True).values[0]
+    kept = int((sampling_mask(logits, top_p=0.9999) >= 0).sum())
+    assert probs[: kept - 1].sum() < 0.9999 <= probs[:kept].sum()
+
+
+def test_an_id_that_is_in_no_shard_is_refused():
+    with pytest.raises(MismatchInputError, match=r"kept ids must be in \[0, 4\), or -1, and go from 7 to 7"):
+        apply_sampling_mask(torch.zeros(1, 4), torch.tensor([[7]]))
+    with pytest.raises(MismatchInputError, match=r"\[0, 8\)"):
+        apply_sampling_mask(torch.zeros(1, 4), torch.tensor([[8]]), vocab_start=4, vocab_size=8)

@@ -150,7 +150,9 @@ def test_a_set_without_any_weight_has_weights_of_zero_and_no_nan():
 
 def test_no_weight_exceeds_the_size_of_its_set_however_far_ratios_lie_apart():
     trainer = torch.tensor([[-1.0], [-5000.0], [-9000.0]])
-    weights = self_normalized_weights(trainer, torch.full_like(trainer, -4000.0), Responses.padded(torch.ones(3, 1)))
+    weights = self_normalized_weights(
+        trainer, torch.full_like(trainer, -4000.0), Responses.padded(torch.ones(3, 1), [0] * 3)
+    )
     # log 3 in float64 and exp in float64, kept as float32: one rounding of 3.
     assert weights.flatten().tolist() == pytest.approx([3.0, 0.0, 0.0], rel=1.2e-7)
 

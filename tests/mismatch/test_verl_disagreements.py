@@ -115,7 +115,7 @@ def test_verl_means_divide_by_count_plus_1e_8():
     # Next to its own 1e-8 the baseline of sequences of little energy goes to 0.
     given = _baseline_inputs(energy=1e-8)
     theirs, _ = compute_optimal_token_baseline_advantage(*given[:2], np.zeros(2), *given[2:])
-    ours = optimal_token_baseline_advantages(given[0], *given[2:], Responses.padded(given[1]))
+    ours = optimal_token_baseline_advantages(given[0], *given[2:], Responses.padded(given[1], [0, 0]))
     # G = 1 and 3, equal energies: baseline 2; of 2e-8 / (2e-8 + 1e-8) only two thirds. Energies are off by 1e-16.
     assert ours.flatten().tolist() == pytest.approx([-1, 1], abs=1e-6)
     assert theirs.flatten().tolist() == pytest.approx([1 - 4 / 3, 3 - 4 / 3], abs=1e-6)
@@ -244,7 +244,7 @@ def test_verl_numbers_tokens_of_the_baseline_by_their_place_in_the_row():
     rewards = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 4.0]], dtype=torch.float64)
     log, squares = (torch.full((2, 3), value, dtype=torch.float64) for value in (math.log(0.5), 0.5))
     theirs, _ = compute_optimal_token_baseline_advantage(rewards, mask, np.zeros(2), log, squares, epsilon=0.0)
-    ours = optimal_token_baseline_advantages(rewards, log, squares, Responses.padded(mask))
+    ours = optimal_token_baseline_advantages(rewards, log, squares, Responses.padded(mask, [0, 0]))
     # Energy 1/2 per token. First tokens: (1 + 4) / 2. Then ours (1 + 4) / 2 and nothing, since only row 1 has a third.
     assert ours.tolist() == [pytest.approx([-1.5, 0, -1.5]), pytest.approx([1.5, 1.5, 4.0])]
     # verl: row 1's second alone, and (2 * 1 + 3 * 4) / 5, which its zero tail, by length, then takes from row 1.
