@@ -32,8 +32,8 @@ def log_ratio(
 
     Raises:
         MismatchInputError: shapes differ; a response token has NaN or +inf, or probability 0 under the denominator,
-            under which it cannot have been sampled; or every value is above 0 and one above 0.1, which
-            rounding does not do to logarithms of probabilities.
+            under which it cannot have been sampled; or every value is above 0 and one above 0.1, or one
+            is above 0.5, which rounding does not do to logarithms of probabilities.
     """
     responses.require(numerator=numerator, denominator=denominator)
     for name, values in (("numerator", numerator), ("denominator", denominator)):
@@ -79,10 +79,14 @@ def exponential(log_weights: Tensor, responses: Responses) -> Tensor:
 
 def _require_log_probabilities(top: Tensor, bottom: Tensor, responses: Responses) -> None:
     bad = top.isnan() | (top == torch.inf) | ~bottom.isfinite()
-    # Rounding lifts the logarithm of a probability of 1 a little above 0.
-    positive = [((values > 0) | ~responses.mask).all() & (values > 0.1).any() for values in (top, bottom)]
+    # Rounding lifts the logarithm of a probability of 1 a little above 0, in bfloat16 by up to 0.25 for logits below
+    # 64. Probabilities, taken for logarithms, are all above 0 even if none is large.
+    positive = [
+        (values > 0.5).any() | (((values > 0) | ~responses.mask).all() & (values > 0.1).any())
+        for values in (top, bottom)
+    ]
     # One transfer from the device, not three.
-    any_bad, *all_positive = torch.stack([bad.any(), *positive]).tolist()
+    any_bad, *too_high = torch.stack([bad.any(), *positive]).tolist()
     if any_bad:
         place = tuple(bad.nonzero()[0].tolist())
         raise MismatchInputError(
@@ -91,9 +95,10 @@ def _require_log_probabilities(top: Tensor, bottom: Tensor, responses: Responses
             "probability above 0 under the policy that sampled it: look for tokens that the mask should leave out, and"
             " for log-probabilities taken after a top-p or top-k mask that was not the sampler's"
         )
-    for name, wrong in zip(("numerator", "denominator"), all_positive, strict=True):
+    for name, values, wrong in zip(("numerator", "denominator"), (top, bottom), too_high, strict=True):
         if wrong:
             raise MismatchInputError(
-                f"every response token's log-probability in the {name} is above 0: pass natural logarithms of"
-                " probabilities, not probabilities and not losses"
+                f"{int((values > 0).sum())} of {int(responses.mask.sum())} response tokens have a log-probability above"
+                f" 0 in the {name}, up to {float(values.max()):g}: pass natural logarithms of probabilities, not"
+                " probabilities and not losses"
             )

@@ -186,7 +186,14 @@ def test_tails_are_counted_for_taus_in_any_order_and_a_ratio_of_tau_is_not_beyon
         (-torch.ones(1, 1), -torch.ones(1, 1), torch.ones(1, 1), {"taus": (1.0,)}, "must be above 1"),
         (torch.tensor([[-1.0, math.nan]]), -torch.ones(1, 2), torch.ones(1, 2), {}, r"the first, at \[0, 1\]"),
         (-torch.ones(1, 2), torch.tensor([[-math.inf, -1]]), torch.ones(1, 2), {}, "under the policy that sampled it"),
-        (torch.ones(1, 2), -torch.ones(1, 2), torch.ones(1, 2), {}, "numerator is above 0"),
+        (
+            torch.ones(1, 2),
+            -torch.ones(1, 2),
+            torch.ones(1, 2),
+            {},
+            "2 of 2 response tokens have a log-probability above 0 in the numerator",
+        ),
+        (-torch.ones(1, 2), torch.tensor([[0.7, -1]]), torch.ones(1, 2), {}, "1 of 2 .* denominator, up to 0.7"),
         (-torch.ones(1, 2).long(), -torch.ones(1, 2), torch.ones(1, 2), {}, "must be floating point, got torch.int64"),
         (torch.full((1, 2), -math.inf), -torch.ones(1, 2), torch.ones(1, 2), {}, "it scores other tokens"),
         (

@@ -155,7 +155,7 @@ def test_the_sequence_losss_default_bounds_are_the_papers():
     batch = random_batch(14)
     for shift, advantage, expected in ((1.0, 1.0, -1.0004), (-1.0, -1.0, 0.9997)):
         advantages = torch.full((len(batch.mask),), advantage, dtype=torch.float64)
-        loss = gspo_loss(batch.trainer + shift, batch.trainer, advantages, batch.responses)
+        loss = gspo_loss(batch.trainer - 1 + shift, batch.trainer - 1, advantages, batch.responses)
         assert loss.item() == pytest.approx(expected, abs=1e-13)
 
 

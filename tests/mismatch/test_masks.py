@@ -24,8 +24,8 @@ def _ratios(rows: list[list[float]]) -> tuple[Tensor, Tensor, Responses]:
     """Given ratios of probabilities, None-padded to the longest; what is past a row's end is NaN."""
     width = max(map(len, rows))
     logs = [[math.log(r) if r else -math.inf for r in row] + [math.nan] * (width - len(row)) for row in rows]
-    trainer = torch.tensor(logs, dtype=torch.float64) - 1
-    return trainer, torch.full_like(trainer, -1.0).masked_fill(trainer.isnan(), math.nan), batch(rows, width)
+    trainer = torch.tensor(logs, dtype=torch.float64) - 16
+    return trainer, torch.full_like(trainer, -16.0).masked_fill(trainer.isnan(), math.nan), batch(rows, width)
 
 
 def _rows(mask: Tensor, responses: Responses) -> list[bool]:
