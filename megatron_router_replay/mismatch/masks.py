@@ -115,6 +115,7 @@ def exact_trust_region_mask(
     KL(mu || pi) = sum_v mu_v (log mu_v - log pi_v), exact for every token's context. Source: arXiv 2512.23075, of
     whose bounds D_KL^tok,max, the maximum over a sequence, is the factor that masking controls; the paper's threshold
     depends on the horizon, so set it for your length of responses.
+    Implementations: verl and slime have the sampled criteria only, which need no distributions.
 
     Args:
         trainer_logits, rollout_logits: logits or log-probabilities over the whole vocabulary (gathered, where it is

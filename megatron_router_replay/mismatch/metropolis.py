@@ -56,6 +56,9 @@ def metropolis_chain(
     rollout's contexts with the trainer's choice of token, which is also what token-level importance weights correct
     to. Tokens of one response are not independent draws of that pair, so the chain is exact only in its transitions.
 
+    Implementations: none in the trainers that this was compared with (verl, slime, TRL). The nearest is rejection by a
+    bound of the ratio, which is masked importance sampling.
+
     Args:
         generator: of the uniform numbers, on the tensors' device. Ranks that share a batch (tensor, context and
             pipeline parallel) must draw the same: seed it the same, or pass `uniforms`.

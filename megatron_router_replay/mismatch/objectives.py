@@ -29,7 +29,8 @@ def aggregate(
 
     token-mean: sum over all response tokens / their number (DAPO, arXiv 2503.14476: long responses count more).
     sequence-mean: mean over sequences of the mean over their tokens (GRPO, arXiv 2402.03300: every response counts the
-    same). Responses without a token count in neither.
+    same). Responses without a token count in neither. Implementations: verl has both (``token-mean``, its default, and
+    ``seq-mean-token-mean``), with 1e-8 beside each count.
 
     Args:
         losses: tokens' shape.

@@ -109,6 +109,9 @@ def balance_heuristic_weights(
     routed one: its own log-probability is the denominator (see
     :func:`megatron_router_replay.mismatch.sampling_masks.apply_sampling_mask`), and a mixture of such masks is biased.
 
+    Implementations: none in the trainers that this was compared with (verl, slime, TRL), which divide by the policy
+    that drew the sample, or by the newest.
+
     Args:
         trainer: log-probabilities of the sampled tokens, tokens' shape.
         behaviours: the same under each of M behaviour policies, ``[M, *tokens' shape]``; -inf is allowed.
