@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
+import stat
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,6 +102,16 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(OSError, match="disk full"):
         write_step(tmp_path, run_step(1, scale=0.5))
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [earlier]
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_files_follow_the_umask(tmp_path: Path, mask: int, mode: int):
+    before = os.umask(mask)
+    try:
+        path = write_step(tmp_path, run_step(1))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
 
 
 def test_parts_of_ranks_are_one_step(tmp_path: Path):
@@ -203,7 +215,7 @@ def _handles(*parts: RoutingMasks) -> list[dict]:
         ({**RAW, "rollout_routes": RECORDED[:, :1].tolist()}, r"\[4, 2, 2\] and rollout routes \[4, 1, 2\]"),
         ({**RAW, "rollout_routes": [[0, 1]]}, r"\[layers\]\[top-k\] integers, got \[1, 2\]"),
         ({**RAW, "rollout_routes": [[[0], [1, 2]]]}, r"'rollout_routes' must be \[tokens\]\[layers\]"),
-        ({**RAW, "routes_valid": [1, 1]}, r"valid \[2\] must have one entry for each of 4 tokens"),
+        ({**RAW, "routes_valid": [1, 1]}, r"valid \[2\] must have one entry for each token, \[4\]"),
         ({**RAW, "routes_valid": [1, None, 1, 1]}, "line 2: 'routes_valid' must hold 0 and 1"),
         ({"routes_valid": [1, 1, 1, 1]}, "line 2: 'routes_valid' is of 'rollout_routes', which the line lacks"),
         ({**RAW, "moe_layers": 5}, "line 2: 'moe_layers' must be a list of integers, got 5"),
@@ -279,7 +291,7 @@ def _routes_counts(tensors: dict) -> dict:
         ({"rollout_logprobs": torch.ones(7)}, {}, r"rollout_logprobs \[7\] and the response mask \[240\]"),
         ({"rollout_logprobs": torch.ones(240, dtype=torch.int32)}, {}, "must be floating point, got torch.int32"),
         ({"cu_seqlens": torch.tensor([0, 7])}, {}, "must rise from 0 to the mask's 240 tokens"),
-        ({"group_ids": torch.tensor([0, 7])}, {}, r"group ids \[2\] are given for 12 sequences"),
+        ({"group_ids": torch.tensor([0, 7])}, {}, "2 group ids are given for 12 sequences: one for each"),
         ({"route_counts.shared": None}, {}, "counts of routes need"),
         ({"route_counts.differing": torch.ones(2, dtype=torch.int64)}, {}, r"must be \[1\], \[1\], \[L\] and \[L\]"),
         (
