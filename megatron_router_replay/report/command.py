@@ -58,6 +58,7 @@ def report(
     from megatron_router_replay.report.page import write_report
     from megatron_router_replay.report.reading import find_files, read_run
     from megatron_router_replay.report.summary import summarize
+    from megatron_router_replay.report.target import require_target
 
     console, errors = Console(), Console(stderr=True)
     if taus and min(taus) <= 1:
@@ -66,6 +67,7 @@ def report(
         )
     try:
         files = find_files(paths)
+        require_target(out, files)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=errors, transient=True) as progress:
             bar = progress.add_task("reading", total=len(files))

@@ -10,6 +10,9 @@ from megatron_router_replay.report.json_lines import SUFFIXES, read_json_lines
 from megatron_router_replay.report.records import RunStep
 from megatron_router_replay.report.step_files import read_place, read_step
 
+RUN_SUFFIXES = (".safetensors", *SUFFIXES)
+"""Of a run's files."""
+
 
 def find_files(paths: Sequence[Path]) -> list[Path]:
     """The files of a run: those that are named, and those directly in the folders that are.
@@ -23,12 +26,14 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
             # What begins with a dot is being written.
             found = sorted(each for each in path.iterdir() if _is_run_file(each) and not each.name.startswith("."))
             if not found:
-                raise RunFileError(f"{path}: a folder without a file of a run, which ends with {_kinds()}")
+                raise RunFileError(
+                    f"{path}: a folder without a file of a run, which ends with {', '.join(RUN_SUFFIXES)}"
+                )
             files += found
         elif not path.is_file():
             raise RunFileError(f"{path}: no such file or folder")
         elif not _is_run_file(path):
-            raise RunFileError(f"{path}: a file of a run ends with {_kinds()}")
+            raise RunFileError(f"{path}: a file of a run ends with {', '.join(RUN_SUFFIXES)}")
         else:
             files.append(path)
     return files
@@ -76,8 +81,4 @@ def read_run(files: Sequence[Path], on_file: Callable[[Path], None] = lambda pat
 
 
 def _is_run_file(path: Path) -> bool:
-    return path.is_file() and path.name.endswith((".safetensors", *SUFFIXES))
-
-
-def _kinds() -> str:
-    return ", ".join((".safetensors", *SUFFIXES))
+    return path.is_file() and path.name.endswith(RUN_SUFFIXES)

@@ -87,6 +87,37 @@ def test_errors_are_told_without_a_traceback(tmp_path: Path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize("name", ["run.jsonl", "other.jsonl", "page.jsonl.gz", "page.safetensors"])
+def test_no_file_of_a_run_is_overwritten(tmp_path: Path, name: str):
+    lines = tmp_path / "run.jsonl"
+    lines.write_text('{"step": 0, "rollout_logprobs": [-1], "trainer_logprobs": [-1], "response_mask": [1]}\n')
+    result = _run(lines, "--out", tmp_path / name)
+    assert result.exit_code == 1
+    assert (
+        f"--out {tmp_path / name}: .jsonl" in result.output or f"--out {tmp_path / name}: .safetensors" in result.output
+    )
+    assert lines.read_text().startswith('{"step"') and list(tmp_path.iterdir()) == [lines]
+
+
+def test_the_target_is_checked_before_anything_is_read(tmp_path: Path):
+    broken = tmp_path / "run.jsonl"
+    broken.write_text("not JSON\n")
+    link = tmp_path / "page.html"
+    link.symlink_to(broken)
+    (tmp_path / "folder.html").mkdir()
+    for out, message in (
+        (link, "is a file of the run itself"),
+        (tmp_path / "folder.html", "is a folder: name the HTML file in it"),
+        # No folder can be made below a file, and none in /proc, not by root either.
+        (broken / "page.html", "cannot be written, because nothing can be made in"),
+        (Path("/proc/missing/page.html"), "cannot be written, because nothing can be made in /proc"),
+    ):
+        result = _run(broken, "--out", out)
+        assert result.exit_code == 1
+        assert f"RunFileError: --out {out}: {message}" in result.output
+    assert broken.read_text() == "not JSON\n"
+
+
 def _with_entry_points(monkeypatch: pytest.MonkeyPatch, **targets: str) -> None:
     entries = [EntryPoint(name, target, cli.GROUP) for name, target in targets.items()]
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries if group == cli.GROUP else [])
