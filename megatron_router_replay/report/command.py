@@ -58,6 +58,7 @@ def report(
     from megatron_router_replay.report.page import write_report
     from megatron_router_replay.report.reading import find_files, read_run
     from megatron_router_replay.report.summary import summarize
+    from megatron_router_replay.report.table import warnings
     from megatron_router_replay.report.target import require_target
 
     console, errors = Console(), Console(stderr=True)
@@ -82,6 +83,8 @@ def report(
     except (RunFileError, OSError) as error:
         errors.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
+    for warning in warnings(summary):
+        errors.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     for name, figures in summary.passes.items():
         found = figures.diagnostics
         console.print(

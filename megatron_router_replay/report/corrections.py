@@ -23,10 +23,16 @@ Weigh = Callable[[Tensor, Tensor, Responses], Tensor]
 
 @dataclass(frozen=True)
 class Correction:
-    """A name, and the function (trainer, rollout, responses) to weights in the tokens' shape."""
+    """One of them.
+
+    Attributes:
+        weigh: (trainer, rollout, responses) to weights in the tokens' shape.
+        needs_groups: it compares the responses to one prompt, and refuses responses whose groups are not known.
+    """
 
     name: str
     weigh: Weigh
+    needs_groups: bool = False
 
 
 def _truncated(level: Level) -> Weigh:
@@ -56,6 +62,7 @@ CORRECTIONS = (
     Correction(
         "SNIS over prompts' groups",
         lambda *arguments: self_normalized_weights(*arguments, level="sequence", over="group"),
+        needs_groups=True,
     ),
-    Correction("Metropolis, sequences", _metropolis),
+    Correction("Metropolis, sequences", _metropolis, needs_groups=True),
 )

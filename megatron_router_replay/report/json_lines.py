@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import gzip
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -36,8 +35,8 @@ def read_json_lines(path: Path) -> list[RunStep]:
     - ``rollout_logprobs``: n numbers, nats; null where there is none, as for a prompt's first token.
     - ``trainer_logprobs``: n numbers, or an object of them by the name of the trainer's pass.
     - ``response_mask``: n times 0, 1, false or true; 1 for the tokens that the rollout sampled.
-    - ``group``: int or string, equal for the responses to one prompt. Where no line of a step has one, its sequences
-      are responses to one prompt.
+    - ``group``: int or string, equal for the responses to one prompt, in all lines of a step or in none; without it,
+      what compares the responses to one prompt is left out of the report.
     - ``trainer_routes``: ``[n][L][K]`` experts that the trainer took by itself; with one of the following two.
     - ``rollout_routes``: ``[n][L][K]`` experts that the rollout took, ``routes_valid`` n times 0 or 1.
     - ``rollout_masks``: ``meta_info["routing_masks"]`` of the answer as it is, or the handles of all turns one behind
@@ -56,12 +55,13 @@ def read_json_lines(path: Path) -> list[RunStep]:
         except (ValueError, RecursionError) as error:
             raise RunFileError(f"{where}: not JSON ({error}): every line must be one whole object") from error
         try:
-            record, has_group = _sequence(line, where)
+            record = _sequence(line, where)
         except RunFileError:
             raise
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             # Errors of this project are ValueErrors; the others are of numbers that no tensor can hold.
             raise RunFileError(f"{where}: {error}") from error
+        has_group = record.group_ids is not None
         if grouped.setdefault(record.step, has_group) != has_group:
             raise RunFileError(
                 f"{where}: some lines of step {record.step} have the key 'group' and others not: all or none"
@@ -85,7 +85,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise RunFileError(f"{path}: cannot be read ({error}): truncated, or foreign") from error
 
 
-def _sequence(line: Any, where: str) -> tuple[RunStep, bool]:
+def _sequence(line: Any, where: str) -> RunStep:
     if not isinstance(line, dict):
         raise RunFileError(f"{where}: a {type(line).__name__}, not a JSON object of one sequence")
     for key in ("step", "rollout_logprobs", "trainer_logprobs", "response_mask"):
@@ -122,20 +122,19 @@ def _sequence(line: Any, where: str) -> tuple[RunStep, bool]:
         recorded, valid = recorded_routes(parts, count)
         moe_layers = parts[0].geometry.moe_layers
     passes, weights = line["trainer_logprobs"], line.get("weights", {})
-    record = RunStep.of(
+    return RunStep.of(
         line["step"],
         _numbers(line["rollout_logprobs"], f"{where}: 'rollout_logprobs'"),
         _named(passes if isinstance(passes, dict) else {"trainer": passes}, where, "trainer_logprobs"),
         mask,
         [0, count],
-        group_ids=[_group(line.get("group", 0), where)],
+        group_ids=[_group(line["group"], where)] if "group" in line else None,
         rollout_routes=recorded,
         trainer_routes=_raw_routes(line, "trainer_routes", where),
         routes_valid=valid,
         moe_layers=moe_layers,
         weights=_named(weights, where, "weights"),
     )
-    return record, "group" in line
 
 
 def _numbers(values: Any, what: str) -> Tensor:
@@ -164,10 +163,8 @@ def _raw_routes(line: Mapping[str, Any], key: str, where: str) -> Tensor | None:
     return routes
 
 
-def _group(group: Any, where: str) -> int:
-    if type(group) is int:
+def _group(group: Any, where: str) -> int | str:
+    # true is an integer for Python.
+    if type(group) is int or isinstance(group, str):
         return group
-    if isinstance(group, str):
-        # A name's number must be the same in every file of the step.
-        return int.from_bytes(hashlib.sha256(group.encode()).digest()[:8], "big") >> 1
     raise RunFileError(f"{where}: 'group' must be an integer or a string, got {group!r}")

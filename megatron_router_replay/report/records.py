@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_router_replay.errors import MismatchInputError
 from megatron_router_replay.mismatch.responses import Responses
 from megatron_router_replay.mismatch.routes import RouteTally
+from megatron_router_replay.report.groups import group_numbers
 from megatron_router_replay.report.routes import recorded_routes
 from routing_masks import RoutingMasks
 
@@ -27,7 +28,8 @@ class RunStep:
         trainer_logprobs: float ``[N]`` by the name of a trainer's pass, such as "old", or "own routes" and "replayed".
         response_mask: bool ``[N]``, True for tokens that the rollout sampled; what others hold does not matter.
         cu_seqlens: int64 ``[S + 1]``, bounds of the sequences.
-        group_ids: int64 ``[S]``, equal for the responses to one prompt.
+        group_ids: int64 ``[S]``, equal for the responses to one prompt, in whichever part of the step; None where that
+            is not known.
         routes: how the trainer's own routes differ from the rollout's, or None where one of the two is not known.
         moe_layers: decoder layers (0-based) of the routes, in their order, or None where that is not known.
         weights: float ``[N]`` by name: importance weights that the trainer applied.
@@ -38,7 +40,7 @@ class RunStep:
     trainer_logprobs: Mapping[str, Tensor]
     response_mask: Tensor
     cu_seqlens: Tensor
-    group_ids: Tensor
+    group_ids: Tensor | None = None
     routes: RouteTally | None = None
     moe_layers: tuple[int, ...] | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
@@ -74,7 +76,7 @@ class RunStep:
         response_mask: Tensor,
         cu_seqlens: Sequence[int] | Tensor,
         *,
-        group_ids: Sequence[int] | Tensor | None = None,
+        group_ids: Sequence[int | str] | Tensor | None = None,
         rollout_masks: Sequence[RoutingMasks] | None = None,
         rollout_routes: Tensor | None = None,
         trainer_routes: Tensor | None = None,
@@ -86,7 +88,9 @@ class RunStep:
 
         Args:
             trainer_logprobs: as the attribute; a tensor alone is a pass named "trainer".
-            group_ids: by default all sequences belong to one prompt.
+            group_ids: ``[S]`` integers or names. Equal ids are one prompt in all parts of a step, whichever
+                data-parallel rank wrote them: number prompts over the whole batch, not over a rank's. Without them,
+                what compares the responses to one prompt is left out of the report.
             rollout_masks: one for each sequence, as the rollout recorded them: they also say which layers route.
             rollout_routes: in their place int ``[N, L, K]``, the experts that the rollout took.
             trainer_routes: int ``[N, L, K]``, those that the trainer took by itself; with the rollout's, or neither.
@@ -103,8 +107,8 @@ class RunStep:
             raise MismatchInputError("routes_valid is of rollout_routes, which are not given")
         response_mask = response_mask.detach().cpu()
         bounds = torch.as_tensor(cu_seqlens).detach().cpu().long()
-        groups = torch.zeros(max(len(bounds) - 1, 0)) if group_ids is None else torch.as_tensor(group_ids)
-        responses = Responses.packed(response_mask, bounds, groups.cpu().long())
+        groups = None if group_ids is None else group_numbers(group_ids)
+        responses = Responses.packed(response_mask, bounds, groups)
         if rollout_masks is not None:
             if len(rollout_masks) != responses.num_sequences:
                 raise MismatchInputError(
@@ -140,7 +144,7 @@ class RunStep:
             trainer_logprobs={name: values.detach().cpu() for name, values in passes.items()},
             response_mask=responses.mask,
             cu_seqlens=bounds,
-            group_ids=groups.detach().cpu().long(),
+            group_ids=groups,
             routes=routes,
             moe_layers=None if routes is None or moe_layers is None else tuple(int(layer) for layer in moe_layers),
             weights={name: values.detach().cpu() for name, values in (weights or {}).items()},
@@ -153,7 +157,8 @@ class RunStep:
         Parts without routes add none.
 
         Raises:
-            MismatchInputError: parts of other steps, with other passes, other weights, or other layers.
+            MismatchInputError: parts of other steps, with other passes, other weights, or other layers; some with group
+                ids and some without.
         """
         first = parts[0]
         with_routes = [part for part in parts if part.routes is not None]
@@ -162,6 +167,7 @@ class RunStep:
                 ("step", first.step, part.step),
                 ("trainer_logprobs", sorted(first.trainer_logprobs), sorted(part.trainer_logprobs)),
                 ("weights", sorted(first.weights), sorted(part.weights)),
+                ("group ids", _whether(first.group_ids), _whether(part.group_ids)),
             ):
                 if here != there:
                     raise MismatchInputError(
@@ -175,6 +181,7 @@ class RunStep:
                 )
         offsets = [0, *itertools.accumulate(int(part.cu_seqlens[-1]) for part in parts)]
         bounds = [part.cu_seqlens[:-1] + offset for part, offset in zip(parts, offsets, strict=False)]
+        groups = [part.group_ids for part in parts if part.group_ids is not None]
         routes = None
         for part in with_routes:
             assert part.routes is not None
@@ -187,8 +194,12 @@ class RunStep:
             },
             response_mask=torch.cat([part.response_mask for part in parts]),
             cu_seqlens=torch.cat([*bounds, torch.tensor(offsets[-1:])]),
-            group_ids=torch.cat([part.group_ids for part in parts]),
+            group_ids=torch.cat(groups) if groups else None,
             routes=routes,
             moe_layers=with_routes[0].moe_layers if with_routes else None,
             weights={name: torch.cat([part.weights[name] for part in parts]) for name in first.weights},
         )
+
+
+def _whether(group_ids: Tensor | None) -> str:
+    return "not given" if group_ids is None else "for its sequences"

@@ -32,7 +32,8 @@ def write_step(folder: Path, record: RunStep, *, part: int = 0) -> Path:
 
     Args:
         folder: made where it is missing; one folder for each run.
-        part: number of the part where several data-parallel ranks each write their own sequences of one step.
+        part: number of the part where several data-parallel ranks each write their own sequences of one step. Equal
+            group ids are one prompt over all parts, so they must be numbered over all ranks.
 
     Returns:
         The file: ``step-00000012.safetensors``, or ``step-00000012.part-0003.safetensors`` for part 3.
@@ -47,10 +48,11 @@ def write_step(folder: Path, record: RunStep, *, part: int = 0) -> Path:
         "rollout_logprobs": record.rollout_logprobs,
         "response_mask": record.response_mask,
         "cu_seqlens": record.cu_seqlens,
-        "group_ids": record.group_ids,
         **{_PASS + name: values for name, values in record.trainer_logprobs.items()},
         **{_WEIGHTS + name: values for name, values in record.weights.items()},
     }
+    if record.group_ids is not None:
+        tensors["group_ids"] = record.group_ids
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": str(record.step), "part": str(part)}
     # The file's own order is the alphabet's.
     metadata["passes"] = json.dumps(list(record.trainer_logprobs))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_router_replay.errors import MismatchInputError, RunFileError
 from megatron_router_replay.mismatch.diagnostics import DEFAULT_TAUS, Diagnostics
@@ -40,6 +41,14 @@ class PassFigures:
     corrections: dict[str, WeightFigures]
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A step that is in no figure, and why: its reason names the trainer pass or the weights."""
+
+    step: int
+    reason: str
+
+
 @dataclass(frozen=True, eq=False)
 class RunSummary:
     """A run.
@@ -47,28 +56,33 @@ class RunSummary:
     Attributes:
         steps: those with response tokens, in the order of their numbers.
         empty_steps: numbers of those without.
+        left_out: steps with log-probabilities or weights that the mismatch functions refuse.
         passes: by name, in the order of the first step.
         taus: thresholds of F(tau) that the table shows; the diagnostics of the passes have many more, for the curve.
         routes: the trainer's own routes against the rollout's, over all steps, or None.
         moe_layers: decoder layers of the routes, or None where they are not known.
         weights: those that the trainer applied, by name.
         groups_of_one: no prompt has two responses.
+        ungrouped_steps: numbers of the steps whose responses are of unknown prompts. If there are any, the corrections
+            that compare the responses to one prompt are in no pass.
     """
 
     steps: tuple[StepFigures, ...]
     empty_steps: tuple[int, ...]
+    left_out: tuple[LeftOut, ...]
     passes: dict[str, PassFigures]
     taus: tuple[float, ...]
     routes: RouteAgreement | None
     moe_layers: tuple[int, ...] | None
     weights: dict[str, WeightFigures]
     groups_of_one: bool
+    ungrouped_steps: tuple[int, ...]
 
 
 def summarize(
     steps: Iterable[RunStep], *, passes: Sequence[str] = (), taus: Sequence[float] = DEFAULT_TAUS
 ) -> RunSummary:
-    """Gather a run's figures.
+    """Gather a run's figures. Steps that the mismatch functions refuse are left out and named, with the reason.
 
     Args:
         steps: in the order of their numbers.
@@ -77,7 +91,7 @@ def summarize(
 
     Raises:
         RunFileError: no step, no response token in any, a pass that no step has, steps with routes of other layers, or
-            log-probabilities that the mismatch functions refuse (named with their step and pass).
+            no step that is not left out.
     """
     gathered = _Gathered(tuple(taus))
     for step in steps:
@@ -94,6 +108,8 @@ class _Gathered:
         self.curve = tuple(sorted({*taus, *CURVE_TAUS}))
         self.steps: list[StepFigures] = []
         self.empty: list[int] = []
+        self.left_out: list[LeftOut] = []
+        self.ungrouped: list[int] = []
         self.seen: dict[str, None] = {}
         self.tallies: dict[str, Tally] = {}
         self.samples: dict[str, TokenSample] = {}
@@ -108,12 +124,14 @@ class _Gathered:
         if not bool(step.response_mask.any()):
             self.empty.append(step.step)
             return
-        found = {name: self._add_pass(name, step) for name in step.trainer_logprobs if not only or name in only}
-        for name, weights in step.weights.items():
-            given = weights[step.response_mask]
-            if not bool((given.isfinite() & (given >= 0)).all()):
-                raise MismatchInputError(f"weights.{name} of response tokens must be finite and not below 0")
-            self.weights.setdefault(name, WeightFigures()).add(given, step.step)
+        names = [name for name in step.trainer_logprobs if not only or name in only]
+        try:
+            # All of a step before any of it is added: a step is in every figure or in none.
+            measured = {name: _measure(name, step, self.curve) for name in names}
+            applied = {name: _applied(name, step) for name in step.weights}
+        except MismatchInputError as error:
+            self.left_out.append(LeftOut(step.step, str(error)))
+            return
         routes = step.routes if step.routes is not None and int(step.routes.tokens) else None
         if routes is not None:
             if self.routes is not None and step.moe_layers != self.moe_layers:
@@ -123,30 +141,40 @@ class _Gathered:
                 )
             self.moe_layers = step.moe_layers
             self.routes = routes if self.routes is None else self.routes + routes
-        self.groups_of_one &= step.responses.prompts.width <= 1
+        groups = step.responses.groups
+        if groups is None:
+            self.ungrouped.append(step.step)
+        else:
+            self.groups_of_one &= groups.width <= 1
+        for name, given in applied.items():
+            self.weights.setdefault(name, WeightFigures()).add(given, step.step)
+        found = {name: self._add_pass(name, step, measure) for name, measure in measured.items()}
         self.steps.append(StepFigures(step.step, found, routes))
 
-    def _add_pass(self, name: str, step: RunStep) -> Diagnostics:
+    def _add_pass(self, name: str, step: RunStep, measured: _Measured) -> Diagnostics:
         trainer, rollout, responses = step.trainer_logprobs[name], step.rollout_logprobs, step.responses
-        try:
-            tally = Tally.of(trainer, rollout, responses, self.curve)
-            diagnostics = Diagnostics.of(tally)
-            ratio = log_ratio(trainer, rollout, responses, at_least=torch.float64)[responses.mask]
-        except MismatchInputError as error:
-            raise MismatchInputError(f"trainer pass {name!r}: {error}") from error
-        self.tallies[name] = self.tallies[name] + tally if name in self.tallies else tally
-        self.samples.setdefault(name, TokenSample()).add(rollout[responses.mask], ratio)
-        figures = self.corrections.setdefault(name, {each.name: WeightFigures() for each in CORRECTIONS})
+        self.tallies[name] = self.tallies[name] + measured.tally if name in self.tallies else measured.tally
+        self.samples.setdefault(name, TokenSample()).add(rollout[responses.mask], measured.log_ratio)
+        figures = self.corrections.setdefault(name, {})
         for each in CORRECTIONS:
+            if each.needs_groups and self.ungrouped:
+                continue
             weights = each.weigh(trainer, rollout, responses)
-            figures[each.name].add(weights[responses.mask], step.step)
+            figures.setdefault(each.name, WeightFigures()).add(weights[responses.mask], step.step)
         # The whole curve of every step would be most of what is kept of a long run.
-        return replace(diagnostics, ratio_tails={tau: diagnostics.ratio_tails[tau] for tau in self.taus})
+        tails = measured.diagnostics.ratio_tails
+        return replace(measured.diagnostics, ratio_tails={tau: tails[tau] for tau in self.taus})
 
     def summary(self, only: Sequence[str]) -> RunSummary:
         absent = [name for name in only if name not in self.seen]
         if absent:
             raise RunFileError(f"no step has the trainer passes {absent}; the run has {list(self.seen)}")
+        if not self.tallies and self.left_out:
+            first = self.left_out[0]
+            raise RunFileError(
+                f"no step is left: {len(self.left_out)} cannot be compared; the first, step {first.step}:"
+                f" {first.reason}"
+            )
         if not self.tallies:
             raise RunFileError(
                 f"no response token in any of {len(self.empty)} steps: nothing was sampled, or the mask is inverted"
@@ -154,13 +182,46 @@ class _Gathered:
         return RunSummary(
             steps=tuple(self.steps),
             empty_steps=tuple(self.empty),
+            left_out=tuple(self.left_out),
             passes={
-                name: PassFigures(Diagnostics.of(tally), self.samples[name], self.corrections[name])
+                name: PassFigures(Diagnostics.of(tally), self.samples[name], self._corrections(name))
                 for name, tally in self.tallies.items()
             },
             taus=self.taus,
             routes=None if self.routes is None else self.routes.agreement(),
             moe_layers=self.moe_layers,
             weights=self.weights,
-            groups_of_one=self.groups_of_one,
+            groups_of_one=self.groups_of_one and not self.ungrouped,
+            ungrouped_steps=tuple(self.ungrouped),
         )
+
+    def _corrections(self, name: str) -> dict[str, WeightFigures]:
+        # Of the steps that have groups only, weights would not compare with those of all steps.
+        figures = self.corrections[name]
+        return {each.name: figures[each.name] for each in CORRECTIONS if not (each.needs_groups and self.ungrouped)}
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """Of one pass of one step: its sums, what follows from them, and float64 log r of the response tokens."""
+
+    tally: Tally
+    diagnostics: Diagnostics
+    log_ratio: Tensor
+
+
+def _measure(name: str, step: RunStep, taus: tuple[float, ...]) -> _Measured:
+    trainer, rollout, responses = step.trainer_logprobs[name], step.rollout_logprobs, step.responses
+    try:
+        tally = Tally.of(trainer, rollout, responses, taus)
+        ratio = log_ratio(trainer, rollout, responses, at_least=torch.float64)[responses.mask]
+        return _Measured(tally, Diagnostics.of(tally), ratio)
+    except MismatchInputError as error:
+        raise MismatchInputError(f"trainer pass {name!r}: {error}") from error
+
+
+def _applied(name: str, step: RunStep) -> Tensor:
+    given = step.weights[name][step.response_mask]
+    if not bool((given.isfinite() & (given >= 0)).all()):
+        raise MismatchInputError(f"weights.{name} of response tokens must be finite and not below 0")
+    return given

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_router_replay.mismatch.diagnostics import Diagnostics
 from megatron_router_replay.mismatch.tally import SATURATION
+from megatron_router_replay.report.corrections import CORRECTIONS
 from megatron_router_replay.report.summary import RunSummary
 
 LOW_EFFECTIVE_SHARE = 0.5
 """Effective sample size of plain token weights below which the report warns."""
+
+_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -101,11 +104,25 @@ def warnings(summary: RunSummary) -> list[str]:
             "Every prompt has one response: self-normalised weights are 1 and the Metropolis chain keeps everything,"
             " because both compare responses to one prompt."
         )
+    if summary.ungrouped_steps:
+        absent = " and ".join(f"“{each.name}”" for each in CORRECTIONS if each.needs_groups)
+        found.append(
+            f"Which responses are to one prompt is not known of {listed_steps(summary.ungrouped_steps)}: {absent} are"
+            " not shown, because they compare those. Give group_ids to RunStep.of, or the key group in JSON lines."
+        )
     if summary.empty_steps:
-        numbers = ", ".join(str(step) for step in summary.empty_steps[:10])
-        more = f" and {len(summary.empty_steps) - 10} more" if len(summary.empty_steps) > 10 else ""
-        found.append(f"Left out, because no token of theirs was sampled: steps {numbers}{more}.")
+        found.append(f"Left out, because no token of theirs was sampled: {listed_steps(summary.empty_steps)}.")
+    found += [f"Step {each.step} is left out: {each.reason}." for each in summary.left_out[:_NAMED]]
+    if len(summary.left_out) > _NAMED:
+        others = [each.step for each in summary.left_out[_NAMED:]]
+        found.append(f"Left out for reasons of this kind: {listed_steps(others)}.")
     return found
+
+
+def listed_steps(numbers: Sequence[int]) -> str:
+    """Some steps in words, the first by number."""
+    more = f" and {len(numbers) - _NAMED:,} more" if len(numbers) > _NAMED else ""
+    return f"step{'s' if len(numbers) > 1 else ''} {', '.join(str(each) for each in numbers[:_NAMED])}{more}"
 
 
 def _small(value: float) -> str:
@@ -114,7 +131,7 @@ def _small(value: float) -> str:
 
 def _share(found: Diagnostics, tau: float) -> str:
     share = found.ratio_tails[tau]
-    return f"{share:.3%}" if share == 0 or share >= 1e-4 else f"{share:.2e}"
+    return "0" if share == 0 else f"{share:.3%}" if share >= 1e-4 else f"{share:.1e}"
 
 
 def _ratio(value: float) -> str:

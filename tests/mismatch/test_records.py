@@ -54,7 +54,8 @@ def _write_lines(path: Path, *lines: object) -> Path:
 def _assert_same(one: RunStep, other: RunStep) -> None:
     assert (one.step, one.moe_layers) == (other.step, other.moe_layers)
     for name in ("rollout_logprobs", "response_mask", "cu_seqlens", "group_ids"):
-        assert getattr(one, name).equal(getattr(other, name)), name
+        mine, theirs = getattr(one, name), getattr(other, name)
+        assert mine is theirs is None or mine.equal(theirs), name
     for mine, theirs in ((one.trainer_logprobs, other.trainer_logprobs), (one.weights, other.weights)):
         assert mine.keys() == theirs.keys()
         assert all(mine[name].equal(theirs[name]) for name in mine)
@@ -73,6 +74,30 @@ def test_a_step_is_read_as_it_was_written(tmp_path: Path, routes: bool):
     assert list(again.trainer_logprobs) == list(reversed(NAMES))
     _assert_same(read_step(path), step)
     assert path.stat().st_size < 20_000
+
+
+def test_groups_are_stored_only_if_they_are_given(tmp_path: Path):
+    step = replace(run_step(12), group_ids=None)
+    path = write_step(tmp_path, step)
+    assert "group_ids" not in safetensors.torch.load_file(path)
+    _assert_same(read_step(path), step)
+    made = RunStep.of(0, step.rollout_logprobs, step.trainer_logprobs, step.response_mask, step.cu_seqlens)
+    assert made.group_ids is None and made.responses.groups is None
+    write_step(tmp_path, run_step(12), part=1)
+    with pytest.raises(RunFileError, match="one has group ids not given, another for its sequences"):
+        list(read_run(find_files([tmp_path])))
+
+
+def test_a_prompts_name_is_the_same_number_in_every_part(tmp_path: Path):
+    logprobs = torch.full((2,), -1.0)
+    for part, names in enumerate((["a", "b"], ["b", "c"])):
+        record = RunStep.of(0, logprobs, logprobs, torch.ones(2), [0, 1, 2], group_ids=names)
+        write_step(tmp_path, record, part=part)
+    (joined,) = read_run(find_files([tmp_path]))
+    assert joined.responses.prompts.num_rows == 3
+    _write_lines(tmp_path / "run.jsonl", {**LINE, "group": "b", "step": 0})
+    (line,) = read_run([tmp_path / "run.jsonl"])
+    assert line.group_ids is not None and int(line.group_ids[0]) in joined.group_ids.tolist()
 
 
 def test_raw_routes_in_a_file_are_counted(tmp_path: Path):
@@ -155,6 +180,7 @@ def test_json_lines_made_by_hand(tmp_path: Path, name: str):
     )
     first, third = read_run([path])
     assert (first.step, list(first.trainer_logprobs), first.routes) == (1, ["trainer"], None)
+    assert first.group_ids is None
     assert first.trainer_logprobs["trainer"].tolist()[3] == -float("inf")
     assert third.step == 3
     assert third.cu_seqlens.tolist() == [0, 4, 5]
@@ -219,7 +245,7 @@ def _handles(*parts: RoutingMasks) -> list[dict]:
         ({**RAW, "routes_valid": [1, None, 1, 1]}, "line 2: 'routes_valid' must hold 0 and 1"),
         ({"routes_valid": [1, 1, 1, 1]}, "line 2: 'routes_valid' is of 'rollout_routes', which the line lacks"),
         ({**RAW, "moe_layers": 5}, "line 2: 'moe_layers' must be a list of integers, got 5"),
-        ({"group": 10**30}, "line 2: .*[Oo]verflow"),
+        ({"group": 10**30}, "line 2: group ids must fit into 64 bits"),
         ({"rollout_logprobs": [-(10**400), 1, 1, 1]}, "line 2: .*too large"),
         ({**RAW, "moe_layers": [0]}, "moe_layers names 1 decoder layers, the routes have 2"),
         ({**RAW, "rollout_masks": _handles(_masks(0, 3))}, "given twice: 'rollout_masks' and 'rollout_routes'"),
@@ -349,6 +375,12 @@ def test_what_a_trainer_hands_over_is_checked():
     mask = torch.ones(4)
     for arguments, options, message in (
         ((logprobs, {}, mask, [0, 4]), {}, "no log-probabilities of the trainer"),
+        (
+            (logprobs, logprobs, mask, [0, 4]),
+            {"group_ids": [0.5]},
+            "a group id must be an integer or a string, got 0.5",
+        ),
+        ((logprobs, logprobs, mask, [0, 4]), {"group_ids": [2**70]}, "group ids must fit into 64 bits"),
         ((logprobs, logprobs, mask, [0, 3]), {}, "must rise from 0 to the mask's 4 tokens"),
         (
             (logprobs, logprobs[None], mask, [0, 4]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib.metadata
 import json
 import re
@@ -66,6 +67,24 @@ def test_only_the_passes_that_are_asked_for(tmp_path: Path):
     refused = _run(folder, "--out", tmp_path / "other.html", "--pass", "reference")
     assert refused.exit_code == 1
     assert "no step has the trainer passes ['reference']; the run has ['own routes', 'replayed']" in refused.output
+
+
+def test_a_step_that_cannot_be_compared_is_left_out_and_told(tmp_path: Path):
+    lines = [
+        {"step": step, "rollout_logprobs": [-1.0, -2.0], "trainer_logprobs": {"old": old}, "response_mask": [1, 1]}
+        for step, old in ((0, [-1.5, -2.0]), (1, [None, -2.0]))
+    ]
+    run, out = tmp_path / "run.jsonl", tmp_path / "page.html"
+    run.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    result = _run(run, "--out", out)
+    assert result.exit_code == 0, result.output
+    reason = "Step 1 is left out: trainer pass 'old': 1 of 2 response tokens have no log-ratio"
+    assert f"warning: {reason}" in result.output and reason in html.unescape(out.read_text())
+    run.write_text(json.dumps(lines[1]))
+    out.unlink()
+    refused = _run(run, "--out", out)
+    assert refused.exit_code == 1 and "RunFileError: no step is left: 1 cannot be compared" in refused.output
+    assert not out.exists()
 
 
 def test_errors_are_told_without_a_traceback(tmp_path: Path):
