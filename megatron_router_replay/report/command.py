@@ -57,6 +57,7 @@ def report(
     from megatron_router_replay.mismatch.diagnostics import DEFAULT_TAUS
     from megatron_router_replay.report.page import write_report
     from megatron_router_replay.report.reading import find_files, read_run
+    from megatron_router_replay.report.shared_steps import SharedSteps
     from megatron_router_replay.report.summary import summarize
     from megatron_router_replay.report.table import warnings
     from megatron_router_replay.report.target import require_target
@@ -69,21 +70,23 @@ def report(
     try:
         files = find_files(paths)
         require_target(out, files)
+        shared = SharedSteps()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=errors, transient=True) as progress:
             bar = progress.add_task("reading", total=len(files))
-            steps = read_run(files, lambda path: progress.advance(bar))
+            steps = read_run(files, lambda path: progress.advance(bar), shared.add)
             summary = summarize(steps, passes=passes or (), taus=tuple(taus or DEFAULT_TAUS))
         # Names alone: a page that is passed on need not tell where it was made.
         names = [
             f"{path.resolve().name} ({len(find_files([path]))} files)" if path.is_dir() else path.name for path in paths
         ]
+        notes = tuple(shared.warnings())
         with errors.status("drawing"):
-            write_report(summary, out, title=title, inputs=names, step_means=step_means)
+            write_report(summary, out, title=title, inputs=names, step_means=step_means, notes=notes)
     except (RunFileError, OSError) as error:
         errors.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from error
-    for warning in warnings(summary):
+    for warning in (*notes, *warnings(summary)):
         errors.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     for name, figures in summary.passes.items():
         found = figures.diagnostics

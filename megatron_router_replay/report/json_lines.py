@@ -38,7 +38,9 @@ def read_json_lines(path: Path) -> list[RunStep]:
     - ``group``: int or string, equal for the responses to one prompt, in all lines of a step or in none; without it,
       what compares the responses to one prompt is left out of the report.
     - ``trainer_routes``: ``[n][L][K]`` experts that the trainer took by itself; with one of the following two.
-    - ``rollout_routes``: ``[n][L][K]`` experts that the rollout took, ``routes_valid`` n times 0 or 1.
+    - ``rollout_routes``: ``[n][L][K]`` experts that the rollout took, ``routes_valid`` n times 0 or 1. Tokens whose
+      routes are -1 throughout on one side, as SGLang writes where it has none, are not compared, as those of
+      ``routes_valid`` 0.
     - ``rollout_masks``: ``meta_info["routing_masks"]`` of the answer as it is, or the handles of all turns one behind
       the other. They know their layers; where routes are raw, ``moe_layers`` may name them.
     - ``weights``: an object of n numbers by name, importance weights that the trainer applied.
@@ -121,6 +123,11 @@ def _sequence(line: Any, where: str) -> RunStep:
             raise MismatchInputError("'rollout_masks' is an empty list: leave the key out where there are none")
         recorded, valid = recorded_routes(parts, count)
         moe_layers = parts[0].geometry.moe_layers
+    own = _raw_routes(line, "trainer_routes", where)
+    if recorded is not None and own is not None and own.shape == recorded.shape:
+        known = ((recorded != -1).flatten(1).any(1)) & ((own != -1).flatten(1).any(1))
+        # A length that does not fit is refused below, by name.
+        valid = known if valid is None else valid & known if len(valid) == len(known) else valid
     passes, weights = line["trainer_logprobs"], line.get("weights", {})
     return RunStep.of(
         line["step"],
@@ -130,7 +137,7 @@ def _sequence(line: Any, where: str) -> RunStep:
         [0, count],
         group_ids=[_group(line["group"], where)] if "group" in line else None,
         rollout_routes=recorded,
-        trainer_routes=_raw_routes(line, "trainer_routes", where),
+        trainer_routes=own,
         routes_valid=valid,
         moe_layers=moe_layers,
         weights=_named(weights, where, "weights"),

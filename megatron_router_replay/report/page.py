@@ -49,6 +49,7 @@ def write_report(
     title: str = "Mismatch between rollout and trainer",
     inputs: Sequence[str] = (),
     step_means: str = "what the run numbered as one",
+    notes: Sequence[str] = (),
 ) -> None:
     """Write the page of a run; a reader never sees half of it.
 
@@ -56,15 +57,16 @@ def write_report(
         path: the HTML file; replaced if it exists.
         inputs: what the run was read from, as it shall be told.
         step_means: what a step is in this run, to end the sentence "A step is ...".
+        notes: warnings about the files, to be shown before those about the figures.
 
     Raises:
         OSError: the file cannot be written.
     """
-    text = html_page(summary, title=title, inputs=inputs, step_means=step_means)
+    text = html_page(summary, title=title, inputs=inputs, step_means=step_means, notes=notes)
     write_whole(Path(path), lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
-def html_page(summary: RunSummary, *, title: str, inputs: Sequence[str], step_means: str) -> str:
+def html_page(summary: RunSummary, *, title: str, inputs: Sequence[str], step_means: str, notes: Sequence[str]) -> str:
     """The page's text; arguments as of :func:`write_report`. Whatever comes from the run is escaped."""
     first, last = summary.steps[0].step, summary.steps[-1].step
     span = f"step {first}" if len(summary.steps) == 1 else f"{len(summary.steps):,} steps, {first} to {last}"
@@ -74,7 +76,7 @@ def html_page(summary: RunSummary, *, title: str, inputs: Sequence[str], step_me
         f"<h1>{escape(title)}</h1>",
         f'<p class="facts">{escape(facts)} Logarithms are natural; r is the probability under the trainer over that'
         " under the rollout, for the tokens that the rollout sampled.</p>",
-        _warnings(warnings(summary)),
+        _warnings([*notes, *warnings(summary)]),
         _table(summary),
         *(_section(each) for each in sections(summary, step_means)),
         f"<footer><p>{escape(_origin(inputs))}</p></footer>",

@@ -39,23 +39,31 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
     return files
 
 
-def read_run(files: Sequence[Path], on_file: Callable[[Path], None] = lambda path: None) -> Iterator[RunStep]:
+def read_run(
+    files: Sequence[Path],
+    on_file: Callable[[Path], None] = lambda path: None,
+    on_shared: Callable[[int, tuple[Path, ...]], None] = lambda step, paths: None,
+) -> Iterator[RunStep]:
     """Steps in the order of their numbers; what several files hold of one step is joined.
 
     Safetensors files are read when their step's turn comes, JSON lines all at the beginning: they are for small runs.
 
     Args:
         on_file: called with every file that has been read.
+        on_shared: called with the number of a step that is in several files, of which one or more are JSON lines, and
+            these files. JSON lines do not say whether they are parts of one run's step, or steps of two runs.
 
     Raises:
         RunFileError: a file that cannot be read; two files that hold the same part of a step; parts that do not fit.
     """
     lines: dict[int, list[RunStep]] = {}
+    line_files: dict[int, tuple[Path, ...]] = {}
     places: dict[tuple[int, int], Path] = {}
     for path in dict.fromkeys(files):
         if path.name.endswith(SUFFIXES):
             for record in read_json_lines(path):
                 lines.setdefault(record.step, []).append(record)
+                line_files[record.step] = (*line_files.get(record.step, ()), path)
             on_file(path)
             continue
         place = read_place(path)
@@ -70,6 +78,9 @@ def read_run(files: Sequence[Path], on_file: Callable[[Path], None] = lambda pat
         paths.setdefault(step, []).append(places[step, part])
     for step in sorted({*lines, *paths}):
         records = lines.pop(step, [])
+        sources = (*line_files.get(step, ()), *paths.get(step, ()))
+        if records and len(sources) > 1:
+            on_shared(step, sources)
         for path in paths.get(step, []):
             records.append(read_step(path))
             on_file(path)

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from megatron_router_replay.report.ratio_plots import scatter, tails
-from megatron_router_replay.report.step_plots import MAX_COLUMNS, kl_over_steps, route_heat_map
+from megatron_router_replay.report.step_plots import (
+    MAX_COLUMNS,
+    kl_over_steps,
+    route_heat_map,
+    tails_and_sizes_over_steps,
+)
 from megatron_router_replay.report.summary import RunSummary
 from megatron_router_replay.report.weight_figures import LADDER
 from megatron_router_replay.report.weight_plots import Series, effective_sample_sizes, weight_histograms
@@ -70,6 +75,20 @@ def sections(summary: RunSummary, step_means: str) -> Iterator[Section]:
         " good; k3 that rises from step to step is the drift that ends in collapse, a single spike is a batch to look"
         " at. k1 should scatter around k3; k1 that stays below 0 says that tokens are systematically likelier in the"
         " trainer, as after a temperature or a mask that only one side applies.",
+    )
+    tau = 2.0 if 2.0 in summary.taus else max(summary.taus)
+    yield Section(
+        "tails-over-steps",
+        "Tails and effective sample size over steps",
+        tails_and_sizes_over_steps(summary.steps, names, tau),
+        f"F({tau:g}) and the effective sample sizes by token and by sequence of {len(summary.steps)} steps for"
+        f" {', '.join(names)}",
+        f"Left: F({tau:g}), the share of the step's tokens whose probability differs by more than a factor of {tau:g};"
+        " it rises some steps before a run collapses, when the mean of the ratios still looks healthy. Middle and"
+        " right: the effective sample size (Σw)² / (n Σw²) of the uncorrected weights, w = r for each of n tokens and"
+        " the product of r for each of n sequences. 100 % is best. A fall from step to step means that fewer and fewer"
+        " tokens or sequences decide the gradient; that of sequences is the lower one, the more so the longer they"
+        " are. Truncate or mask the weights, and look for the cause.",
     )
     if summary.routes is None:
         yield Section(

@@ -1,14 +1,15 @@
-"""Plots over the steps of a run: KL, and where the trainer's own routes differ from the rollout's."""
+"""Plots over the steps of a run: KL, tails, effective sample sizes, and where both sides' routes differ."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, PercentFormatter
 
+from megatron_router_replay.mismatch.diagnostics import Diagnostics
 from megatron_router_replay.mismatch.routes import RouteAgreement, RouteTally
 from megatron_router_replay.report import style
 from megatron_router_replay.report.summary import StepFigures
@@ -21,22 +22,11 @@ def kl_over_steps(steps: Sequence[StepFigures], names: Sequence[str]) -> Figure:
     """Estimates k3 (logarithmic where no value is 0) and k1 of KL(rollout || trainer), a line for each trainer pass."""
     figure = style.new_figure(9, 3.8)
     k3, k1 = figure.subplots(1, 2)
-    # Markers on each of many steps would hide the line.
-    marked = len(steps) <= 60
-    for axes, estimator in ((k3, "k3"), (k1, "k1")):
-        for number, name in enumerate(names):
-            found = [(each.step, getattr(each.passes[name], estimator)) for each in steps if name in each.passes]
-            axes.plot([step for step, _ in found], [value for _, value in found], label=name, linewidth=1.6,
-                      color=style.colour(number), linestyle=style.line(number), markersize=5,
-                      marker=style.marker(number) if marked else "")  # fmt: skip
-        axes.set_xlabel("step")
-        axes.set_ylabel(f"{estimator}, nats per token")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    values = [value for line in k3.lines for value in np.asarray(line.get_ydata())]
-    if min(values) > 0:
-        k3.set_yscale("log")
-    else:
-        k3.set_ylim(bottom=0)
+    _draw_steps(k3, steps, names, lambda found: found.k3)
+    _draw_steps(k1, steps, names, lambda found: found.k1)
+    k3.set_ylabel("k3, nats per token")
+    k1.set_ylabel("k1, nats per token")
+    _logarithmic_if_above_0(k3)
     k1.axhline(0, color=style.INK, linewidth=0.8)
     k1.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     style.finish(k3, "k3: low noise, never negative")
@@ -44,6 +34,55 @@ def kl_over_steps(steps: Sequence[StepFigures], names: Sequence[str]) -> Figure:
     figure.legend(*k3.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False,
                   fontsize=style.FONT - 1)  # fmt: skip
     return figure
+
+
+def tails_and_sizes_over_steps(steps: Sequence[StepFigures], names: Sequence[str], tau: float) -> Figure:
+    """F(tau) (logarithmic where no value is 0), and effective sample sizes of the weights r, by token and by sequence.
+
+    Args:
+        tau: one of the thresholds for which the steps' diagnostics have F(tau).
+    """
+    figure = style.new_figure(10, 3.8)
+    tail, tokens, sequences = figure.subplots(1, 3)
+    _draw_steps(tail, steps, names, lambda found: found.ratio_tails[tau])
+    tail.set_ylabel(f"F({tau:g}), share of tokens")
+    _logarithmic_if_above_0(tail)
+    style.finish(tail, f"tokens with max(r, 1/r) > {tau:g}")
+    for axes, size, what in (
+        (tokens, lambda found: found.ess_token, "tokens"),
+        (sequences, lambda found: found.ess_sequence, "sequences"),
+    ):
+        _draw_steps(axes, steps, names, size)
+        axes.set_ylim(0, 1.04)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_ylabel(f"effective share of {what}")
+        style.finish(axes, f"sample size, {what}")
+    figure.legend(*tail.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False,
+                  fontsize=style.FONT - 1)  # fmt: skip
+    return figure
+
+
+def _draw_steps(
+    axes: Axes, steps: Sequence[StepFigures], names: Sequence[str], value: Callable[[Diagnostics], float]
+) -> None:
+    """A line over the steps for each trainer pass."""
+    # Markers on each of many steps would hide the line.
+    marked = len(steps) <= 60
+    for number, name in enumerate(names):
+        found = [(each.step, value(each.passes[name])) for each in steps if name in each.passes]
+        axes.plot([step for step, _ in found], [each for _, each in found], label=name, linewidth=1.6,
+                  color=style.colour(number), linestyle=style.line(number), markersize=5,
+                  marker=style.marker(number) if marked else "")  # fmt: skip
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _logarithmic_if_above_0(axes: Axes) -> None:
+    if min(value for line in axes.lines for value in np.asarray(line.get_ydata())) > 0:
+        axes.set_yscale("log")
+        return
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
 
 
 def draw_heat_map(axes: Axes, steps: Sequence[tuple[int, RouteTally]], layers: Sequence[int]) -> None:

@@ -110,6 +110,25 @@ def test_kl_is_that_of_each_step(summary: RunSummary):
     assert k3.get_yscale() == "log"
 
 
+@pytest.mark.parametrize(("taus", "tau"), [((1.01, 1.1, 2.0, 3.0), 2.0), ((1.3, 1.01), 1.3)])
+def test_tails_and_sample_sizes_are_those_of_each_step(taus: tuple[float, ...], tau: float):
+    steps = [run_step(step, scale=0.8) for step in (0, 1, 5)]
+    found = {each.name: each for each in sections(summarize(steps, taus=taus), "a step")}["tails-over-steps"]
+    assert f"F({tau:g})" in found.alternative and f"F({tau:g})" in found.caption
+    assert found.figure is not None
+    for axes, value in zip(
+        found.figure.axes,
+        (lambda each: each.ratio_tails[tau], lambda each: each.ess_token, lambda each: each.ess_sequence),
+        strict=True,
+    ):
+        for line, name in zip(axes.lines, NAMES, strict=True):
+            assert line.get_label() == name
+            assert list(line.get_xdata()) == [0, 1, 5]
+            assert list(line.get_ydata()) == [value(_diagnose(step, name, taus=taus)) for step in steps]
+    assert found.figure.axes[0].get_ylabel() == f"F({tau:g}), share of tokens"
+    assert found.figure.axes[0].get_yscale() == ("log" if tau == 1.3 else "linear")
+
+
 def test_kl_of_one_step_is_a_point():
     step = run_step(7)
     exact = {**step.trainer_logprobs, "exact": step.rollout_logprobs}
@@ -164,6 +183,33 @@ def _weights(title: str, name: str) -> list[torch.Tensor]:
         WEIGHTS[title](step.trainer_logprobs[name], step.rollout_logprobs, step.responses)[step.response_mask].double()
         for step in STEPS
     ]
+
+
+PANELS = {
+    "ratio-tails": [("ratio τ", "F(τ), share of tokens")],
+    "ratio-scatter": [("probability under the rollout", "ln r, r = trainer / rollout")] * 2,
+    "kl-over-steps": [("step", "k3, nats per token"), ("step", "k1, nats per token")],
+    "tails-over-steps": [
+        ("step", "F(2), share of tokens"),
+        ("step", "effective share of tokens"),
+        ("step", "effective share of sequences"),
+    ],
+    "route-heat-map": [("step", "decoder layer (0-based)"), ("% of tokens", ""), ("", "% of tokens")],
+    "weight-histogram": [("weight", "share of tokens")] * len(WEIGHTS),
+    "effective-sample-size": [("% of response tokens", "")] * 2,
+}
+
+
+def test_each_section_has_its_own_plot(summary: RunSummary):
+    found = list(sections(summary, "a step"))
+    assert [each.name for each in found] == list(PANELS)
+    for each in found:
+        assert each.figure is not None
+        drawn = [(axes.get_xlabel(), axes.get_ylabel()) for axes in each.figure.axes]
+        if each.name == "ratio-scatter":
+            # Labels between panels of the same range are left out.
+            drawn[1] = (drawn[1][0], drawn[0][1])
+        assert drawn == PANELS[each.name], each.name
 
 
 def test_histograms_are_the_weights_of_each_correction(summary: RunSummary):

@@ -195,6 +195,20 @@ def test_json_lines_made_by_hand(tmp_path: Path, name: str):
     assert third.routes.agreement().differing_by_layer == (1 / 3, 1 / 3)
 
 
+@pytest.mark.parametrize("side", ["rollout_routes", "trainer_routes"])
+@pytest.mark.parametrize("valid", [{}, {"routes_valid": [1, 0, 1, 1]}])
+def test_routes_of_minus_one_are_not_known(tmp_path: Path, side: str, valid: dict):
+    sides = {"rollout_routes": RECORDED.tolist(), "trainer_routes": OWN.tolist()}
+    sides[side][3] = [[-1, -1], [-1, -1]]
+    (found,) = read_run([_write_lines(tmp_path / "run.jsonl", {**LINE, **sides, **valid})])
+    kept = torch.tensor([0, 2] if valid else [0, 1, 2])
+    assert found.routes is not None
+    assert found.routes.agreement() == compare_routes(OWN[kept], RECORDED[kept])
+    sides[side][3] = [[-1, -1], [0, 1]]
+    with pytest.raises(RunFileError, match=r"line 1: the .* routes have experts below 0"):
+        list(read_run([_write_lines(tmp_path / "run.jsonl", {**LINE, **sides, **valid})]))
+
+
 @pytest.mark.parametrize("cut", [3, 1])
 def test_masks_of_the_answer_are_taken_as_they_are(tmp_path: Path, cut: int):
     """One handle, or those of two turns; the last token has no row."""
@@ -361,6 +375,25 @@ def test_two_runs_are_not_mixed(tmp_path: Path):
     one, other = write_run(tmp_path / "one", 1), write_run(tmp_path / "other", 1)
     with pytest.raises(RunFileError, match="both hold part 0 of step 0: make one report for each run"):
         list(read_run(find_files([one, other])))
+
+
+def test_lines_of_several_files_in_one_step_are_told(tmp_path: Path):
+    first = _write_lines(tmp_path / "a.jsonl", LINE, LINE, {**LINE, "step": 4})
+    second = _write_lines(tmp_path / "b.jsonl", LINE, {**LINE, "step": 5})
+    logprobs = torch.tensor([-1.0])
+    written = write_step(tmp_path, RunStep.of(5, logprobs, {"old": logprobs, "new": logprobs}, torch.ones(1), [0, 1]))
+    for files, expected in (
+        ([first, second], [(3, (first, second))]),
+        ([written, second, first], [(3, (second, first)), (5, (second, written))]),
+        ([first, first], []),
+    ):
+        told: list[tuple[int, tuple[Path, ...]]] = []
+        list(read_run(files, on_shared=lambda step, paths: told.append((step, paths))))  # noqa: B023
+        assert told == expected
+    # Parts of one step say of themselves that they are.
+    for part in (0, 1):
+        write_step(tmp_path / "parts", run_step(0), part=part)
+    list(read_run(find_files([tmp_path / "parts"]), on_shared=lambda step, paths: pytest.fail("parts of a step")))
 
 
 def test_parts_with_other_layers_are_refused(tmp_path: Path):

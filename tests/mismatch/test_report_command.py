@@ -87,6 +87,21 @@ def test_a_step_that_cannot_be_compared_is_left_out_and_told(tmp_path: Path):
     assert not out.exists()
 
 
+def test_steps_of_two_files_are_told(tmp_path: Path):
+    line = {"rollout_logprobs": [-1.0, -2.0], "trainer_logprobs": [-1.5, -2.0], "response_mask": [1, 1]}
+    text = "".join(f"{json.dumps({**line, 'step': step})}\n" for step in range(12))
+    files = [tmp_path / rank / "run.jsonl" for rank in ("first", "second")]
+    for path in files:
+        path.parent.mkdir()
+        path.write_text(text)
+    result = _run(*files, "--out", tmp_path / "page.html")
+    assert result.exit_code == 0, result.output
+    told = "Steps 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more come from first/run.jsonl and second/run.jsonl, and"
+    assert f"warning: {told}" in result.output and told in (tmp_path / "page.html").read_text()
+    alone = _run(files[0], "--out", tmp_path / "page.html")
+    assert alone.exit_code == 0 and "come from" not in alone.output
+
+
 def test_errors_are_told_without_a_traceback(tmp_path: Path):
     out = tmp_path / "page.html"
     lines = tmp_path / "run.jsonl"
