@@ -6,25 +6,34 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
+from examples.replay_report import OWN_ROUTES, REPLAYED
+from examples.rollout import Conversation
+from examples.run_steps import report_steps, write_steps
 from megatron_router_replay.report import find_files, read_run
 from megatron_router_replay.report.page import write_report
 from megatron_router_replay.report.summary import RunSummary, summarize
 from megatron_router_replay.report.table import rows
+from routing_masks import RoutingGeometry, RoutingMasks
 from tests.mismatch.runs import NAMES, write_run
 
+GEOMETRY = RoutingGeometry(num_layers=3, moe_layers=(1, 2), num_experts=8, top_k=2)
 ROUTES_PLOT = "route-heat-map"
-PLOTS = ("ratio-tails", "ratio-scatter", "kl-over-steps", ROUTES_PLOT, "weight-histogram", "effective-sample-size")
+PLOTS = (
+    *("ratio-tails", "ratio-scatter", "kl-over-steps", "tails-over-steps"),
+    *(ROUTES_PLOT, "weight-histogram", "effective-sample-size"),
+)
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--disable-quic"),
     # Chromium's own errands would be taken for requests of the page.
@@ -94,13 +103,19 @@ def _assert_drawn(figure: WebElement) -> None:
     assert (pixels[:2] > 0.99).all() and (pixels[:, -1] > 0.9).mean() > 0.9
 
 
+def _assert_all_drawn(figures: Sequence[WebElement]) -> None:
+    for figure in figures:
+        _assert_drawn(figure)
+    pictures = [figure.find_element(By.TAG_NAME, "img").get_attribute("src") for figure in figures]
+    assert len(set(pictures)) == len(pictures), "two sections show the same picture"
+
+
 def test_every_plot_is_drawn_and_nothing_is_asked_of_the_network(browser: webdriver.Chrome, tmp_path: Path):
     path, summary = _page(tmp_path, 3, zeros=1)
     _open(browser, path)
     figures = browser.find_elements(By.TAG_NAME, "figure")
     assert tuple(figure.get_attribute("id") for figure in figures) == PLOTS
-    for figure in figures:
-        _assert_drawn(figure)
+    _assert_all_drawn(figures)
     assert browser.title == browser.find_element(By.TAG_NAME, "h1").text == "Run <&> Co"
     table = browser.find_elements(By.CSS_SELECTOR, "#diagnostics tbody tr")
     assert len(table) == len(rows(summary)) > 20
@@ -117,6 +132,48 @@ def test_every_plot_is_drawn_and_nothing_is_asked_of_the_network(browser: webdri
     text = path.read_text()
     assert not re.search(r"<script|https?:|url\(|@import|src=\"(?!data:)|href=\"(?!data:)", text)
     assert path.stat().st_size < 2_000_000
+
+
+def _conversation(generator: torch.Generator) -> Conversation:
+    """Forty tokens, the last thirty sampled; all but the last have routes in two layers."""
+    routes = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(39 * 2)]).view(39, 2, 2)
+    token_ids = torch.randint(100, (40,), generator=generator).tolist()
+    masks = RoutingMasks.from_indices(routes, torch.ones(39, dtype=torch.bool), start=0, geometry=GEOMETRY,
+                                      codec="bitset", token_ids=token_ids)  # fmt: skip
+    logprobs = (-3 * torch.rand(40, generator=generator) - 0.01).tolist()
+    return Conversation(
+        token_ids=token_ids,
+        sampled=[False] * 10 + [True] * 30,
+        rollout_logprobs=logprobs,
+        masks=masks,
+        num_turns=1,
+        correct=True,
+        prefix_cached_tokens=0,
+        masks_bytes=1,
+    )
+
+
+def test_every_plot_of_the_demos_page_is_drawn(browser: webdriver.Chrome, tmp_path: Path):
+    generator = torch.Generator().manual_seed(0)
+    conversations = [_conversation(generator) for _ in range(16)]
+    native, replay, own = [], [], []
+    for each in conversations:
+        logprobs = torch.tensor(each.rollout_logprobs)
+        native.append(logprobs + 0.1 * torch.randn(40, generator=generator))
+        replay.append(logprobs + 0.02 * torch.randn(40, generator=generator))
+        routes = torch.cat([each.masks.indices(), each.masks.indices()[:1]])
+        # In every fifth token the trainer takes another pair of experts.
+        routes[::5] = (routes[::5] + 1) % 8
+        own.append(routes)
+    files = write_steps(conversations, native, replay, own, tmp_path / "mismatch", group_size=4, num_steps=4)
+    report_steps(files, tmp_path / "report.html")
+    _open(browser, tmp_path / "report.html")
+    figures = browser.find_elements(By.TAG_NAME, "figure")
+    assert tuple(figure.get_attribute("id") for figure in figures) == PLOTS
+    _assert_all_drawn(figures)
+    heads = browser.find_elements(By.CSS_SELECTOR, "#diagnostics thead th")
+    assert [head.text for head in heads[1:]] == [OWN_ROUTES, REPLAYED]
+    assert browser.find_element(By.CLASS_NAME, "facts").text.startswith("4 steps, 0 to 3; 480 response tokens")
 
 
 @pytest.mark.parametrize("width", [400, 800, 1600])
@@ -137,8 +194,7 @@ def test_a_run_without_routes_says_so(browser: webdriver.Chrome, tmp_path: Path)
     _open(browser, path)
     figures = browser.find_elements(By.TAG_NAME, "figure")
     assert [figure.get_attribute("id") for figure in figures] == [name for name in PLOTS if name != ROUTES_PLOT]
-    for figure in figures:
-        _assert_drawn(figure)
+    _assert_all_drawn(figures)
     missing = browser.find_element(By.ID, ROUTES_PLOT)
     assert missing.is_displayed() and "no step has the routes of both sides" in missing.text
     assert "No routes in these files" in browser.find_element(By.CLASS_NAME, "warnings").text
@@ -151,6 +207,5 @@ def test_a_run_of_a_single_step_has_every_plot(browser: webdriver.Chrome, tmp_pa
     figures = browser.find_elements(By.TAG_NAME, "figure")
     assert tuple(figure.get_attribute("id") for figure in figures) == PLOTS
     # A single point has little ink of its own.
-    for figure in figures[:2] + figures[3:]:
-        _assert_drawn(figure)
+    _assert_all_drawn(figures[:2] + figures[4:])
     assert browser.find_element(By.CLASS_NAME, "facts").text.startswith("step 0; 168 response tokens")
