@@ -58,7 +58,7 @@ def test_main_job_against_a_running_server(capture_server: Server, small_model: 
     assert run.passes[REPLAYED].diagnostics.k3 == pytest.approx(report["kl_k3"]["replay"], rel=1e-6)
     assert run.routes is not None and run.routes.differing_routes == pytest.approx(report["route_mismatch"]["rows"])
     page = (out / "report.html").read_text()
-    assert page.count("<figure ") == page.count("<img ") == 6
+    assert page.count("<figure ") == page.count("<img ") == 7
     for name in ("demo.json", "mismatch.png", "mismatch", "report.html"):
         assert f"written: {out / name} (" in result.output
     assert f"{report['tokens']:,}" in result.output

@@ -29,7 +29,7 @@ def run_step(
     """
     generator = torch.Generator().manual_seed(step)
     count = 12 * 20
-    rollout = -3 * torch.rand(count, generator=generator, dtype=torch.float64) - 0.01
+    rollout = -3 * torch.rand(count, generator=generator, dtype=torch.float64) - 10
     mask = torch.arange(count) % 20 >= 6
     passes = {}
     for number, name in enumerate(names):
