@@ -85,7 +85,8 @@ def sections(summary: RunSummary, step_means: str) -> Iterator[Section]:
         f" {', '.join(names)}",
         f"Left: F({tau:g}), the share of the step's tokens whose probability differs by more than a factor of {tau:g};"
         " a rise from step to step is what to look for, a mean of ratios hides it. Middle and right: the effective"
-        " sample size (Σw)² / (n Σw²) of the uncorrected weights, w = r for each of n tokens and the product of r for each of n sequences. 100 % is best. A fall from step to step means that fewer and fewer"
+        " sample size (Σw)² / (n Σw²) of the uncorrected weights, w = r for each of n tokens and the product of r for"
+        " each of n sequences. 100 % is best. A fall from step to step means that fewer and fewer"
         " tokens or sequences decide the gradient; that of sequences is usually the lower one, the more so the longer"
         " they are. Truncate or mask the weights, and look for the cause.",
     )
