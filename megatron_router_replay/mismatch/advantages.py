@@ -137,8 +137,8 @@ def doubly_robust_advantages(
     first of the two protections only, and is what a critic of contexts can give. Truncated weights bias the
     correction towards V, not towards 0, which is what makes this better than truncated weights on returns.
 
-    Implementations: none in the trainers that this was compared with (verl, slime, TRL); V-trace truncates the ratio of
-    this step and those of later steps by bounds of their own, here one `weights` serves as both.
+    Implementations: none in verl 0.9.1; V-trace truncates the ratio of this step and those of later steps by bounds of
+    their own, here one `weights` serves as both.
 
     Args:
         rewards: per token, tokens' shape, or per response ``[S]`` (given at its last token).

@@ -26,7 +26,8 @@ def catastrophic_token_veto(
 
     One token that the trainer would almost never take shows that the two engines computed different things from there
     on, and the rest of the sequence hangs on it. Source: Liu, Li et al., "When speed kills stability" (2025,
-    richardli.xyz/rl-collapse), token veto; 1e-4 was verl's default. Implementations: verl later looked at |log r|, both
+    richardli.xyz/rl-collapse), token veto; 1e-4 is what runs with verl set, where it was off by default.
+    Implementations: verl later looked at |log r|, both
     directions, and 0.9.1 has ``seq_max_k2`` instead, which is :func:`trust_region_mask`. A large ratio alone is not
     catastrophic: weights are capped, and small ones are not.
 
@@ -115,7 +116,7 @@ def exact_trust_region_mask(
     KL(mu || pi) = sum_v mu_v (log mu_v - log pi_v), exact for every token's context. Source: arXiv 2512.23075, of
     whose bounds D_KL^tok,max, the maximum over a sequence, is the factor that masking controls; the paper's threshold
     depends on the horizon, so set it for your length of responses.
-    Implementations: verl and slime have the sampled criteria only, which need no distributions.
+    Implementations: verl 0.9.1 has the sampled criteria only, which need no distributions.
 
     Args:
         trainer_logits, rollout_logits: logits or log-probabilities over the whole vocabulary (gathered, where it is

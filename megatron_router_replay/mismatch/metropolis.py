@@ -56,8 +56,7 @@ def metropolis_chain(
     rollout's contexts with the trainer's choice of token, which is also what token-level importance weights correct
     to. Tokens of one response are not independent draws of that pair, so the chain is exact only in its transitions.
 
-    Implementations: none in the trainers that this was compared with (verl, slime, TRL). The nearest is rejection by a
-    bound of the ratio, which is masked importance sampling.
+    Implementations: none in verl 0.9.1; its rejection by a bound of the ratio is masked importance sampling.
 
     Args:
         generator: of the uniform numbers, on the tensors' device. Ranks that share a batch (tensor, context and
@@ -78,8 +77,13 @@ def metropolis_chain(
     if uniforms is None:
         uniforms = torch.rand(shape, generator=generator, device=ratio.device)
     uniforms = uniforms.to(ratio.device)
-    if tuple(uniforms.shape) != shape or not bool(((uniforms >= 0) & (uniforms < 1)).all()):
-        raise MismatchInputError(f"uniforms must be {list(shape)} numbers in [0, 1), got {list(uniforms.shape)}")
+    if tuple(uniforms.shape) != shape:
+        raise MismatchInputError(f"uniforms {list(uniforms.shape)} must be {list(shape)}, one for each proposal")
+    if not bool(((uniforms >= 0) & (uniforms < 1)).all()):
+        raise MismatchInputError(
+            f"uniforms must be in [0, 1), and go from {float(uniforms.min()):g} to {float(uniforms.max()):g}: draw them"
+            " with torch.rand"
+        )
     if level == "sequence":
         # A response without tokens is no proposal.
         proposed = responses.lengths > 0

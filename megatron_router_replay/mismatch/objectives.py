@@ -143,7 +143,7 @@ def decoupled_loss(
     Schulman, "Batch size-invariance for policy optimization" (arXiv 2110.00641); for LLMs AReaL (arXiv
     2505.24298). With pi_prox the exponential moving average of the trainer's weights it is PPO-EWMA:
     compute `proximal` inside :meth:`ExponentialMovingAverage.swapped_in`. Implementations: the paper leaves
-    pi_prox / mu unbounded, AReaL drops tokens above a cap of 5; we truncate.
+    pi_prox / mu unbounded, AReaL drops tokens above its cap, where one is set; we truncate.
 
     Args:
         current: log-probabilities under pi_theta, tokens' shape, with gradient.

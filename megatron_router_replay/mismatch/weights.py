@@ -64,8 +64,8 @@ def masked_importance_weights(
     verl, 2 or 3 in TRL, whose default this is ("sequence_mask"); a geometric mean needs bounds next to 1 (verl speaks
     of about 1.001). verl's ``token_k1`` and ``seq_*_k1`` compare -log r with [log lower, log upper] and therefore keep
     r in [1/upper, 1/lower]; its ``rollout_is_threshold="lower_upper"`` keeps r in [lower, upper] as we do. For the
-    geometric level slime and verl mask by the geometric mean and weigh by something else; here the mean is the weight,
-    and ``geometric > 0`` is the mask alone.
+    geometric level verl masks by the mean and weighs by token or sequence, slime has it as a level of both; here the
+    mean is the weight, and ``geometric > 0`` is the mask alone.
 
     Args:
         lower, upper: bounds of rho, both inclusive, compared as logarithms; 0 <= lower <= upper.
@@ -109,8 +109,7 @@ def balance_heuristic_weights(
     routed one: its own log-probability is the denominator (see
     :func:`megatron_router_replay.mismatch.sampling_masks.apply_sampling_mask`), and a mixture of such masks is biased.
 
-    Implementations: none in the trainers that this was compared with (verl, slime, TRL), which divide by the policy
-    that drew the sample, or by the newest.
+    Implementations: none in verl 0.9.1, which divides by the log-probabilities that come with the sample.
 
     Args:
         trainer: log-probabilities of the sampled tokens, tokens' shape.
@@ -139,7 +138,11 @@ def balance_heuristic_weights(
     # Sums of a few float32 shares are off by some eps each.
     wrong = (shares.sum(0) - 1).abs() > len(behaviours) * 1e-6
     if bool((wrong | (shares < 0).any(0)).any()):
-        raise MismatchInputError("shares of behaviours must be at least 0 and sum to 1 over the behaviours")
+        raise MismatchInputError(
+            "shares of behaviours must be at least 0 and sum to 1 over the behaviours; the smallest is"
+            f" {float(shares.min()):g}, and sums go from {float(shares.sum(0).min()):g} to"
+            f" {float(shares.sum(0).max()):g}: divide the numbers of samples by their sum"
+        )
     log_shares = shares.log()
     behaviours, trainer = behaviours.detach(), trainer.detach()
     dtype = torch.promote_types(torch.promote_types(trainer.dtype, behaviours.dtype), torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ def rows(summary: RunSummary) -> list[Row]:
         row("KL, k1", "the same, unbiased and noisy, may be negative", lambda each: _small(each.k1)),
         row("KL, k2", "half the mean squared ln r", lambda each: _small(each.k2)),
         *(
-            row(f"F({tau:g})", f"share of tokens with max(r, 1/r) > {tau:g}", lambda e, tau=tau: _share(e, tau))  # type: ignore[misc]
+            row(f"F({tau:g})", f"share of tokens with max(r, 1/r) > {tau:g}", functools.partial(_share, tau=tau))
             for tau in summary.taus
         ),
         row("largest r", "r = probability under the trainer / under the rollout", lambda e: _ratio(e.max_ratio)),

@@ -86,6 +86,10 @@ def _gradient(loss: Callable[[Batch, Tensor], Tensor]) -> Callable[[Batch], Tens
     return gradient
 
 
+def _value(loss: Callable[[Batch, Tensor], Tensor]) -> Callable[[Batch], dict[str, float]]:
+    return lambda batch: {"loss": loss(batch, batch.current).item()}
+
+
 def _balance(batch: Batch, level: str) -> Tensor:
     behaviours = torch.stack([batch.rollout, batch.current])
     shares = torch.tensor([0.25, 0.75])
@@ -156,8 +160,5 @@ PER_SEQUENCE: dict[str, Callable[[Batch], Tensor]] = {
 
 SCALARS: dict[str, Callable[[Batch], dict[str, float]]] = {
     "diagnostics": lambda batch: mismatch.diagnose(batch.trainer, batch.rollout, batch.responses).flat(),
-    **{
-        name: (lambda batch, loss=loss: {"loss": loss(batch, batch.current).item()})  # type: ignore[misc]
-        for name, loss in LOSSES.items()
-    },
+    **{name: _value(loss) for name, loss in LOSSES.items()},
 }

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
 from pathlib import Path
 
 import torch
 
+from megatron_router_replay.mismatch import Diagnostics, Tally
 from megatron_router_replay.report import RunStep, write_step
+from megatron_router_replay.report.summary import RunSummary
+from megatron_router_replay.report.weight_figures import WeightFigures
+from routing_masks import RoutingGeometry, RoutingMasks
 
 NAMES = ("own routes", "replayed")
+
+GEOMETRY = RoutingGeometry(num_layers=3, moe_layers=(0, 2), num_experts=8, top_k=2)
+RECORDED = torch.tensor([[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[0, 2], [1, 3]], [[0, 1], [0, 1]]])
+# Token 0 has its experts in another order, token 1 another expert in each layer; token 3 was never recorded.
+OWN = torch.tensor([[[1, 0], [3, 2]], [[4, 6], [6, 5]], [[0, 2], [1, 3]], [[6, 7], [6, 7]]])
+LINE = {
+    "step": 3,
+    "rollout_logprobs": [None, -1.5, -0.25, -2.0],
+    "trainer_logprobs": {"old": [0.0, -1.0, -0.5, -2.0], "new": [0.0, -1.25, -0.25, -3.0]},
+    "response_mask": [0, 1, True, 1],
+}
 
 
 def run_step(
@@ -59,3 +76,35 @@ def write_run(folder: Path, num_steps: int, **options) -> Path:
     for step in range(num_steps):
         write_step(folder, run_step(step, **options))
     return folder
+
+
+def masks(begin: int, end: int) -> RoutingMasks:
+    return RoutingMasks.from_indices(
+        RECORDED[begin:end],
+        torch.ones(end - begin, dtype=torch.bool),
+        start=begin,
+        geometry=GEOMETRY,
+        codec="rank",
+        token_ids=[5, 6, 7, 8],
+    )
+
+
+def write_lines(path: Path, *lines: object) -> Path:
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+STEPS = [run_step(step, zeros=2 if step == 1 else 0) for step in (0, 1, 5)]
+
+
+def whole_run(name: str, taus: tuple[float, ...]) -> Diagnostics:
+    first, *others = (
+        Tally.of(step.trainer_logprobs[name], step.rollout_logprobs, step.responses, taus) for step in STEPS
+    )
+    return Diagnostics.of(sum(others, start=first))
+
+
+def series(summary: RunSummary) -> dict[str, dict[str, WeightFigures]]:
+    titles = summary.passes[NAMES[0]].corrections
+    return {title: {name: summary.passes[name].corrections[title] for name in NAMES} for title in titles}

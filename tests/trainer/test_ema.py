@@ -1,43 +1,15 @@
-"""Averages in one process: the rule, where values come from, swapping, what belongs in, and the state."""
+"""Averages in one process: the rule, where values come from, and swapping."""
 
 from __future__ import annotations
-
-import copy
-import io
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron_router_replay.errors import AverageInUseError, AverageSourceError, AverageStateError, SeamError
+from megatron_router_replay.errors import AverageInUseError
 from megatron_router_replay.mismatch import ExponentialMovingAverage
+from tests.trainer.averaging import WEIGHT, averages, moved, same_bits
 from tests.trainer.small_gpt import gpt, logits, rounding, weighted_mean
-
-WEIGHT = "embedding.word_embeddings.weight"
-
-
-def moved(model: nn.Module, steps: int, after_each: Callable[[], object], seed: int = 0) -> dict[str, list[Tensor]]:
-    """Add noise to all parameters ``steps`` times; returns their values from before the first step on."""
-    generator = torch.Generator().manual_seed(seed)
-    seen = {name: [value.detach().clone()] for name, value in model.named_parameters()}
-    for _ in range(steps):
-        with torch.no_grad():
-            for name, value in model.named_parameters():
-                value.add_(torch.randn(value.shape, generator=generator))
-                seen[name].append(value.clone())
-        after_each()
-    return seen
-
-
-def averages(ema: ExponentialMovingAverage) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in ema.state_dict()["averages"].items()}
-
-
-def same_bits(left: Tensor, right: Tensor) -> bool:
-    return left.dtype == right.dtype and torch.equal(
-        left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8)
-    )
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.97])
@@ -232,21 +204,6 @@ class Tied(nn.Module):
         self.second.weight = self.first.weight
 
 
-@pytest.mark.parametrize("split", [False, True])
-def test_a_tied_weight_is_averaged_once(split):
-    tied = Tied()
-    chunks = [tied.first, tied.second] if split else tied
-    ema = ExponentialMovingAverage(chunks, 0.5)
-    (samples,) = moved(tied, 3, ema.update).values()
-    assert list(averages(ema)) == ["chunk0.weight" if split else "first.weight"]
-    (average,) = averages(ema).values()
-    torch.testing.assert_close(average.double(), weighted_mean(samples, 0.5), rtol=0, atol=rounding(samples))
-    before = tied.first.weight.detach().clone()
-    with ema.swapped_in():
-        assert torch.equal(tied.second.weight, average)
-    assert torch.equal(tied.first.weight, before)
-
-
 class Mixed(nn.Module):
     """A trained and a frozen weight, buffers of every kind."""
 
@@ -259,146 +216,8 @@ class Mixed(nn.Module):
         self.register_buffer("steps", torch.zeros(2, dtype=torch.long))
 
 
-def test_what_belongs_in_an_average():
-    model = Mixed()
-    ema = ExponentialMovingAverage(model, 0.5)
-    everything = [*model.parameters(), *model.buffers()]
-    with torch.no_grad():
-        for tensor in everything:
-            tensor += 3
-    ema.update()
-    assert averages(ema).keys() == {"trained", "bias"}
-    with ema.swapped_in():
-        # (0.5 * 0 + 3) / 1.5
-        assert [int(tensor[0]) for tensor in everything] == [2, 3, 2, 3, 3]
-    assert all(bool((tensor == 3).all()) for tensor in everything)
-
-
-def test_a_routers_expert_bias_is_averaged_and_its_counts_are_left():
-    model = gpt()
-    router = model.decoder.layers[1].mlp.router
-    ema = ExponentialMovingAverage(model, 0.5)
-    router.expert_bias.copy_(torch.tensor([3.0, 0.0, -3.0, 6.0]))
-    router.local_tokens_per_expert.fill_(7)
-    ema.update()
-    with ema.swapped_in():
-        assert router.expert_bias.tolist() == [2.0, 0.0, -2.0, 4.0]
-        assert router.local_tokens_per_expert.tolist() == [7.0] * 4
-        with torch.no_grad():
-            logits(model)
-    assert router.expert_bias.tolist() == [3.0, 0.0, -3.0, 6.0]
-    assert router.local_tokens_per_expert.tolist() == [7.0] * 4
-
-
-def test_buffers_are_followed_when_the_module_replaces_them():
-    model = Mixed()
-    ema = ExponentialMovingAverage(model, 0.5)
-    old = model.bias
-    model.double()
-    assert model.bias is not old
-    model.bias += 3
-    ema.update()
-    assert averages(ema)["bias"].tolist() == [2.0, 2.0]
-
-
-def test_state_goes_through_torch_save_and_goes_on_alike():
-    model = nn.Linear(5, 3)
-    ema = ExponentialMovingAverage(model, 0.9)
-    moved(model, 3, ema.update)
-    file = io.BytesIO()
-    torch.save(ema.state_dict(), file)
-    file.seek(0)
-    resumed_model = copy.deepcopy(model)
-    resumed = ExponentialMovingAverage(resumed_model, 0.9)
-    resumed.load_state_dict(torch.load(file))
-    moved(model, 3, ema.update, seed=1)
-    moved(resumed_model, 3, resumed.update, seed=1)
-    assert resumed.total_weight == ema.total_weight
-    assert all(torch.equal(value, averages(ema)[name]) for name, value in averages(resumed).items())
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda state: state.pop("total_weight"), r"lacks \['total_weight'\], it has \['averages', 'decay'\]"),
-        (lambda state: state.update(decay=0.8), r"decay 0.8, this average has decay 0.9.*saved decay"),
-        (lambda state: state["averages"].pop("bias"), r"has 1 averages, this model 2.*only in the model: bias"),
-        (lambda state: state["averages"].update(gate=torch.zeros(1)), r"has 3 averages.*only in the state: gate"),
-        (
-            lambda state: state["averages"].update(bias=torch.zeros(6)),
-            r"bias is float32 \[6\] in the state and float32 \[3\] in this model.*tensor-parallel size",
-        ),
-        (
-            lambda state: state["averages"].update(bias=torch.zeros(3, dtype=torch.bfloat16)),
-            r"bias is bfloat16 \[3\] in the state and float32 \[3\]",
-        ),
-    ],
-)
-def test_a_state_that_does_not_fit_changes_nothing(change, message):
-    model = nn.Linear(5, 3)
-    ema = ExponentialMovingAverage(model, 0.9)
-    other = ExponentialMovingAverage(nn.Linear(5, 3), 0.9)
-    other.update()
-    state = other.state_dict()
-    change(state)
-    before = averages(ema)
-    with pytest.raises(AverageStateError, match=message):
-        ema.load_state_dict(state)
-    assert all(torch.equal(value, before[name]) for name, value in averages(ema).items())
-    assert ema.total_weight == 1.0
-
-
-def test_sharded_state_of_another_model_is_refused():
-    ema = ExponentialMovingAverage(gpt(), 0.9)
-    with pytest.raises(AverageStateError, match=r"22 of 22 averaged tensors are not.*and 18 more.*of the very model"):
-        ema.sharded_state_dict(gpt().sharded_state_dict())
-
-
-def test_sharded_state_of_several_chunks():
-    chunks = [gpt(), gpt(seed=1)]
-    ema = ExponentialMovingAverage(chunks, 0.9)
-    sharded = ema.sharded_state_dict(
-        {f"model{index}": chunk.sharded_state_dict() for index, chunk in enumerate(chunks)}, prefix="proximal"
-    )
-    for index, chunk in enumerate(chunks):
-        entry = sharded["averages"][f"chunk{index}.{WEIGHT}"]
-        assert entry.key == f"proximal.{WEIGHT}"
-        assert entry.data.dtype == torch.float32
-        assert torch.equal(entry.data, chunk.embedding.word_embeddings.weight)
-
-
-def test_sharded_state_checks_the_installed_seams(monkeypatch):
-    from megatron.core.dist_checkpointing import optimizer
-
-    model = gpt()
-    ema = ExponentialMovingAverage(model, 0.9)
-    monkeypatch.setattr(optimizer, "make_sharded_optimizer_tensor", lambda model_param, value: value)
-    with pytest.raises(
-        SeamError, match=r"make_sharded_optimizer_tensor: expected parameters \(model_param, optim_param"
-    ):
-        ema.sharded_state_dict(model.sharded_state_dict())
-
-
-def test_parameters_that_are_stale_after_a_step_are_refused():
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-
-    bare = gpt()
-    config = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_param_gather=True)
-    with pytest.raises(AverageSourceError, match="set overlap_param_gather=False"):
-        ExponentialMovingAverage(DistributedDataParallel(bare.config, config, bare), 0.9)
-
-
 class Quantised(Tensor):
     pass
-
-
-def test_parameters_that_cannot_be_averaged_are_refused():
-    model = nn.Linear(2, 2)
-    model.weight = nn.Parameter(torch.zeros(2, 2).as_subclass(Quantised))
-    with pytest.raises(AverageSourceError, match="weight is a Quantised, not a plain"):
-        ExponentialMovingAverage(model, 0.9)
-    with pytest.raises(AverageSourceError, match=r"the 1 model chunk\(s\) have no parameter"):
-        ExponentialMovingAverage(nn.Linear(2, 2).requires_grad_(False), 0.9)
 
 
 def test_proximal_policy_of_ppo_ewma():
