@@ -36,7 +36,7 @@ from torch.utils import cpp_extension  # noqa: E402
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 ABI3 = "cp312"
-LIMITS = runpy.run_path(str(Path(__file__).parent / "routing_masks" / "limits.py"))
+LIMITS = runpy.run_path(str(Path(__file__).parent / "router_replay" / "masks" / "limits.py"))
 MACROS = [
     ("TORCH_TARGET_VERSION", "0x020a000000000000"),
     ("ROUTING_MASKS_MAX_EXPERTS", str(LIMITS["MAX_EXPERTS"])),
@@ -45,7 +45,7 @@ MACROS = [
 ]
 CUDA_MAJOR = (torch.version.cuda or "").partition(".")[0]
 # What the libraries are made of, beside their sources: a change of any of it builds them anew.
-INPUTS = ["setup.py", "routing_masks/limits.py", *sorted(str(path) for path in Path("csrc").glob("*.h"))]
+INPUTS = ["setup.py", "router_replay/masks/limits.py", *sorted(str(path) for path in Path("csrc").glob("*.h"))]
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-Wall", "-Wextra", "-Wno-attributes", "-Wno-unused-parameter"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-DUSE_CUDA", "--resource-usage", "--threads=0"]
 
@@ -62,7 +62,7 @@ def kernels_wanted() -> list[str]:
         return ["cpu", "cuda"]
     if asked == "cuda":
         sys.exit(f"ROUTING_MASKS_KERNELS=cuda, but {missing}")
-    print(f"routing_masks: building the kernels for the CPU only, because {missing}", file=sys.stderr)
+    print(f"rollout-routing-replay: building the kernels for the CPU only, because {missing}", file=sys.stderr)
     return ["cpu"]
 
 
@@ -110,7 +110,7 @@ def extension(kernels: str):
     if kernels == "cuda":
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures())
     return build(
-        f"routing_masks.{name}",
+        f"router_replay.masks.codecs.{name}",
         [f"csrc/{source}"],
         define_macros=[*MACROS, ("ROUTING_MASKS_MODULE", name)],
         depends=INPUTS,

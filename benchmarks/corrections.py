@@ -25,8 +25,8 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.machine import hardware, versions, write_json
-from megatron_router_replay import mismatch
-from megatron_router_replay.mismatch import Responses
+from router_replay import mismatch
+from router_replay.mismatch import Responses
 
 VOCABULARY, GROUP_SIZE = 8, 16
 GROUPS, GROUPS_AT_ONCE = 8, 256

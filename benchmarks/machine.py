@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from routing_masks.files import write_whole
+from router_replay.files import write_whole
 
 PACKAGES = ("rollout-routing-replay", "sglang", "megatron-core", "torch", "transformers", "numpy", "safetensors")
 

@@ -26,8 +26,8 @@ from benchmarks.machine import hardware, versions, write_json
 from benchmarks.mask_codec_gpu import gigabytes_per_second
 from benchmarks.models import MODELS, geometry_of
 from benchmarks.routes_pipeline import pipelines
-from routing_masks import CODEC_NAMES, RoutingGeometry, choose_codec, get_codec
-from routing_masks.ops import MISSING_KERNELS
+from router_replay.masks import CODEC_NAMES, RoutingGeometry, choose_codec, get_codec
+from router_replay.masks.codecs.ops import MISSING_KERNELS
 
 
 def sizes(name: str) -> dict[str, float | str]:

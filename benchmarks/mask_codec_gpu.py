@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.interleaved import median_event_seconds
-from routing_masks import CODEC_NAMES, RoutingGeometry, get_codec
-from routing_masks.ops import OPS
+from router_replay.masks import CODEC_NAMES, RoutingGeometry, get_codec
+from router_replay.masks.codecs.ops import OPS
 
 
 def gigabytes_per_second(geometry: RoutingGeometry, indices: Tensor, rounds: int) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from routing_masks import RoutingGeometry
+from router_replay.masks import RoutingGeometry
 
 # name: (MoE layers, top-k, experts), the dense layers of the released models left out.
 MODELS = {

@@ -13,9 +13,9 @@ import pybase64
 import torch
 from torch import Tensor
 
-from routing_masks import RoutingGeometry, RoutingMasks, choose_codec, from_bytes, get_codec, load, to_bytes
-from routing_masks.digest import token_digest
-from routing_masks.stores import inline
+from router_replay.masks import RoutingGeometry, RoutingMasks, choose_codec, from_bytes, get_codec, load, to_bytes
+from router_replay.masks.digest import token_digest
+from router_replay.masks.stores import inline
 
 
 def pipelines(geometry: RoutingGeometry, indices: Tensor) -> dict[str, Callable[[], Any]]:

@@ -1,10 +1,10 @@
 """Bindings that ride in Megatron's activation checkpoints.
 
-A checkpointed function runs twice: in forward without gradients, and again in backward, after the ``with`` block of
+A checkpointed function runs twice: in forward without gradients, and again in backward, after the `with` block of
 its microbatch has ended and possibly after other microbatches ran. Every checkpoint whose body can hold a router goes
-through ``CheckpointFunction``: full recompute, selective recompute of MoE layers or of whole layers.
-(``CheckpointWithoutOutput`` wraps layer norms, activations and projections only, never a router.) So its
-``run_function`` is wrapped when it is stored, and the state travels with it.
+through `CheckpointFunction`: full recompute, selective recompute of MoE layers or of whole layers.
+(`CheckpointWithoutOutput` wraps layer norms, activations and projections only, never a router.) So its
+`run_function` is wrapped when it is stored, and the state travels with it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 from megatron.core.tensor_parallel.random import CheckpointFunction
 
-from megatron_router_replay import scope
-from megatron_router_replay.errors import DetachedRecomputeError
+from router_replay.errors import CallOrderError
+from router_replay.replay import binding as scope
 
 
 def carry(run_function: Callable[..., Any]) -> Callable[..., Any]:
-    """``run_function`` with the current bindings re-entered on every later call; itself when nothing is bound."""
+    """`run_function` with the current bindings re-entered on every later call; itself when nothing is bound."""
     state = scope.current()
     if not state.bindings:
         return run_function
@@ -40,16 +40,16 @@ def carry(run_function: Callable[..., Any]) -> Callable[..., Any]:
 def _require_attached(state: scope.State) -> None:
     for replay in state.bindings:
         if not replay.attached:
-            raise DetachedRecomputeError(
+            raise CallOrderError(
                 "activations of a forward pass under replay are recomputed, but the replay was removed since: the "
                 "recompute would route otherwise than the forward pass did; call remove() after the backward pass"
             )
 
 
 class CheckpointPatch:
-    """Wraps ``CheckpointFunction.forward`` while at least one replay is attached.
+    """Wraps `CheckpointFunction.forward` while at least one replay is attached.
 
-    ``apply`` and ``remove`` count their callers; the first puts the wrapper in, the last takes it out.
+    `apply` and `remove` count their callers; the first puts the wrapper in, the last takes it out.
     """
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ inputs_hash() {
     # The folder is part of it: the scripts of a moved .venv point to the old place.
     # So is nvcc, with which the kernels are built for CUDA, too.
     { pwd; nvcc --version 2>/dev/null || true; echo "${ROUTING_MASKS_KERNELS:-} ${TORCH_CUDA_ARCH_LIST:-}"
-      cat requirements.lock pyproject.toml setup.py routing_masks/limits.py csrc/*; } |
+      cat requirements.lock pyproject.toml setup.py router_replay/masks/limits.py csrc/*; } |
         sha256sum | cut -d' ' -f1
 }
 
@@ -77,7 +77,7 @@ say "installing $(grep -c '==' requirements.lock) pinned packages (the first tim
 "$UV" pip sync --python .venv/bin/python --require-hashes --compile-bytecode requirements.lock
 say "installing this project, editable, with its kernels (compiled here: a minute or two)"
 # Those of another CUDA would stay beside the new ones.
-rm -f routing_masks/_kernels_*.so
+rm -f router_replay/masks/codecs/_kernels_*.so
 "$UV" pip install --python .venv/bin/python --quiet --no-deps --no-build-isolation --editable .
 echo "$WANTED" >"$STAMP"
 say "done"

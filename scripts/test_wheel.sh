@@ -17,19 +17,19 @@ rm -rf "$FOLDER/tests"
 
 # The tests alone: beside them the source tree would be found before the wheel.
 mkdir -p "$FOLDER/tests/masks"
-cp tests/masks/*.py "$FOLDER/tests/masks/"
+cp tests/router_replay/masks/*.py "$FOLDER/tests/masks/"
 cd "$FOLDER"
 venv/bin/python - <<'PYTHON'
 import torch
-import routing_masks
-from routing_masks.ops import MISSING_KERNELS
+import router_replay.masks
+from router_replay.masks.codecs.ops import MISSING_KERNELS
 
-print(f"torch {torch.__version__}, {routing_masks.__file__}")
+print(f"torch {torch.__version__}, {router_replay.masks.__file__}")
 print("kernels missing:", MISSING_KERNELS or "none")
 PYTHON
 GPU="not gpu"
 if venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then GPU=""; fi
 PYTHONPATH=. venv/bin/python -m pytest -q -c /dev/null --rootdir . --import-mode importlib -p no:cacheprovider -m "$GPU" \
     -W ignore::pytest.PytestUnknownMarkWarning \
-    tests/masks/test_ops.py tests/masks/test_rank.py tests/masks/test_codec.py tests/masks/test_corruption.py \
-    tests/masks/test_container.py tests/masks/test_routing_masks.py tests/masks/test_gpu.py
+    tests/router_replay/masks/test_ops.py tests/router_replay/masks/test_rank.py tests/router_replay/masks/test_codec.py tests/router_replay/masks/test_corruption.py \
+    tests/router_replay/masks/test_container.py tests/router_replay/masks/test_routing_masks.py tests/router_replay/masks/test_gpu.py

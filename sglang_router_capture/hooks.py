@@ -7,8 +7,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from routing_masks import RoutingGeometry, RoutingMaskError, choose_codec
-from sglang_router_capture import options, response, seam_check, seams, support
+from router_replay.errors import RouterReplayError, SeamError
+from router_replay.masks import RoutingGeometry, choose_codec
+from sglang_router_capture import answer, options, refusals, seam_check
 from sglang_router_capture.options import CaptureOptions
 from sglang_router_capture.recorder import Recorder
 
@@ -24,8 +25,8 @@ def after_from_cli_args(result: Any, cls: type, args: argparse.Namespace) -> Non
     """The command line is parsed: hand our part of it to this process and its children."""
     try:
         chosen = options.from_arguments(args)
-    except RoutingMaskError as error:
-        support.stop(error)
+    except RouterReplayError as error:
+        refusals.stop(error)
     if chosen is not None:
         chosen.export()
 
@@ -43,11 +44,11 @@ def around_resolve_once(original: Callable[[Any], None], server_args: Any) -> No
     original(server_args)
     try:
         seam_check.require_applied(HOOKS)
-        support.require_supported_config(resolving_view(server_args))
+        refusals.require_supported_config(resolving_view(server_args))
         if chosen.format == "masks":
-            support.require_whole_answers(resolving_view(server_args))
-    except (seams.SeamError, RoutingMaskError) as error:
-        support.stop(error)
+            refusals.require_whole_answers(resolving_view(server_args))
+    except RouterReplayError as error:
+        refusals.stop(error)
 
 
 def around_create(
@@ -74,10 +75,10 @@ def around_create(
     try:
         seam_check.require_applied(HOOKS)
         geometry = RoutingGeometry.from_hf_config(model_config.hf_text_config)
-        support.require_reporting_routers(model, geometry)
+        refusals.require_reporting_routers(model, geometry)
         codec = choose_codec(chosen.codec, geometry, order=chosen.needs_order)
-    except (seams.SeamError, RoutingMaskError) as error:
-        support.stop(error)
+    except RouterReplayError as error:
+        refusals.stop(error)
     recorder = Recorder(
         geometry,
         codec,
@@ -110,13 +111,13 @@ def after_init_routed_experts_capturer(result: None, model_runner: Any) -> None:
         return
     try:
         if not isinstance(recorder, Recorder):
-            raise seams.SeamError(
+            raise SeamError(
                 f"expected the experts capturer of this server to be {Recorder.__name__}, found"
                 f" {type(recorder).__name__}: SGLang, or another plugin, put it there after our hook"
             )
-        support.require_supported_allocator(model_runner.token_to_kv_pool_allocator)
-    except (seams.SeamError, RoutingMaskError) as error:
-        support.stop(error)
+        refusals.require_supported_allocator(model_runner.token_to_kv_pool_allocator)
+    except RouterReplayError as error:
+        refusals.stop(error)
     recorder.follow(model_runner.token_to_kv_pool_allocator)
 
 
@@ -138,7 +139,7 @@ def around_collect(original: Callable[[Any, Any], None], processor: Any, req: An
     if chosen is None or chosen.format == "sglang" or not isinstance(recorder, Recorder):
         return original(processor, req)
     if req.return_routed_experts:
-        response.collect(recorder, req, processor.req_to_token_pool)
+        answer.collect(recorder, req, processor.req_to_token_pool)
 
 
 def before_release_req(*, req: Any, req_to_token_pool: Any, **others: Any) -> None:
@@ -151,7 +152,7 @@ def before_release_req(*, req: Any, req_to_token_pool: Any, **others: Any) -> No
     if chosen is None or chosen.format == "sglang" or not isinstance(recorder, Recorder):
         return
     if req.return_routed_experts:
-        response.keep(recorder, req, req_to_token_pool)
+        answer.keep(recorder, req, req_to_token_pool)
 
 
 def after_get_output_streamer_class(streamer_class: Any, scheduler: Any) -> type | None:
@@ -169,8 +170,8 @@ def after_get_output_streamer_class(streamer_class: Any, scheduler: Any) -> type
 
         def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list]:
             info = inherited(self, reqs)
-            found = [response.handles(req) for req in reqs]
-            return {**info, response.META_INFO_KEY: found} if any(found) else info
+            found = [answer.handles(req) for req in reqs]
+            return {**info, answer.META_INFO_KEY: found} if any(found) else info
 
     return RoutingMasksStreamer
 
@@ -178,8 +179,8 @@ def after_get_output_streamer_class(streamer_class: Any, scheduler: Any) -> type
 def _options_of_this_process() -> CaptureOptions | None:
     try:
         return CaptureOptions.from_environment()
-    except RoutingMaskError as error:
-        support.stop(error)
+    except RouterReplayError as error:
+        refusals.stop(error)
 
 
 def _max_tokens_per_pass(schedule: Any, context_len: int, max_running_requests: int) -> int:

@@ -7,7 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from routing_masks import CODEC_NAMES, RoutingMaskError, get_codec
+from router_replay.errors import InputError
+from router_replay.masks import CODEC_NAMES, get_codec
 
 ENABLE_FLAG = "--enable-router-capture"
 FORMAT_FLAG = "--router-capture-format"
@@ -38,9 +39,9 @@ class CaptureOptions:
     def __post_init__(self) -> None:
         for name, value, known in (("format", self.format, FORMATS), ("codec", self.codec, CODECS)):
             if value not in known:
-                raise RoutingMaskError(f"router capture {name} {value!r} is unknown: choose one of {', '.join(known)}")
+                raise InputError(f"router capture {name} {value!r} is unknown: choose one of {', '.join(known)}")
         if self.needs_order and self.codec != "auto" and not get_codec(self.codec).keeps_order:
-            raise RoutingMaskError(
+            raise InputError(
                 f"{FORMAT_FLAG} sglang returns the experts in top-k order, which codec {self.codec!r} does not keep:"
                 f" leave {CODEC_FLAG} away or choose 'ordered'"
             )
@@ -101,7 +102,7 @@ def from_arguments(arguments: argparse.Namespace) -> CaptureOptions | None:
     """Options of a parsed command line; a flag wins over its environment variable. None where capture stays off.
 
     Raises:
-        RoutingMaskError: format or codec given without the flag that turns capture on, or a combination of them that
+        RouterReplayError: format or codec given without the flag that turns capture on, or a combination of them that
             cannot be.
     """
     ours = bool(arguments.enable_router_capture) or CaptureOptions.from_environment() is not None
@@ -109,7 +110,7 @@ def from_arguments(arguments: argparse.Namespace) -> CaptureOptions | None:
     if not ours:
         idle = [flag for flag, value in given.items() if value is not None]
         if idle:
-            raise RoutingMaskError(f"{' and '.join(idle)} given without {ENABLE_FLAG}: add it, or take them away")
+            raise InputError(f"{' and '.join(idle)} given without {ENABLE_FLAG}: add it, or take them away")
         # Upstream's own flag alone keeps its format; who serves it changes.
         return CaptureOptions(format="sglang") if arguments.enable_return_routed_experts else None
     return CaptureOptions(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from sglang_router_capture import options, seam_check, seams, support
+from sglang_router_capture import ledger, options, refusals, seam_check
 from sglang_router_capture.options import CaptureOptions
 
 
@@ -19,7 +19,7 @@ def load() -> None:
         if CaptureOptions.from_environment() is not None or options.asked_on_command_line(sys.argv[1:]):
             _register()
     except Exception as error:
-        support.stop(error)
+        refusals.stop(error)
 
 
 def _register() -> None:
@@ -30,4 +30,4 @@ def _register() -> None:
     from sglang_router_capture import hooks
 
     for path, (hook, kind) in hooks.HOOKS.items():
-        HookRegistry.register(seams.PREFIX + path, hook, HookType[kind])
+        HookRegistry.register(ledger.PREFIX + path, hook, HookType[kind])

@@ -13,7 +13,7 @@ from sglang.srt.runtime_context import get_serving
 from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
 from torch import Tensor
 
-from routing_masks import Codec, RoutingGeometry
+from router_replay.masks import Codec, RoutingGeometry
 from sglang_router_capture.slot_table import SlotTable
 from sglang_router_capture.staging import Staging
 

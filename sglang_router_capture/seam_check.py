@@ -9,7 +9,8 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sglang_router_capture.seams import SEAMS, TESTED_VERSIONS, Seam, SeamError
+from router_replay.errors import SeamError
+from sglang_router_capture.ledger import SEAMS, TESTED_VERSIONS, Seam
 
 
 def check(seams: tuple[Seam, ...] = SEAMS) -> None:

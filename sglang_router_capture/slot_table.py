@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from routing_masks import NO_ROW
+from router_replay.masks import NO_ROW
 
 
 class SlotTable:

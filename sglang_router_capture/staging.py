@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from routing_masks import GeometryMismatchError, RoutingGeometry
-from routing_masks.ops import OPS
+from router_replay.errors import PairingError
+from router_replay.masks import RoutingGeometry
+from router_replay.masks.codecs.ops import OPS
 
 _UNWRITTEN = -1
 
@@ -33,7 +34,7 @@ class Staging:
     def capture(self, layer_id: int, topk_indices: Tensor) -> None:
         """Take one layer's ids `int [tokens, K + shared]`; `layer_id` is the 0-based decoder layer."""
         if layer_id not in self._slot_of:
-            raise GeometryMismatchError(
+            raise PairingError(
                 f"decoder layer {layer_id} routes in the running model, but by its configuration only layers"
                 f" {self._geometry.moe_layers} do: routes of this model cannot be attributed to layers"
             )

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from cpu_engines.sglang.server import Server, serve
-from tests.engine.probe import probing
+from tests.sglang_router_capture.probe import probing
 
-SMALL_MODEL = Path(__file__).parents[1] / "examples" / "small_model"
+SMALL_MODEL = Path(__file__).parents[1] / "examples" / "small_model" / "checkpoint"
 
 
 def pytest_configure() -> None:

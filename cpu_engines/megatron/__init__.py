@@ -3,7 +3,7 @@
     with CpuDevice(), single_process():
         model = GPTModel(...)
 
-Import this package before anything of ``megatron.core``: an installed FlashMLA raises OSError where there is no
+Import this package before anything of `megatron.core`: an installed FlashMLA raises OSError where there is no
 CUDA driver, Megatron expects an ImportError only, and this package makes it one.
 """
 

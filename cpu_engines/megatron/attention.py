@@ -10,7 +10,7 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 
 
 class PackedDotProductAttention(DotProductAttention):
-    """Megatron's unfused attention, run once per sequence of a packed (``thd``) batch.
+    """Megatron's unfused attention, run once per sequence of a packed (`thd`) batch.
 
     Megatron's own local attention refuses packed sequences; looping over it keeps its arithmetic, and a token
     attends causally inside its own sequence only. Unpacked batches go to the parent unchanged.
@@ -29,13 +29,13 @@ class PackedDotProductAttention(DotProductAttention):
         """Attend.
 
         Args:
-            query, key, value: ``[T, heads, head_dim]`` (key and value: query groups) when packed, else
-                ``[S, B, heads, head_dim]``.
+            query, key, value: `[T, heads, head_dim]` (key and value: query groups) when packed, else
+                `[S, B, heads, head_dim]`.
             attention_mask: bool, True where attention is forbidden; ignored when packed.
-            packed_seq_params: its ``cu_seqlens_q`` are the bounds of the sequences, the last one being T.
+            packed_seq_params: its `cu_seqlens_q` are the bounds of the sequences, the last one being T.
 
         Returns:
-            ``[T, 1, hidden]`` when packed, else ``[S, B, hidden]``.
+            `[T, 1, hidden]` when packed, else `[S, B, hidden]`.
         """
         if packed_seq_params is None:
             return super().forward(query, key, value, attention_mask, attn_mask_type, attention_bias)

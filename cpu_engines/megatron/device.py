@@ -42,7 +42,7 @@ def _names_cuda(value: Any) -> bool:
 class _CudaMeansCpu(TorchFunctionMode):
     """Sends every tensor that is asked for on "cuda" to the CPU, and names types as on CUDA.
 
-    The optimizers tell the parameters that need a float32 main parameter by the names of ``Tensor.type()``.
+    The optimizers tell the parameters that need a float32 main parameter by the names of `Tensor.type()`.
     """
 
     def __torch_function__(
@@ -78,10 +78,10 @@ def _replacements() -> list[tuple[Any, str, Any]]:
 
 
 class CpuDevice:
-    """Makes torch.cuda's surface answer for the CPU, until ``remove()``.
+    """Makes torch.cuda's surface answer for the CPU, until `remove()`.
 
-    Also runs what Megatron decorates with ``torch.compile`` eagerly: compiling it costs minutes on a CPU and says
-    nothing about routing. Usable as a context manager; ``apply`` and ``remove`` may be called twice.
+    Also runs what Megatron decorates with `torch.compile` eagerly: compiling it costs minutes on a CPU and says
+    nothing about routing. Usable as a context manager; `apply` and `remove` may be called twice.
     """
 
     def __init__(self) -> None:

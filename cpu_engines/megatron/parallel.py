@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 
 @contextlib.contextmanager
 def process_group(rank: int, world_size: int, rendezvous: Path, *, tensor_parallel: int = 1) -> Iterator[None]:
-    """Initialise ``parallel_state`` in one process of several, and tear it down again.
+    """Initialise `parallel_state` in one process of several, and tear it down again.
 
     Args:
         rank, world_size: of this process; the processes are the caller's.
@@ -39,6 +39,6 @@ def process_group(rank: int, world_size: int, rendezvous: Path, *, tensor_parall
 
 @contextlib.contextmanager
 def single_process() -> Iterator[None]:
-    """``process_group`` for a world of one rank, which needs no rendezvous from the caller."""
+    """`process_group` for a world of one rank, which needs no rendezvous from the caller."""
     with tempfile.TemporaryDirectory() as folder, process_group(0, 1, Path(folder) / "rendezvous"):
         yield

@@ -141,7 +141,7 @@ def base_environment(added: Mapping[str, str] | None = None) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        "SGLANG_EXTERNAL_MODEL_PACKAGE": "examples.sglang_models",
+        "SGLANG_EXTERNAL_MODEL_PACKAGE": "examples.qwen3_moe.sglang_models",
         **added,
         "PYTHONPATH": _paths(added.get("PYTHONPATH", ""), str(_REPOSITORY), os.environ.get("PYTHONPATH", "")),
     }

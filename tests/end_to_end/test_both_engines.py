@@ -11,17 +11,18 @@ import torch
 from transformers import AutoTokenizer
 
 from cpu_engines.megatron import CpuDevice, single_process
+from cpu_engines.megatron.logprobs import token_logprobs
+from cpu_engines.megatron.qwen3_moe import load_qwen3_moe
 from cpu_engines.sglang.server import Server
-from examples.calculator import problems
-from examples.megatron_logprobs import token_logprobs
-from examples.qwen3_moe_megatron import load_qwen3_moe
-from examples.replay_report import compare, summarize
-from examples.rollout import Conversation, play
-from examples.trainer_scores import score
+from examples.calculator.game import problems
+from examples.multi_turn_replay.replay_report import compare, summarize
+from examples.multi_turn_replay.rollout import Conversation, play
+from examples.multi_turn_replay.trainer_scores import score
 from megatron_router_replay import BatchLayout, attach
-from routing_masks import RoutingMasks, TokenMismatchError, get_codec
-from tests.trainer.batches import dispatched_maps
-from tests.trainer.router_gradient import LayerProbe, assert_gradient_is_the_formula
+from router_replay.errors import PairingError
+from router_replay.masks import RoutingMasks, get_codec
+from tests.megatron_router_replay.batches import dispatched_maps
+from tests.megatron_router_replay.router_gradient import LayerProbe, assert_gradient_is_the_formula
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -113,7 +114,7 @@ def test_masks_of_another_conversation_are_refused(conversations: list[Conversat
     _, layout, _ = _batch([longer])
     with (
         attach(model) as replay,
-        pytest.raises(TokenMismatchError, match="pair each sequence with its own masks"),
+        pytest.raises(PairingError, match="pair each sequence with its own masks"),
         replay.microbatch([shorter.masks], layout),
     ):
         pass

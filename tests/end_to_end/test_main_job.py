@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from benchmarks import mask_codec
 from cpu_engines.sglang.server import Server
 from examples import multi_turn_replay
-from examples.replay_report import OWN_ROUTES, REPLAYED
-from megatron_router_replay.report import read_run
-from megatron_router_replay.report.summary import summarize
+from examples.multi_turn_replay.replay_report import OWN_ROUTES, REPLAYED
+from router_replay.report.summary import summarize
+from router_replay.run import read_run
 
 pytestmark = pytest.mark.timeout(900)
 

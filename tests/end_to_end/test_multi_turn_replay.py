@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from benchmarks.machine import write_json
-from examples.mismatch_plot import plot_mismatch
-from examples.replay_report import OWN_ROUTES, REPLAYED, REPORTED_TAUS, Comparison, compare, summarize
-from examples.rollout import Conversation
-from examples.run_steps import report_steps, write_steps
-from megatron_router_replay.report import read_run
-from megatron_router_replay.report.summary import CURVE_TAUS
-from megatron_router_replay.report.summary import summarize as summarize_run
-from routing_masks import RoutingGeometry, RoutingMasks
-from routing_masks.files import write_whole
+from examples.multi_turn_replay.mismatch_plot import plot_mismatch
+from examples.multi_turn_replay.replay_report import OWN_ROUTES, REPLAYED, REPORTED_TAUS, Comparison, compare, summarize
+from examples.multi_turn_replay.rollout import Conversation
+from examples.multi_turn_replay.run_steps import report_steps, write_steps
+from router_replay.files import write_whole
+from router_replay.masks import RoutingGeometry, RoutingMasks
+from router_replay.report.summary import CURVE_TAUS
+from router_replay.report.summary import summarize as summarize_run
+from router_replay.run import read_run
 
 GEOMETRY = RoutingGeometry(num_layers=3, moe_layers=(1, 2), num_experts=8, top_k=2)
 ROLLOUT_LOGPROBS = [0.0, 0.0, -1.0, -0.5]

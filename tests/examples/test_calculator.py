@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer
 
-from examples.calculator import (
+from examples.calculator.game import (
     END,
     ERROR,
     MAX_TURN_TOKENS,
@@ -25,9 +25,9 @@ from examples.calculator import (
     reference_pieces,
     reply_text,
 )
-from examples.tokenizer import ALPHABET, SPECIAL_TOKENS, UNKNOWN, build_tokenizer
+from examples.calculator.tokenizer import ALPHABET, SPECIAL_TOKENS, UNKNOWN, build_tokenizer
 
-CHECKPOINT = Path(__file__).parents[2] / "examples" / "small_model"
+CHECKPOINT = Path(__file__).parents[2] / "examples" / "small_model" / "checkpoint"
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import typer
 from transformers import AutoTokenizer, Qwen3MoeForCausalLM
 from typer.testing import CliRunner
 
-from examples.train_small_model import main
-from routing_masks import RoutingGeometry
+from examples.small_model.train import main
+from router_replay.masks import RoutingGeometry
 
 APP = typer.Typer()
 APP.command()(main)

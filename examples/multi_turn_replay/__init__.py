@@ -1,0 +1,1 @@
+"""Multi-turn rollout in SGLang, log-probabilities in Megatron-Core, with and without routing replay."""

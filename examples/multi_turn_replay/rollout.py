@@ -1,0 +1,141 @@
+"""Play conversations of the calculator task against a rollout server, and keep what the trainer needs of them."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from examples.calculator.game import MAX_TURN_TOKENS, Calculator, Problem, prompt_text, reply_text
+from router_replay.masks import RoutingMasks, masks_from_meta_info
+
+# The untouched distribution, so that the log-probabilities in the answer are those of the sampler.
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": MAX_TURN_TOKENS}
+
+
+class RolloutError(RuntimeError):
+    """The rollout server refused a request, or could not be reached."""
+
+
+@dataclass(frozen=True, eq=False)
+class Conversation:
+    """A finished conversation of n tokens.
+
+    Attributes:
+        token_ids: n ids, as the server read and sampled them.
+        sampled: n flags, True where the model wrote the token.
+        rollout_logprobs: n log-probabilities in nats, by the server at the time of sampling; 0 where not sampled.
+        masks: routes of the tokens 0 to n - 2, joined from the turns' deltas.
+        num_turns: requests that it took.
+        correct: the model's answer solves the problem.
+        prefix_cached_tokens: prompt tokens whose KV the server had, over all turns.
+        masks_bytes: size of all turns' masks in the answers' JSON.
+    """
+
+    token_ids: list[int]
+    sampled: list[bool]
+    rollout_logprobs: list[float]
+    masks: RoutingMasks
+    num_turns: int
+    correct: bool
+    prefix_cached_tokens: int
+    masks_bytes: int
+
+
+def play(
+    server_url: str,
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    concurrency: int = 16,
+    on_finished: Callable[[Conversation], None] = lambda conversation: None,
+) -> list[Conversation]:
+    """One conversation per problem, in the problems' order, up to `concurrency` of them at a time.
+
+    Args:
+        server_url: of a running SGLang server with router capture.
+        on_finished: called in this thread as conversations end, in any order.
+
+    Raises:
+        RolloutError: the server refused a request, or could not be reached.
+        router_replay.errors.DataError: the server returns no routing masks.
+    """
+    with ThreadPoolExecutor(concurrency) as pool:
+        futures = [pool.submit(converse, server_url, problem, tokenizer) for problem in problems]
+        try:
+            for future in as_completed(futures):
+                on_finished(future.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [future.result() for future in futures]
+
+
+def converse(server_url: str, problem: Problem, tokenizer: PreTrainedTokenizerBase) -> Conversation:
+    """Play one conversation; errors as of `play`."""
+    calculator = Calculator(problem)
+    token_ids: list[int] = []
+    sampled: list[bool] = []
+    logprobs: list[float] = []
+    deltas: list[RoutingMasks] = []
+    cached = masks_bytes = 0
+
+    def append(ids: Sequence[int], ids_logprobs: Sequence[float] | None = None) -> None:
+        token_ids.extend(ids)
+        sampled.extend([ids_logprobs is not None] * len(ids))
+        logprobs.extend(ids_logprobs or [0.0] * len(ids))
+
+    append(_encode(tokenizer, prompt_text(problem)))
+    while not calculator.done:
+        body = {
+            "input_ids": token_ids,
+            "sampling_params": {**SAMPLING, "stop_token_ids": [tokenizer.eos_token_id]},
+            "return_logprob": True,
+            "return_routed_experts": True,
+            # Earlier turns' routes are here already; only the tokens since then are new.
+            "routed_experts_start_len": deltas[-1].end if deltas else 0,
+        }
+        meta_info = _generate(server_url, body)["meta_info"]
+        deltas.append(masks_from_meta_info(meta_info))
+        masks_bytes += len(json.dumps(meta_info["routing_masks"]))
+        cached += meta_info["cached_tokens"]
+        turn = [token_id for _, token_id, *_ in meta_info["output_token_logprobs"]]
+        append(turn, [logprob for logprob, *_ in meta_info["output_token_logprobs"]])
+        written = turn[:-1] if turn[-1] == tokenizer.eos_token_id else turn
+        append(_encode(tokenizer, reply_text(calculator.step(str(tokenizer.decode(written))))))
+    return Conversation(
+        token_ids=token_ids,
+        sampled=sampled,
+        rollout_logprobs=logprobs,
+        masks=RoutingMasks.join(deltas, token_ids),
+        num_turns=calculator.turns,
+        correct=calculator.correct,
+        prefix_cached_tokens=cached,
+        masks_bytes=masks_bytes,
+    )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False) if text else []
+
+
+def _generate(server_url: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    request = urllib.request.Request(
+        server_url.rstrip("/") + "/generate", json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        detail = error.read(500).decode(errors="replace")
+        raise RolloutError(f"the server at {server_url} refused a request ({error.code}): {detail}") from error
+    except OSError as error:
+        raise RolloutError(
+            f"the server at {server_url} does not answer ({error}): check the address, and that SGLang runs there"
+        ) from error

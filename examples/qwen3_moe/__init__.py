@@ -1,0 +1,1 @@
+"""Qwen3-MoE with dense layers, for SGLang."""

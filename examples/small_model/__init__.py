@@ -1,0 +1,1 @@
+"""How the small model of the tests and the demo was trained; the checkpoint is in `checkpoint/`."""

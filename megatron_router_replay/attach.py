@@ -1,0 +1,150 @@
+"""Attach replay to a live Megatron model, bind masks to its forward passes, and put everything back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import nn
+
+from megatron_router_replay.layer_replay import LayerReplay
+from megatron_router_replay.ledger import check_seams
+from megatron_router_replay.live_model import check_live_layers, find_routers, geometry_of
+from megatron_router_replay.recompute import CHECKPOINT_PATCH
+from megatron_router_replay.refusals import check_config
+from router_replay.errors import CallOrderError
+from router_replay.masks.geometry import RoutingGeometry
+from router_replay.masks.masks import RoutingMasks
+from router_replay.replay import binding as scope
+from router_replay.replay.layout import BatchLayout
+from router_replay.replay.microbatch import MicrobatchRoutes
+from router_replay.replay.observe import ObservedRoutes
+
+
+def attach(model_chunks: nn.Module | Sequence[nn.Module], geometry: RoutingGeometry | None = None) -> Replay:
+    """Put a replay into every decoder router of a model.
+
+    Args:
+        model_chunks: this rank's model, or its chunks under interleaved pipelining, wrapped (DDP, Float16Module) or
+            not.
+        geometry: the rollout's, where it is known already, so that a mismatch is found before any training; by
+            default the model's own configuration.
+
+    Returns:
+        The replay; from now on every forward pass must be inside its `microbatch` or `off`, until `remove`.
+
+    Raises:
+        UnsupportedError: a dense model.
+        InputError: two routers with one layer number.
+        CallOrderError: a replay is attached.
+        UnsupportedError: a setting under which replay would be ignored or undone.
+        PairingError: the live layers are not those of the geometry.
+        SeamError: the installed Megatron-Core is not one that replay knows.
+    """
+    check_seams()
+    chunks = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
+    routers = find_routers(chunks)
+    for layer, router in routers.items():
+        if isinstance(router.router_replay, LayerReplay):
+            raise CallOrderError(
+                f"the router of decoder layer {layer} belongs to an attached replay already: use that one, or call its "
+                "remove() first"
+            )
+        check_config(router.config)
+    config = next(iter(routers.values())).config
+    own = geometry_of(config)
+    check_live_layers(chunks, routers, own, "the model's configuration")
+    if geometry is not None:
+        geometry.require_same(own, "the rollout", "this model")
+    return Replay(routers, own)
+
+
+class Replay:
+    """Replay attached to one model; as a context manager it removes itself at the end.
+
+    Attributes:
+        geometry: the whole model's, to which masks must fit.
+        layers: 0-based decoder layers with a router in the chunks given.
+        observer: where the routes of the current forward pass are recorded, inside `observe`.
+    """
+
+    def __init__(self, routers: dict[int, TopKRouter], geometry: RoutingGeometry) -> None:
+        self.geometry = geometry
+        self.layers = tuple(routers)
+        self.observer: ObservedRoutes | None = None
+        self._routers = routers
+        self._originals: dict[int, Any] | None = {layer: router.router_replay for layer, router in routers.items()}
+        for layer, router in routers.items():
+            router.router_replay = LayerReplay(self, layer)
+        CHECKPOINT_PATCH.apply()
+
+    @property
+    def attached(self) -> bool:
+        """False after `remove`."""
+        return self._originals is not None
+
+    @contextlib.contextmanager
+    def microbatch(
+        self, masks: Sequence[RoutingMasks], layout: BatchLayout, *, partial: bool = False
+    ) -> Iterator[MicrobatchRoutes]:
+        """Replay `masks` in the forward pass inside the block, and in its recomputes, whenever these happen.
+
+        Args:
+            masks: one per sequence of the layout, each from token 0; tokens without a valid row take the trainer's
+                own top-k.
+            layout: the tokens of the microbatch.
+            partial: accept masks that end before the last token but one of their sequence, whose other tokens the
+                rollout never saw (an environment's last words, say) and the trainer routes itself.
+
+        Yields:
+            The rows as bound, with the counts of replayed, native and padding rows.
+
+        Raises:
+            PairingError, PairingError, PairingError: the masks are not this model's or not this
+                batch's; raised before anything is computed.
+        """
+        self._require_attached()
+        device = next(iter(self._routers.values())).weight.device
+        routes = MicrobatchRoutes(masks, layout, self.geometry, device, partial=partial)
+        with scope.bound(self, routes):
+            yield routes
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Route natively inside the block, as stock Megatron does: a reference model's pass, an evaluation."""
+        self._require_attached()
+        with scope.bound(self, scope.NATIVE):
+            yield
+
+    @contextlib.contextmanager
+    def observe(self) -> Iterator[ObservedRoutes]:
+        """Record the experts that the one forward pass inside the block takes, replayed or native."""
+        self._require_attached()
+        if self.observer is not None:
+            raise CallOrderError("this replay is being observed already: observe() blocks do not nest")
+        self.observer = ObservedRoutes(self.layers)
+        try:
+            yield self.observer
+        finally:
+            self.observer = None
+
+    def remove(self) -> None:
+        """Put back every object that `attach` replaced; calling it again does nothing."""
+        if self._originals is None:
+            return
+        for layer, original in self._originals.items():
+            self._routers[layer].router_replay = original
+        self._originals = None
+        CHECKPOINT_PATCH.remove()
+
+    def _require_attached(self) -> None:
+        if not self.attached:
+            raise CallOrderError("this replay was removed from its model: attach again")
+
+    def __enter__(self) -> Replay:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()

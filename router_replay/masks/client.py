@@ -1,0 +1,43 @@
+"""The masks in an answer of the rollout server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from router_replay.errors import DataError
+from router_replay.masks.masks import RoutingMasks
+from router_replay.masks.stores import load
+
+
+def masks_from_meta_info(meta_info: Mapping[str, Any]) -> RoutingMasks:
+    """The masks that a finished request's `meta_info` carries.
+
+    Args:
+        meta_info: as the server sent it; `meta_info["routing_masks"]` is a list that holds one handle.
+
+    Returns:
+        The rows from the request's `routed_experts_start_len` up to the token before the last sampled one.
+
+    Raises:
+        DataError: no masks, masks in SGLang's own format, or not one handle.
+    """
+    handles = meta_info.get("routing_masks")
+    if not handles:
+        if meta_info.get("routed_experts") is not None:
+            raise DataError(
+                'the answer has routes in SGLang\'s own format (meta_info["routed_experts"]), not routing masks: start'
+                " the server with --enable-router-capture --router-capture-format masks"
+            )
+        raise DataError(
+            "the answer has no routing masks: the request must say return_routed_experts: true, and the server must run"
+            " with --enable-router-capture --router-capture-format masks; of a streamed answer, pass the last chunk's"
+            " meta_info"
+        )
+    if not isinstance(handles, list) or len(handles) != 1:
+        found = f"{len(handles)} handles" if isinstance(handles, list) else f"a {type(handles).__name__}"
+        raise DataError(
+            f'meta_info["routing_masks"] must be a list of one handle, found {found}: pass the meta_info of one answer'
+            " as it is"
+        )
+    return load(handles[0])

@@ -1,0 +1,242 @@
+"""Codecs: how the expert ids of one token become a row of fixed width, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from router_replay.errors import InputError, PairingError, UnsupportedError
+from router_replay.masks.codecs import reference
+from router_replay.masks.codecs.ops import OPS
+from router_replay.masks.geometry import RoutingGeometry
+from router_replay.masks.limits import MAX_RANK_BITS
+
+NO_ROW = 0xFF
+"""Byte that fills rows which hold no routes. Unlike zeros, which are the experts 0 to K - 1 to codec 'rank', a row of
+these is refused by `check_rows`, except for 'bitset' where K = E, and for the others where all their numbers are
+used."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One way to write a token's routes. Rows have a fixed width, so that they can be sliced, gathered and tabled.
+
+    Shapes: L = `geometry.num_moe_layers`, K = `geometry.top_k`, E = `geometry.num_experts`; any leading shape, of which
+    a token is a place. `reference` says which bit means what, `torch.ops.routing_masks` does the work.
+
+    Attributes:
+        name: 'bitset', 'rank' or 'ordered'.
+        keeps_order: the experts come back in the router's column order, else ascending.
+    """
+
+    name: str
+    keeps_order: bool
+
+    def bits_per_layer(self, geometry: RoutingGeometry) -> int:
+        """Bits that one layer of one token takes.
+
+        Raises:
+            InputError: this codec cannot write such routes.
+        """
+        bits = reference.bits_per_layer(self.name, geometry.num_experts, geometry.top_k)
+        if self.name == "rank" and bits > MAX_RANK_BITS:
+            raise UnsupportedError(
+                f"codec 'rank' numbers the sets of {geometry.top_k} of {geometry.num_experts} experts in {bits} bits,"
+                f" but its ranks have at most {MAX_RANK_BITS}: choose 'auto', 'bitset' or 'ordered'"
+            )
+        return bits
+
+    def row_bytes(self, geometry: RoutingGeometry) -> int:
+        """Bytes of one token's row: its layers bit-tight, rounded up once."""
+        self.bits_per_layer(geometry)
+        return reference.row_bytes(self.name, *_arguments(geometry))
+
+    def can_write(self, geometry: RoutingGeometry) -> bool:
+        """Whether this codec has a row for every choice of experts of this geometry."""
+        try:
+            self.bits_per_layer(geometry)
+        except UnsupportedError:
+            return False
+        return True
+
+    def pack(self, indices: Tensor, geometry: RoutingGeometry) -> Tensor:
+        """Expert indices `[..., L, K]` (uint8, int16, uint16, int32, int64; any strides) -> `uint8 [..., row_bytes]`.
+
+        On the CPU the values are checked. On a device that would wait for it: indices that are not K different experts
+        become fields that `check_rows` refuses wherever the codec has one to spare, and `check_indices` tells.
+
+        Raises:
+            PairingError: another L or K than the geometry's.
+            InputError: on the CPU, an index outside [0, E) or an expert twice in a layer.
+        """
+        self.bits_per_layer(geometry)
+        _require_shape(indices, geometry)
+        try:
+            return OPS.pack(indices, geometry.num_experts, self.name)
+        except RuntimeError:
+            check_indices(indices, geometry)
+            raise
+
+    def unpack_indices(self, rows: Tensor, geometry: RoutingGeometry) -> Tensor:
+        """Rows `uint8 [..., row_bytes]` -> expert indices `int32 [..., L, K]`.
+
+        On the CPU the values are checked. On a device a field that is not K different experts reads as K times E.
+
+        Raises:
+            PairingError: rows of another width or dtype.
+            InputError: on the CPU, bits that `pack` cannot have written.
+        """
+        return self._checked(OPS.unpack_indices, rows, geometry)
+
+    def unpack_layer(self, rows: Tensor, geometry: RoutingGeometry, slot: int) -> Tensor:
+        """One stored layer of the rows as expert indices `int32 [..., K]`; as `unpack_indices` in all else."""
+        return self._checked(OPS.unpack_layer, rows, geometry, slot)
+
+    def unpack_bitset(self, rows: Tensor, geometry: RoutingGeometry, slot: int) -> Tensor:
+        """One stored layer of the rows as a mask `bool [..., E]`: the routing map that dispatchers take.
+
+        As `unpack_indices` in all else; a field that is not K different experts is all False.
+        """
+        return self._checked(OPS.unpack_bitset, rows, geometry, slot)
+
+    def unpack_valid(self, rows: Tensor, valid: Tensor, geometry: RoutingGeometry) -> Tensor:
+        """Rows `uint8 [T, row_bytes]` -> `int32 [T, L, K]`, -1 where `valid`, `bool [T]`, is False.
+
+        What the bytes of a row that is not valid hold does not matter.
+        """
+        if bool(valid.all()):
+            return self.unpack_indices(rows, geometry)
+        shape = (rows.shape[0], geometry.num_moe_layers, geometry.top_k)
+        indices = torch.full(shape, -1, dtype=torch.int32, device=rows.device)
+        try:
+            indices[valid] = self.unpack_indices(rows[valid], geometry)
+        except InputError:
+            # Names the token by its place among all rows.
+            self.check_rows(rows, geometry, valid)
+            raise
+        return indices
+
+    def require_row_bytes(self, rows: Tensor, geometry: RoutingGeometry) -> None:
+        """Raise PairingError unless `rows` is `uint8 [..., row_bytes]` of this codec and geometry."""
+        width = self.row_bytes(geometry)
+        if rows.dtype != torch.uint8 or rows.dim() == 0 or rows.shape[-1] != width:
+            raise PairingError(
+                f"rows of {rows.dtype} {tuple(rows.shape)} do not fit: codec {self.name!r} writes uint8 [tokens,"
+                f" {width}] for {geometry.num_moe_layers} MoE layers of {geometry.top_k} of {geometry.num_experts}"
+                " experts"
+            )
+
+    def check_rows(self, rows: Tensor, geometry: RoutingGeometry, valid: Tensor | None = None) -> None:
+        """Refuse rows that no `pack` can have written (a corrupted byte, rows of another geometry). Waits for a device.
+
+        Args:
+            rows: `uint8 [..., row_bytes]`; `[T, row_bytes]` where `valid` is given.
+            valid: `bool [T]`; only the rows where it is True are looked at.
+
+        Raises:
+            InputError: naming the first token and decoder layer that are wrong.
+        """
+        self.require_row_bytes(rows, geometry)
+        tokens = None
+        if valid is not None and not bool(valid.all()):
+            tokens = valid.nonzero().flatten()
+            rows = rows[tokens]
+        found = _first_illegal(OPS.legal_rows(rows, *_arguments(geometry), self.name))
+        if found is None:
+            return
+        token, slot = found
+        token = token if tokens is None else int(tokens[token])
+        raise InputError(
+            f"token {token}, decoder layer {geometry.moe_layers[slot]}: the bits are not {geometry.top_k} different"
+            f" experts of {geometry.num_experts} as codec {self.name!r} writes them: corrupted rows"
+        )
+
+    def _checked(self, op: Callable[..., Tensor], rows: Tensor, geometry: RoutingGeometry, *slot: int) -> Tensor:
+        self.require_row_bytes(rows, geometry)
+        try:
+            return op(rows, *slot, *_arguments(geometry), self.name)
+        except RuntimeError:
+            self.check_rows(rows, geometry)
+            raise
+
+
+_CODECS = {codec.name: codec for codec in (Codec("bitset", False), Codec("rank", False), Codec("ordered", True))}
+CODEC_NAMES = tuple(_CODECS)
+
+
+def get_codec(name: str) -> Codec:
+    """The codec of that name.
+
+    Raises:
+        RouterReplayError: no such codec in this version.
+    """
+    try:
+        return _CODECS[name]
+    except KeyError:
+        raise InputError(f"unknown codec {name!r}: this version knows {', '.join(CODEC_NAMES)}") from None
+
+
+def choose_codec(name: str, geometry: RoutingGeometry, *, order: bool = False) -> Codec:
+    """The codec of that name, or for 'auto' the one with the smallest rows for this geometry.
+
+    Args:
+        order: the router's column order is needed: codecs that do not keep it are left out.
+
+    Raises:
+        RouterReplayError: no such codec, or one that does not keep the order although it is needed.
+        InputError: a codec that cannot write the routes of this geometry.
+    """
+    if name == "auto":
+        able = [codec for codec in _CODECS.values() if codec.can_write(geometry) and (codec.keeps_order or not order)]
+        return min(able, key=lambda codec: codec.row_bytes(geometry))
+    codec = get_codec(name)
+    if order and not codec.keeps_order:
+        keeping = [other.name for other in _CODECS.values() if other.keeps_order]
+        raise InputError(
+            f"codec {name!r} does not keep the top-k column order, which is needed here: choose 'auto' or"
+            f" {' or '.join(map(repr, keeping))}"
+        )
+    codec.bits_per_layer(geometry)
+    return codec
+
+
+def check_indices(indices: Tensor, geometry: RoutingGeometry) -> None:
+    """Refuse indices `int [..., L, K]` that are out of range or name an expert twice in a layer. Waits for a device.
+
+    Raises:
+        PairingError: another L or K than the geometry's.
+        InputError: naming the first token and decoder layer that are wrong.
+    """
+    _require_shape(indices, geometry)
+    illegal = _first_illegal(OPS.legal_indices(indices, geometry.num_experts))
+    if illegal is None:
+        return
+    token, slot = illegal
+    found = indices.reshape(-1, *indices.shape[-2:])[token, slot].tolist()
+    outside = any(not 0 <= index < geometry.num_experts for index in found)
+    problem = f"are not all in [0, {geometry.num_experts})" if outside else "name an expert twice"
+    raise InputError(f"token {token}, decoder layer {geometry.moe_layers[slot]}: expert indices {found} {problem}")
+
+
+def _first_illegal(legal: Tensor) -> tuple[int, int] | None:
+    """Token and slot of the first False of `bool [..., L]`."""
+    if bool(legal.all()):
+        return None
+    token, slot = (~legal.reshape(-1, legal.shape[-1])).nonzero()[0].tolist()
+    return token, slot
+
+
+def _require_shape(indices: Tensor, geometry: RoutingGeometry) -> None:
+    expected = (geometry.num_moe_layers, geometry.top_k)
+    if tuple(indices.shape[-2:]) != expected:
+        raise PairingError(
+            f"indices of shape {tuple(indices.shape)} do not fit the geometry: expected [tokens, {expected[0]} MoE"
+            f" layers, top-k {expected[1]}]"
+        )
+
+
+def _arguments(geometry: RoutingGeometry) -> tuple[int, int, int]:
+    return geometry.num_moe_layers, geometry.num_experts, geometry.top_k

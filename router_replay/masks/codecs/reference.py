@@ -1,0 +1,194 @@
+"""Codecs in plain torch: the meaning of a packed row, and what runs where the kernels cannot be loaded.
+
+A row holds one token's routes: the MoE layers one after the other, each in a field of fixed width, bit-tight, least
+significant bit first within a byte, the last byte filled up with zeros. Fields, by codec:
+
+    bitset   E bits, expert e at bit e
+    rank     the set's place in colexicographic order, in ceil(log2 C(E, K)) bits; see `ranks`
+    ordered  K indices of ceil(log2 E) bits, in the router's column order
+
+Indices that are not K different experts become a field that is illegal wherever the codec has one to spare: no bit set
+for bitset, all for the others. An illegal field reads back as K times the index E, which is no expert.
+On the CPU either is refused; on other devices that would wait for the device, and the functions legal_* tell.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from router_replay.masks.codecs.bits import bits_of_bytes, bits_of_integers, bytes_of_bits, integers_of_bits
+from router_replay.masks.codecs.ranks import bits_of_rank, rank, unrank
+from router_replay.masks.limits import MAX_EXPERTS, MAX_TOP_K
+
+# Elements of the largest intermediate tensor: bounds the working memory to some tens of megabytes.
+_ELEMENTS_AT_ONCE = 1 << 21
+INDEX_DTYPES = (torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64)
+
+
+def bits_per_layer(codec: str, num_experts: int, top_k: int) -> int:
+    """Bits of one layer's field; for 'rank' possibly more than `MAX_RANK_BITS`, which no function here takes."""
+    match codec:
+        case "bitset":
+            return num_experts
+        case "rank":
+            return bits_of_rank(num_experts, top_k)
+        case "ordered":
+            return top_k * (num_experts - 1).bit_length()
+    raise RuntimeError(f"unknown codec {codec!r}: the reference knows bitset, rank and ordered")
+
+
+def row_bytes(codec: str, num_layers: int, num_experts: int, top_k: int) -> int:
+    """Bytes of one token's row: its layers bit-tight, rounded up once."""
+    return (num_layers * bits_per_layer(codec, num_experts, top_k) + 7) // 8
+
+
+def pack(indices: Tensor, num_experts: int, codec: str) -> Tensor:
+    """Expert indices `int [..., L, K]` -> rows `uint8 [..., row_bytes]`."""
+    _require_indices(indices, num_experts)
+    *leading, num_layers, top_k = indices.shape
+    width = bits_per_layer(codec, num_experts, top_k)
+    num_bytes = row_bytes(codec, num_layers, num_experts, top_k)
+    flat = indices.reshape(math.prod(leading), num_layers, top_k).long()
+    if indices.device.type == "cpu":
+        _refuse(_legal(flat, num_experts), 0, f"the indices are not {top_k} different experts in [0, {num_experts})")
+    rows = torch.empty((flat.shape[0], num_bytes), dtype=torch.uint8, device=indices.device)
+    for part in _parts(flat.shape[0], num_layers * max(num_experts, width)):
+        fields = _encode(flat[part], num_experts, codec, width)
+        rows[part] = bytes_of_bits(fields.flatten(1), num_bytes)
+    return rows.reshape(*leading, num_bytes)
+
+
+def unpack_indices(rows: Tensor, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
+    """Rows `uint8 [..., row_bytes]` -> expert indices `int32 [..., L, K]`, ascending where the order is not kept."""
+    indices = _unpack(rows, 0, num_layers, num_layers, num_experts, top_k, codec)
+    return indices.reshape(*rows.shape[:-1], num_layers, top_k)
+
+
+def unpack_layer(rows: Tensor, slot: int, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
+    """One layer of the rows as expert indices `int32 [..., K]`."""
+    if not 0 <= slot < num_layers:
+        raise RuntimeError(f"slot {slot} is none of the {num_layers} MoE layers")
+    indices = _unpack(rows, slot, slot + 1, num_layers, num_experts, top_k, codec)
+    return indices.reshape(*rows.shape[:-1], top_k)
+
+
+def unpack_bitset(rows: Tensor, slot: int, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
+    """One layer of the rows as a mask `bool [..., E]`; all False where the field is illegal."""
+    indices = unpack_layer(rows, slot, num_layers, num_experts, top_k, codec)
+    # One place more than there are experts, for what is none.
+    mask = torch.zeros((*rows.shape[:-1], num_experts + 1), dtype=torch.bool, device=rows.device)
+    return mask.scatter_(-1, indices.long(), True)[..., :num_experts].contiguous()
+
+
+def legal_indices(indices: Tensor, num_experts: int) -> Tensor:
+    """Whether indices `int [..., L, K]` are K different experts: `bool [..., L]`."""
+    _require_indices(indices, num_experts)
+    return _legal(indices.long(), num_experts)
+
+
+def legal_rows(rows: Tensor, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
+    """Whether `pack` can have written the fields of rows `uint8 [..., row_bytes]`: `bool [..., L]`.
+
+    The bits behind a row's last field, which are zeros, count as that field's.
+    """
+    flat = _flat_rows(rows, num_layers, num_experts, top_k, codec)
+    _, legal = _decoded(flat, 0, num_layers, num_layers, num_experts, top_k, codec)
+    return legal.reshape(*rows.shape[:-1], num_layers)
+
+
+def _unpack(rows: Tensor, first: int, end: int, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
+    flat = _flat_rows(rows, num_layers, num_experts, top_k, codec)
+    indices, legal = _decoded(flat, first, end, num_layers, num_experts, top_k, codec)
+    if rows.device.type == "cpu":
+        _refuse(legal, first, f"these bits are not {top_k} different experts of {num_experts}: corrupted rows")
+    return indices
+
+
+def _decoded(
+    flat: Tensor, first: int, end: int, num_layers: int, num_experts: int, top_k: int, codec: str
+) -> tuple[Tensor, Tensor]:
+    """Layers [first, end) of rows `uint8 [T, row_bytes]`: `(indices int32 [T, layers, K], legal bool [T, layers])`."""
+    width = bits_per_layer(codec, num_experts, top_k)
+    indices = torch.empty((flat.shape[0], end - first, top_k), dtype=torch.int32, device=flat.device)
+    legal = torch.empty(indices.shape[:2], dtype=torch.bool, device=flat.device)
+    for part in _parts(flat.shape[0], num_layers * max(num_experts, width)):
+        bits = bits_of_bytes(flat[part])
+        fields = bits[:, first * width : end * width].reshape(len(bits), end - first, width)
+        indices[part] = _decode(fields, num_experts, top_k, codec)
+        legal[part] = _legal(indices[part].long(), num_experts)
+        if end == num_layers:
+            legal[part, -1] &= ~bits[:, num_layers * width :].any(-1)
+    return indices, legal
+
+
+def _encode(indices: Tensor, num_experts: int, codec: str, width: int) -> Tensor:
+    """Indices `int64 [T, L, K]` -> fields `bool [T, L, width]`."""
+    legal = _legal(indices, num_experts)[..., None]
+    indices = torch.where(legal, indices, torch.arange(indices.shape[-1], device=indices.device))
+    if codec == "bitset":
+        mask = torch.zeros((*indices.shape[:-1], num_experts), dtype=torch.bool, device=indices.device)
+        return mask.scatter_(-1, indices, True) & legal
+    if codec == "ordered":
+        return bits_of_integers(indices, (num_experts - 1).bit_length()).flatten(2) | ~legal
+    return rank(indices, num_experts) | ~legal
+
+
+def _decode(fields: Tensor, num_experts: int, top_k: int, codec: str) -> Tensor:
+    """Fields `bool [T, L, width]` -> indices `int32 [T, L, K]`."""
+    if codec == "bitset":
+        experts = torch.arange(num_experts, dtype=torch.int32, device=fields.device)
+        indices = torch.where(fields, experts, num_experts).sort(-1).values[..., :top_k]
+        legal = fields.sum(-1) == top_k
+    elif codec == "ordered":
+        indices = integers_of_bits(fields.reshape(*fields.shape[:-1], top_k, fields.shape[-1] // top_k))
+        legal = _legal(indices, num_experts)
+    else:
+        indices, legal = unrank(fields, num_experts, top_k)
+    return torch.where(legal[..., None], indices, num_experts).int()
+
+
+def _legal(indices: Tensor, num_experts: int) -> Tensor:
+    """Whether `int [..., K]` are K different experts: `bool [...]`."""
+    ordered = indices.sort(-1).values
+    inside = (ordered[..., 0] >= 0) & (ordered[..., -1] < num_experts)
+    return inside & (ordered[..., 1:] != ordered[..., :-1]).all(-1)
+
+
+def _refuse(legal: Tensor, first_slot: int, problem: str) -> None:
+    if not bool(legal.all()):
+        token, slot = (~legal).nonzero()[0].tolist()
+        raise RuntimeError(f"token {token}, MoE layer {first_slot + slot}: {problem}")
+
+
+def _require_geometry(num_layers: int, num_experts: int, top_k: int) -> None:
+    if num_layers < 1 or not 1 <= num_experts <= MAX_EXPERTS or not 1 <= top_k <= min(num_experts, MAX_TOP_K):
+        raise RuntimeError(
+            f"{num_layers} MoE layers of top-k {top_k} of {num_experts} experts: there must be a layer, up to"
+            f" {MAX_EXPERTS} experts and top-k {MAX_TOP_K}, and no more chosen than there are"
+        )
+
+
+def _require_indices(indices: Tensor, num_experts: int) -> None:
+    if indices.dtype not in INDEX_DTYPES or indices.dim() < 2:
+        raise RuntimeError(
+            f"indices are {indices.dtype} {tuple(indices.shape)}, but must be uint8, int16, uint16, int32 or int64,"
+            " [..., MoE layers, top-k]"
+        )
+    _require_geometry(indices.shape[-2], num_experts, indices.shape[-1])
+
+
+def _flat_rows(rows: Tensor, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
+    _require_geometry(num_layers, num_experts, top_k)
+    expected = row_bytes(codec, num_layers, num_experts, top_k)
+    if rows.dtype != torch.uint8 or rows.dim() == 0 or rows.shape[-1] != expected:
+        raise RuntimeError(f"rows are {rows.dtype} {tuple(rows.shape)}, but must be uint8 [..., {expected}]")
+    return rows.reshape(math.prod(rows.shape[:-1]), expected)
+
+
+def _parts(num_rows: int, elements_per_row: int) -> Iterator[slice]:
+    step = max(1, _ELEMENTS_AT_ONCE // elements_per_row)
+    return (slice(first, first + step) for first in range(0, num_rows, step))

@@ -1,0 +1,91 @@
+"""Importance weights that are divided by their own mean over the batch, or over each prompt's group."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from router_replay.errors import InputError
+from router_replay.mismatch.log_ratios import log_ratio
+from router_replay.mismatch.responses import Responses
+
+
+def self_normalized_weights(
+    trainer: Tensor,
+    rollout: Tensor,
+    responses: Responses,
+    *,
+    level: Literal["token", "sequence"] = "sequence",
+    over: Literal["batch", "group"] = "group",
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Self-normalised importance sampling, SNIS: w_i = n rho_i / sum_j rho_j over a set of n samples.
+
+    The weights of a set have mean 1, whatever the scale of the ratios; no weight exceeds n. The estimate
+    mean(w f) is biased by O(1/n) and consistent, and invariant to a constant factor in the ratios, such as an unknown
+    normalising constant of a masked policy. Source: Owen, "Monte Carlo theory, methods and examples" (2013),
+    section 9.2.
+
+    Implementations: verl's `rollout_is_batch_normalize` divides *truncated* weights by their mean over the batch and,
+    for sequences, weighs every sequence the same, as we do; in a mean over tokens long sequences count more, there as
+    here. Truncating first and then normalising is `w / mean` of TIS and not done here.
+
+    Args:
+        level: samples are response tokens, or sequences that have a response token.
+        over: the set is the whole batch, or the responses to one prompt.
+        process_group: data-parallel ranks whose batches are one batch. Groups may not be split over ranks.
+
+    Returns:
+        Detached weights, tokens' shape. A set whose every ratio is 0 gets weights 0.
+
+    Raises:
+        InputError: see `router_replay.mismatch.log_ratios.log_ratio`; unknown level or set, or a
+            process group with `over="group"`.
+    """
+    if level not in ("token", "sequence") or over not in ("batch", "group"):
+        raise InputError(f"level must be 'token' or 'sequence' and over 'batch' or 'group': {level!r}, {over!r}")
+    if over == "group" and process_group is not None:
+        raise InputError("a process group joins batches: with over='group' every prompt's group is on one rank")
+    dtype = torch.promote_types(torch.promote_types(trainer.dtype, rollout.dtype), torch.float32)
+    # In float64: of a logarithm of some tens, few digits would be left for the weight. No weight is above n.
+    ratio = log_ratio(trainer.detach(), rollout.detach(), responses, at_least=torch.float64)
+    if level == "token":
+        counted = responses.mask.flatten()
+        sets = responses.prompts.row[responses.tokens.row] if over == "group" else None
+        weights = _normalized(ratio.flatten(), counted, sets, process_group).view(ratio.shape)
+    else:
+        counted = responses.lengths > 0
+        sets = responses.prompts.row if over == "group" else None
+        weights = responses.expand(_normalized(responses.sum(ratio), counted, sets, process_group))
+    return weights.to(dtype)
+
+
+def _normalized(
+    ratio: Tensor, counted: Tensor, set_of: Tensor | None, process_group: dist.ProcessGroup | None
+) -> Tensor:
+    """Weights of log-ratios `[n]` over their mean in each set, 0 for what does not count."""
+    if set_of is None:
+        set_of = torch.zeros(len(ratio), dtype=torch.int64, device=ratio.device)
+    log_mean = _log_mean(ratio, counted, set_of, int(set_of.max()) + 1 if len(set_of) else 1, process_group)
+    # A set whose every ratio is 0 has no mean.
+    return (ratio - log_mean[set_of]).exp().masked_fill(~counted | (ratio == -torch.inf), 0)
+
+
+def _log_mean(
+    ratio: Tensor, counted: Tensor, set_of: Tensor, num_sets: int, process_group: dist.ProcessGroup | None
+) -> Tensor:
+    """Logarithm of the mean of exp(ratio) over the counted items of each set, `[num_sets]`."""
+    ratio = ratio.masked_fill(~counted, -torch.inf)
+    highest = ratio.new_full((num_sets,), -torch.inf).scatter_reduce(0, set_of, ratio, "amax")
+    if process_group is not None:
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=process_group)
+    # A set without any weight has NaN here; none of its items is used.
+    sums = ratio.new_zeros(2, num_sets)
+    sums[0].index_add_(0, set_of, (ratio - highest[set_of]).exp())
+    sums[1].index_add_(0, set_of, counted.double())
+    if process_group is not None:
+        dist.all_reduce(sums, group=process_group)
+    return highest + sums[0].log() - sums[1].clamp(min=1).log()

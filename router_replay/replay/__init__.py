@@ -1,0 +1,7 @@
+"""Replay without a trainer's name: the places of a microbatch, its packed rows, and what is bound to a forward pass."""
+
+from router_replay.replay.layout import BatchLayout
+from router_replay.replay.microbatch import MicrobatchRoutes
+from router_replay.replay.observe import ObservedRoutes
+
+__all__ = ["BatchLayout", "MicrobatchRoutes", "ObservedRoutes"]

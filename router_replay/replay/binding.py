@@ -1,0 +1,79 @@
+"""What governs the routers right now: which replay is bound to what, and which checkpoints surround the call.
+
+The state is a context variable and not an attribute of the model, so that a recompute in backward can re-enter the
+state of its own forward pass, on whatever thread autograd runs it, without disturbing anybody else's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+
+from router_replay.replay.microbatch import MicrobatchRoutes
+
+
+class Native:
+    """Stands for "route natively": what `Replay.off()` binds."""
+
+
+NATIVE = Native()
+
+
+@dataclass
+class Frame:
+    """One activation checkpoint between its forward pass and its backward pass.
+
+    Attributes:
+        recomputing: False while the checkpoint's forward pass runs, True in every later run.
+        native_choices: by router object, the experts `int64 [num_native, K]` that the trainer chose in the forward
+            pass for rows without masks; a recompute must take the same.
+    """
+
+    recomputing: bool = False
+    native_choices: dict[object, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class State:
+    """Bindings by replay object, and the surrounding checkpoints from the outermost in."""
+
+    bindings: Mapping[Any, MicrobatchRoutes | Native] = MappingProxyType({})
+    frames: tuple[Frame, ...] = ()
+
+    @property
+    def recomputing(self) -> bool:
+        """Whether this call repeats a forward pass that already happened."""
+        return any(frame.recomputing for frame in self.frames)
+
+
+_EMPTY = State()
+_state: ContextVar[State] = ContextVar("megatron_router_replay_state", default=_EMPTY)
+
+
+def current() -> State:
+    """The state that a router called now is under."""
+    return _state.get()
+
+
+@contextlib.contextmanager
+def entered(state: State) -> Iterator[None]:
+    """Make `state` current for the block."""
+    token = _state.set(state)
+    try:
+        yield
+    finally:
+        _state.reset(token)
+
+
+@contextlib.contextmanager
+def bound(replay: Any, binding: MicrobatchRoutes | Native) -> Iterator[None]:
+    """Bind `replay` for the block; other replays keep their bindings."""
+    state = current()
+    with entered(State({**state.bindings, replay: binding}, state.frames)):
+        yield

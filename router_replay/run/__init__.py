@@ -1,0 +1,12 @@
+"""A run's mismatch between rollout and trainer, written down step by step, and read back.
+
+In the trainer, after its log-probability pass; needs torch and safetensors alone:
+
+    write_step(folder, RunStep.of(step, rollout_logprobs, {"old": old_logprobs}, response_mask, cu_seqlens))
+"""
+
+from router_replay.run.reading import find_files, read_run
+from router_replay.run.step import RunStep
+from router_replay.run.step_files import read_step, write_step
+
+__all__ = ["RunStep", "find_files", "read_run", "read_step", "write_step"]

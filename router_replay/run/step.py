@@ -1,0 +1,203 @@
+"""One step of a run: what the rollout sampled, and what the trainer says about it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from router_replay.errors import InputError
+from router_replay.masks import RoutingMasks
+from router_replay.masks.agreement import RouteTally
+from router_replay.mismatch.responses import Responses
+from router_replay.run.groups import group_numbers
+from router_replay.run.recorded_routes import recorded_routes
+
+
+@dataclass(frozen=True, eq=False)
+class RunStep:
+    """The N tokens of a step's S sequences, one behind the other, on the CPU. Build it with `of`.
+
+    Attributes:
+        step: number of the step, 0 or more; what a step is, is the run's own affair.
+        rollout_logprobs: float `[N]`, log-probabilities in nats of the tokens when they were sampled.
+        trainer_logprobs: float `[N]` by the name of a trainer's pass, such as "old", or "own routes" and "replayed".
+        response_mask: bool `[N]`, True for tokens that the rollout sampled; what others hold does not matter.
+        cu_seqlens: int64 `[S + 1]`, bounds of the sequences.
+        group_ids: int64 `[S]`, equal for the responses to one prompt, in whichever part of the step; None where that
+            is not known.
+        routes: how the trainer's own routes differ from the rollout's, or None where one of the two is not known.
+        moe_layers: decoder layers (0-based) of the routes, in their order, or None where that is not known.
+        weights: float `[N]` by name: importance weights that the trainer applied.
+    """
+
+    step: int
+    rollout_logprobs: Tensor
+    trainer_logprobs: Mapping[str, Tensor]
+    response_mask: Tensor
+    cu_seqlens: Tensor
+    group_ids: Tensor | None = None
+    routes: RouteTally | None = None
+    moe_layers: tuple[int, ...] | None = None
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise InputError(f"a step's number is 0 or more, got {self.step}")
+        if not self.trainer_logprobs:
+            raise InputError("no log-probabilities of the trainer: give those of at least one pass")
+        named = {"rollout_logprobs": self.rollout_logprobs}
+        named |= {f"trainer_logprobs.{name}": values for name, values in self.trainer_logprobs.items()}
+        named |= {f"weights.{name}": values for name, values in self.weights.items()}
+        for name, values in named.items():
+            if not values.is_floating_point():
+                raise InputError(f"{name} must be floating point, got {values.dtype}")
+        self.responses.require(**named)
+        if self.routes is not None and self.moe_layers is not None and len(self.moe_layers) != len(self.routes.shared):
+            raise InputError(
+                f"moe_layers names {len(self.moe_layers)} decoder layers, the routes have {len(self.routes.shared)}"
+            )
+
+    @cached_property
+    def responses(self) -> Responses:
+        """The sequences as the functions of the mismatch package take them."""
+        return Responses.packed(self.response_mask, self.cu_seqlens, self.group_ids)
+
+    @classmethod
+    def of(
+        cls,
+        step: int,
+        rollout_logprobs: Tensor,
+        trainer_logprobs: Tensor | Mapping[str, Tensor],
+        response_mask: Tensor,
+        cu_seqlens: Sequence[int] | Tensor,
+        *,
+        group_ids: Sequence[int | str] | Tensor | None = None,
+        rollout_masks: Sequence[RoutingMasks] | None = None,
+        rollout_routes: Tensor | None = None,
+        trainer_routes: Tensor | None = None,
+        routes_valid: Tensor | None = None,
+        moe_layers: Sequence[int] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> RunStep:
+        """From what a trainer holds after its log-probability pass, on any device. Routes are compared at once.
+
+        Args:
+            trainer_logprobs: as the attribute; a tensor alone is a pass named "trainer".
+            group_ids: `[S]` integers or names. Equal ids are one prompt in all parts of a step, whichever
+                data-parallel rank wrote them: number prompts over the whole batch, not over a rank's. Without them,
+                what compares the responses to one prompt is left out of the report.
+            rollout_masks: one for each sequence, as the rollout recorded them: they also say which layers route.
+            rollout_routes: in their place int `[N, L, K]`, the experts that the rollout took.
+            trainer_routes: int `[N, L, K]`, those that the trainer took by itself; with the rollout's, or neither.
+            routes_valid: bool `[N]`, False where the rollout's routes are not known; of `rollout_routes` only.
+            moe_layers: decoder layers of the routes; those of `rollout_masks` where these are given.
+
+        Raises:
+            InputError: shapes that do not fit, routes of one side only, or two sources of the rollout's routes.
+            router_replay.errors.RouterReplayError: masks of different models.
+        """
+        if rollout_masks is not None and (rollout_routes is not None or routes_valid is not None):
+            raise InputError("the rollout's routes are given twice: pass rollout_masks or rollout_routes")
+        if routes_valid is not None and rollout_routes is None:
+            raise InputError("routes_valid is of rollout_routes, which are not given")
+        response_mask = response_mask.detach().cpu()
+        bounds = torch.as_tensor(cu_seqlens).detach().cpu().long()
+        groups = None if group_ids is None else group_numbers(group_ids)
+        responses = Responses.packed(response_mask, bounds, groups)
+        if rollout_masks is not None:
+            if len(rollout_masks) != responses.num_sequences:
+                raise InputError(
+                    f"{len(rollout_masks)} rollout masks for {responses.num_sequences} sequences: one for each"
+                )
+            for number, masks in enumerate(rollout_masks):
+                rollout_masks[0].geometry.require_same(masks.geometry, "sequence 0", f"sequence {number}")
+            recorded = [
+                recorded_routes([masks], end - begin)
+                for masks, (begin, end) in zip(rollout_masks, itertools.pairwise(bounds.tolist()), strict=True)
+            ]
+            rollout_routes = torch.cat([routes for routes, _ in recorded])
+            routes_valid = torch.cat([valid for _, valid in recorded])
+            moe_layers = rollout_masks[0].geometry.moe_layers
+        if (rollout_routes is None) != (trainer_routes is None):
+            raise InputError(
+                "routes of one side only: give the trainer's own (trainer_routes) and the rollout's (rollout_masks or"
+                " rollout_routes), or neither"
+            )
+        routes = None
+        if rollout_routes is not None and trainer_routes is not None:
+            if len(trainer_routes) != len(response_mask):
+                raise InputError(
+                    f"trainer_routes {list(trainer_routes.shape)} must have one row for each of the"
+                    f" {len(response_mask)} tokens of the response mask"
+                )
+            valid = None if routes_valid is None else routes_valid.detach().cpu().bool()
+            routes = RouteTally.of(trainer_routes.detach().cpu().int(), rollout_routes.detach().cpu().int(), valid)
+        passes = {"trainer": trainer_logprobs} if isinstance(trainer_logprobs, Tensor) else trainer_logprobs
+        return cls(
+            step=step,
+            rollout_logprobs=rollout_logprobs.detach().cpu(),
+            trainer_logprobs={name: values.detach().cpu() for name, values in passes.items()},
+            response_mask=responses.mask,
+            cu_seqlens=bounds,
+            group_ids=groups,
+            routes=routes,
+            moe_layers=None if routes is None or moe_layers is None else tuple(int(layer) for layer in moe_layers),
+            weights={name: values.detach().cpu() for name, values in (weights or {}).items()},
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[RunStep]) -> RunStep:
+        """One step from its parts: sequences, ranks or files. Equal group ids are one prompt, in whichever part.
+
+        Parts without routes add none.
+
+        Raises:
+            InputError: parts of other steps, with other passes, other weights, or other layers; some with group
+                ids and some without.
+        """
+        first = parts[0]
+        with_routes = [part for part in parts if part.routes is not None]
+        for part in parts:
+            for what, here, there in (
+                ("step", first.step, part.step),
+                ("trainer_logprobs", sorted(first.trainer_logprobs), sorted(part.trainer_logprobs)),
+                ("weights", sorted(first.weights), sorted(part.weights)),
+                ("group ids", _whether(first.group_ids), _whether(part.group_ids)),
+            ):
+                if here != there:
+                    raise InputError(f"parts of step {first.step} do not fit: one has {what} {here}, another {there}")
+        for part in with_routes:
+            if part.moe_layers != with_routes[0].moe_layers:
+                raise InputError(
+                    f"parts of step {first.step} route in different decoder layers: {with_routes[0].moe_layers} and"
+                    f" {part.moe_layers}"
+                )
+        offsets = [0, *itertools.accumulate(int(part.cu_seqlens[-1]) for part in parts)]
+        bounds = [part.cu_seqlens[:-1] + offset for part, offset in zip(parts, offsets, strict=False)]
+        groups = [part.group_ids for part in parts if part.group_ids is not None]
+        routes = None
+        for part in with_routes:
+            assert part.routes is not None
+            routes = part.routes if routes is None else routes + part.routes
+        return cls(
+            step=first.step,
+            rollout_logprobs=torch.cat([part.rollout_logprobs for part in parts]),
+            trainer_logprobs={
+                name: torch.cat([part.trainer_logprobs[name] for part in parts]) for name in first.trainer_logprobs
+            },
+            response_mask=torch.cat([part.response_mask for part in parts]),
+            cu_seqlens=torch.cat([*bounds, torch.tensor(offsets[-1:])]),
+            group_ids=torch.cat(groups) if groups else None,
+            routes=routes,
+            moe_layers=with_routes[0].moe_layers if with_routes else None,
+            weights={name: torch.cat([part.weights[name] for part in parts]) for name in first.weights},
+        )
+
+
+def _whether(group_ids: Tensor | None) -> str:
+    return "not given" if group_ids is None else "for its sequences"

@@ -1,0 +1,185 @@
+"""RoutingMasks: tied to their tokens, silent about what is unknown, joined only where they fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router_replay.errors import InputError, PairingError, RouterReplayError
+from router_replay.masks import CODEC_NAMES, RoutingGeometry, RoutingMasks, token_digest
+from tests.router_replay.masks.routes import coded_geometries, random_indices, seeds
+
+GEOMETRY = RoutingGeometry(5, (1, 2, 4), 16, 3)
+TOKENS = list(range(100, 120))
+
+
+def make_masks(start=0, end=10, versions=(), valid=None, geometry=GEOMETRY, codec="bitset", tokens=TOKENS):
+    """Rows [start, end) of one fixed sequence, the same rows however it is cut."""
+    indices = random_indices(geometry, len(tokens), seed=0)[start:end]
+    valid = torch.ones(end - start, dtype=torch.bool) if valid is None else valid
+    return RoutingMasks.from_indices(
+        indices, valid, start=start, geometry=geometry, codec=codec, token_ids=tokens, weight_versions=versions
+    )
+
+
+@given(coded_geometries(max_experts=64), st.lists(st.booleans(), max_size=8), st.integers(0, 5), seeds)
+@settings(max_examples=60, deadline=None)
+def test_valid_rows_come_back_and_others_are_minus_one(coded, valid, start, seed):
+    geometry, codec = coded
+    indices = random_indices(geometry, len(valid), seed)
+    known = torch.tensor(valid, dtype=torch.bool)
+    given_indices = torch.where(known[:, None, None], indices, 9999)
+    masks = RoutingMasks.from_indices(
+        given_indices, known, start=start, geometry=geometry, codec=codec, token_ids=range(start + len(valid))
+    )
+    expected = indices if codec == "ordered" else indices.sort(-1).values
+    assert torch.equal(masks.indices(), torch.where(known[:, None, None], expected, -1).int())
+    assert (masks.num_tokens, masks.end) == (len(valid), start + len(valid))
+
+
+def test_a_valid_row_with_an_illegal_index_is_refused():
+    indices = random_indices(GEOMETRY, 2, seed=0)
+    indices[1, 0, 0] = 16
+    valid = torch.tensor([False, True])
+    with pytest.raises(InputError, match=r"token 1, decoder layer 1: .*\[0, 16\)"):
+        RoutingMasks.from_indices(indices, valid, start=0, geometry=GEOMETRY, codec="auto", token_ids=TOKENS)
+
+
+@pytest.mark.parametrize("codec", CODEC_NAMES)
+def test_the_same_tokens_are_accepted_in_every_form(codec):
+    masks = make_masks(2, 10, codec=codec)
+    prefix = np.array(TOKENS)
+    for tokens in (TOKENS, tuple(TOKENS), prefix, torch.tensor(TOKENS), torch.tensor(TOKENS, dtype=torch.int32)):
+        masks.check_tokens(tokens)
+    masks.check_tokens(torch.tensor(TOKENS * 2)[:20])
+    masks.check_tokens(TOKENS[:10])
+    masks.check_tokens([*TOKENS[:10], 7, 7, 7])
+
+
+@given(st.integers(0, 9), st.integers(-(2**31), 2**31))
+@settings(max_examples=30, deadline=None)
+def test_any_other_token_is_refused(position, other):
+    tokens = list(TOKENS)
+    tokens[position] = other
+    masks = make_masks(4, 10)
+    if other == TOKENS[position]:
+        masks.check_tokens(tokens)
+        return
+    with pytest.raises(PairingError, match=rf"{masks.token_digest}.*{token_digest(tokens[:10])}"):
+        masks.check_tokens(tokens)
+
+
+def test_shifted_and_short_sequences_are_refused():
+    masks = make_masks()
+    with pytest.raises(PairingError):
+        masks.check_tokens(TOKENS[1:])
+    with pytest.raises(PairingError, match=r"\[0, 10\), but the sequence has only 9 tokens"):
+        masks.check_tokens(TOKENS[:9])
+    with pytest.raises(PairingError, match=r"position 10 .* only 9 token ids"):
+        RoutingMasks.from_indices(
+            random_indices(GEOMETRY, 10, 0),
+            torch.ones(10, dtype=torch.bool),
+            start=0,
+            geometry=GEOMETRY,
+            codec="auto",
+            token_ids=TOKENS[:9],
+        )
+
+
+def test_the_digest_tells_prefixes_orders_and_boundaries_apart():
+    digests = {token_digest(ids) for ids in ([], [0], [0, 0], [1, 0], [0, 1], [256], [1], [2**32], [-1])}
+    assert len(digests) == 9
+    assert token_digest([1, 2]) == "f59df9f51bfcb52f7ae49756810ec78b"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows": torch.zeros(10, 3, dtype=torch.uint8)},
+        {"rows": torch.zeros(9, 6, dtype=torch.uint8)},
+        {"valid": torch.ones(10, dtype=torch.uint8)},
+        {"valid": torch.ones(10, 1, dtype=torch.bool)},
+        {"geometry": RoutingGeometry(5, (1, 2), 16, 3)},
+        {"codec": "ordered"},
+        {"codec": "zip"},
+        {"start": -1},
+        {"weight_versions": ((0, "a"), (0, "b"))},
+        {"weight_versions": ((5, "a"), (2, "b"))},
+        {"weight_versions": ((10, "a"),)},
+        {"weight_versions": ((-1, "a"),)},
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused(change):
+    with pytest.raises(RouterReplayError):
+        replace(make_masks(), **change)
+
+
+@given(
+    st.lists(st.integers(0, 20), max_size=4),
+    st.lists(st.tuples(st.integers(0, 19), st.sampled_from("abc")), max_size=4),
+    st.lists(st.booleans(), min_size=20, max_size=20),
+    st.sampled_from(CODEC_NAMES),
+)
+@settings(max_examples=60, deadline=None)
+def test_joined_deltas_are_the_whole(cuts, changes, valid, codec):
+    by_position = {0: "a", **dict(changes)}
+    version_at = [by_position[max(p for p in by_position if p <= position)] for position in range(20)]
+    known = torch.tensor(valid)
+
+    def part(start: int, end: int) -> RoutingMasks:
+        runs = [(p, version_at[p]) for p in range(start, end) if p == start or version_at[p] != version_at[p - 1]]
+        return make_masks(start, end, tuple(runs), known[start:end], codec=codec)
+
+    bounds = [0, *sorted(cuts), 20]
+    joined = RoutingMasks.join([part(a, b) for a, b in pairwise(bounds)], TOKENS)
+    whole = part(0, 20)
+    assert torch.equal(joined.rows, whole.rows)
+    assert torch.equal(joined.valid, whole.valid)
+    for field in ("start", "geometry", "codec", "weight_versions", "token_digest"):
+        assert getattr(joined, field) == getattr(whole, field)
+
+
+def test_a_join_may_begin_anywhere():
+    joined = RoutingMasks.join([make_masks(3, 5), make_masks(5, 9)], TOKENS)
+    assert (joined.start, joined.end, joined.token_digest) == (3, 9, token_digest(TOKENS[:9]))
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ([], RouterReplayError, "no masks"),
+        ([make_masks(0, 5), make_masks(6, 9)], RouterReplayError, "ends at position 5, part 1 begins at 6"),
+        ([make_masks(0, 5), make_masks(4, 9)], RouterReplayError, "ends at position 5, part 1 begins at 4"),
+        ([make_masks(5, 9), make_masks(0, 5)], RouterReplayError, "ends at position 9, part 1 begins at 0"),
+        (
+            [make_masks(0, 5), make_masks(5, 9, geometry=RoutingGeometry(5, (1, 2, 3), 16, 3))],
+            PairingError,
+            r"\[4\] route in part 0 .*\[3\] route in part 1",
+        ),
+        (
+            [make_masks(0, 5), make_masks(5, 9, codec="ordered")],
+            PairingError,
+            "'bitset', part 1 has 'ordered'",
+        ),
+        ([make_masks(0, 5), make_masks(5, 9, tokens=[*TOKENS[:8], 1, 1])], PairingError, "digest"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(parts, error, message):
+    with pytest.raises(error, match=message):
+        RoutingMasks.join(parts, TOKENS)
+
+
+def test_rows_of_unknown_weights_do_not_inherit_the_version_before_them():
+    known, unknown = make_masks(0, 5, ((0, "a"),)), make_masks(5, 9)
+    with pytest.raises(RouterReplayError, match="part 1 does not say which weights"):
+        RoutingMasks.join([known, unknown], TOKENS)
+    nothing_recorded = make_masks(5, 9, valid=torch.zeros(4, dtype=torch.bool))
+    assert RoutingMasks.join([known, nothing_recorded], TOKENS).weight_versions == ((0, "a"),)
+    late = make_masks(5, 9, ((7, "b"),), valid=torch.tensor([False, False, True, True]))
+    assert RoutingMasks.join([known, late], TOKENS).weight_versions == ((0, "a"), (7, "b"))

@@ -1,0 +1,91 @@
+"""Two gloo ranks with a part of the batch each, against one with all of it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from router_replay.errors import InputError
+from router_replay.mismatch import Responses, diagnose, self_normalized_weights
+
+SEQUENCES, WIDTH, LAYERS = 7, 9, 3
+TAUS = (1.1, 2.0, 10.0)
+
+
+def _joined() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    rollout = -4 * torch.rand(SEQUENCES, WIDTH, generator=generator)
+    trainer = (rollout + torch.randn(SEQUENCES, WIDTH, generator=generator)).clamp(max=0)
+    trainer[6, 1] = -math.inf
+    mask = torch.rand(SEQUENCES, WIDTH, generator=generator) < 0.7
+    mask[6, 1], mask[2] = True, False
+    # Sums whose largest terms are on one rank only.
+    trainer[0], rollout[0] = -0.5, -9.0
+    routes = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(2 * SEQUENCES * LAYERS)])
+    trainer_routes, rollout_routes = routes.reshape(2, SEQUENCES, LAYERS, 2)
+    valid = torch.tensor([True, True, False, True, True, True, True])
+    return {
+        "trainer": trainer,
+        "rollout": rollout,
+        "mask": mask,
+        "trainer_routes": trainer_routes,
+        "rollout_routes": rollout_routes,
+        "routes_valid": valid,
+    }
+
+
+def _figures(part: dict[str, torch.Tensor], process_group: dist.ProcessGroup | None) -> dict[str, Any]:
+    batch = {name: tensor for name, tensor in part.items() if name != "mask"}
+    found = diagnose(responses=Responses.padded(part["mask"]), taus=TAUS, process_group=process_group, **batch)
+    weights = {
+        level: self_normalized_weights(
+            part["trainer"],
+            part["rollout"],
+            Responses.padded(part["mask"]),
+            level=level,
+            over="batch",
+            process_group=process_group,
+        )
+        for level in ("token", "sequence")
+    }
+    return {"diagnostics": found, "weights": weights}
+
+
+def _rank(rank: int, folder: str, split: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    try:
+        part = {name: tensor[split:] if rank else tensor[:split] for name, tensor in _joined().items()}
+        torch.save(_figures(part, dist.group.WORLD), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("split", [3, SEQUENCES], ids=["both have tokens", "the second has none"])
+def test_two_ranks_equal_one(split: int, tmp_path: Path):
+    mp.spawn(_rank, (str(tmp_path), split), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    one = _figures(_joined(), None)
+    assert first["diagnostics"] == second["diagnostics"]
+    found, expected = first["diagnostics"], one["diagnostics"]
+    for name in ("num_tokens", "num_sequences", "zero_probability_tokens", "ratio_tails", "max_ratio", "min_ratio"):
+        # Counts and maxima: to the last bit.
+        assert getattr(found, name) == getattr(expected, name), name
+    assert found.routes == expected.routes
+    assert found.flat() == pytest.approx(expected.flat(), rel=1e-6, abs=0)
+    for level, expected_weights in one["weights"].items():
+        joined = torch.cat([first["weights"][level], second["weights"][level]])
+        # Float64 inside, rounded to float32 at the end: one unit in the last place at most.
+        torch.testing.assert_close(joined, expected_weights, rtol=1e-6, atol=0)
+
+
+def test_groups_of_prompts_are_not_split_over_ranks():
+    responses = Responses.padded(torch.ones(1, 1))
+    with pytest.raises(InputError, match="every prompt's group is on one rank"):
+        self_normalized_weights(-torch.ones(1, 1), -torch.ones(1, 1), responses, process_group=object())

@@ -1,0 +1,114 @@
+"""What must not start does not start, and says why."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from cpu_engines.sglang.server import ServerDiedError, cpu_environment, serve
+from tests.sglang_router_capture.probe import renaming
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.mark.parametrize(
+    ("renamed", "words", "flags", "variables"),
+    [
+        (
+            "sglang.srt.mem_cache.allocator.token.TokenToKVPoolAllocator.alloc",
+            ("TokenToKVPoolAllocator.alloc: expected parameters (need_size), found nothing of that name but what",),
+            ("--enable-router-capture",),
+            {},
+        ),
+        # Upstream can do without it: nothing but the ledger stops this server, whose command line asks for nothing.
+        (
+            "sglang.srt.state_capturer.base.BaseTopkCapturer.get_topk",
+            ("BaseTopkCapturer.get_topk: expected parameters (req_pool_idx, seqlen, ", "found nothing of that name"),
+            (),
+            {"SGLANG_ROUTER_CAPTURE": "1"},
+        ),
+        # Upstream's own modules import it, too.
+        (
+            "sglang.srt.runtime_context.get_serving",
+            ("expected parameters (", "found nothing of that name (cannot import name 'get_serving'"),
+            ("--enable-router-capture",),
+            {},
+        ),
+    ],
+    ids=["hooked", "called", "imported"],
+)
+def test_renamed_seam_stops_the_server(
+    small_model: Path, renamed: str, words: tuple[str, ...], flags: tuple[str, ...], variables: dict[str, str]
+) -> None:
+    environment = renaming(renamed) | variables
+    with (
+        pytest.raises(ServerDiedError) as caught,
+        serve(small_model, *flags, "--skip-tokenizer-init", environment=environment),
+    ):
+        pass
+    assert caught.value.status not in (0, None)
+    for part in ("router capture cannot hook the installed SGLang", *words, "Tested with SGLang"):
+        assert part in caught.value.log
+
+
+def test_what_cannot_be_captured_stops_the_server(small_model: Path) -> None:
+    with (
+        pytest.raises(ServerDiedError) as caught,
+        serve(small_model, "--enable-router-capture", "--incremental-streaming-output"),
+    ):
+        pass
+    assert caught.value.status not in (0, None)
+    assert "router capture cannot run with --incremental-streaming-output" in caught.value.log
+
+
+def test_dense_model_is_refused(tmp_path: Path) -> None:
+    config = Qwen3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=256,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path)
+    with (
+        pytest.raises(ServerDiedError) as caught,
+        serve(tmp_path, "--enable-router-capture", "--skip-tokenizer-init"),
+    ):
+        pass
+    assert caught.value.status not in (0, None)
+    assert "router capture: this looks like a dense model (qwen3)" in caught.value.log
+    assert "turn capture and replay off" in caught.value.log
+
+
+def test_engine_with_the_environment_variable(small_model: Path, tmp_path: Path) -> None:
+    """`Engine(...)` never parses a command line."""
+    script = tmp_path / "engine.py"
+    script.write_text(
+        "import json, sys\n"
+        "import sglang\n"
+        "if __name__ == '__main__':\n"
+        "    engine = sglang.Engine(model_path=sys.argv[1], device='cpu', attention_backend='torch_native',\n"
+        "        sampling_backend='pytorch', disable_cuda_graph=True, mem_fraction_static=0.05,\n"
+        "        skip_tokenizer_init=True, max_total_tokens=1024, disable_overlap_schedule=True)\n"
+        "    answer = engine.generate(input_ids=[[5, 6, 7, 8]], return_routed_experts=True,\n"
+        "        sampling_params={'max_new_tokens': 3, 'temperature': 0, 'ignore_eos': True})[0]\n"
+        "    print('ANSWER', json.dumps(answer))\n"
+        "    engine.shutdown()\n"
+    )
+    environment = cpu_environment({"SGLANG_ROUTER_CAPTURE": "1", "SGLANG_ROUTER_CAPTURE_CODEC": "bitset"})
+    run = subprocess.run(
+        [sys.executable, str(script), os.fspath(small_model)],
+        env=environment, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    answers = [line[7:] for line in run.stdout.splitlines() if line.startswith("ANSWER ")]
+    assert answers, run.stdout[-2000:] + run.stderr[-4000:]
+    from router_replay.masks import masks_from_meta_info
+
+    answer = json.loads(answers[0])
+    masks = masks_from_meta_info(answer["meta_info"])
+    masks.check_tokens([5, 6, 7, 8, *answer["output_ids"]])
+    assert masks.codec == "bitset"
+    assert masks.valid.tolist() == [True] * 6
