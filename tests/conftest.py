@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpu_engines.sglang.server import Server, serve
+from cpu_engines.sglang.server import Server
 from tests.sglang_router_capture.probe import probing
-
-SMALL_MODEL = Path(__file__).parents[1] / "examples" / "small_model" / "checkpoint"
+from tests.small_model import SMALL_MODEL, serve
 
 
 def pytest_configure() -> None:

@@ -30,6 +30,7 @@ from transformers import AutoTokenizer
 from cpu_engines.sglang.server import ServerDiedError, serve
 from examples.calculator.game import problems
 from examples.multi_turn_replay.rollout import Conversation, RolloutError, play
+from examples.qwen3_moe import SGLANG_MODELS
 from router_replay.errors import RouterReplayError
 
 SMALL_MODEL = Path(__file__).parents[1] / "small_model" / "checkpoint"
@@ -50,7 +51,10 @@ def rollout_server(model: Path, server: str | None, seed: int) -> Iterator[str]:
             flags = (*SERVER_FLAGS, f"--random-seed={seed}")
             # The small model's matrices are too small to share: threads would only wait for each other.
             environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if on_cpu else {}
-            started = stack.enter_context(serve(model, *flags, environment=environment, cpu=on_cpu, timeout_s=600))
+            server_here = serve(
+                model, *flags, model_package=SGLANG_MODELS, environment=environment, cpu=on_cpu, timeout_s=600
+            )
+            started = stack.enter_context(server_here)
         yield started.url
 
 
