@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from router_replay.masks import RoutingGeometry, RoutingMasks, get_codec, load
+from sglang_router_capture import answer
 from sglang_router_capture import recorder as recorder_module
-from sglang_router_capture import response
 
 GEOMETRY = RoutingGeometry(num_layers=3, moe_layers=(1, 2), num_experts=8, top_k=2)
 PROMPT = [5, 6, 7]
@@ -39,13 +39,13 @@ class Request:
         self.recorder.table.write(slots, rows, torch.full((last - first,), valid), version)
 
     def retract(self) -> None:
-        response.keep(self.recorder, self.req, self.pool)
+        answer.keep(self.recorder, self.req, self.pool)
         self.pool.req_to_token[0] = 31
 
     def finish(self) -> RoutingMasks:
         self.req.output_ids_through_stop = self.req.output_ids
-        response.collect(self.recorder, self.req, self.pool)
-        return load(response.handles(self.req)[0])
+        answer.collect(self.recorder, self.req, self.pool)
+        return load(answer.handles(self.req)[0])
 
 
 @pytest.fixture

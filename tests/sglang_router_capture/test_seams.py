@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from router_replay.errors import SeamError
-from sglang_router_capture import hooks, seam_check, support
+from router_replay.errors import SeamError, UnsupportedError
+from sglang_router_capture import hooks, refusals, seam_check
 from sglang_router_capture.ledger import SEAMS
 
 
@@ -100,7 +100,7 @@ SUPPORTED = {
 
 
 def test_default_configuration_is_supported() -> None:
-    support.require_supported_config(SimpleNamespace(**SUPPORTED))
+    refusals.require_supported_config(SimpleNamespace(**SUPPORTED))
 
 
 @pytest.mark.parametrize(
@@ -119,14 +119,14 @@ def test_default_configuration_is_supported() -> None:
     ],
 )
 def test_what_cannot_be_captured_is_refused(field: str, value: object, flag: str) -> None:
-    with pytest.raises(support.UnsupportedError, match=flag):
-        support.require_supported_config(SimpleNamespace(**{**SUPPORTED, field: value}))
+    with pytest.raises(UnsupportedError, match=flag):
+        refusals.require_supported_config(SimpleNamespace(**{**SUPPORTED, field: value}))
 
 
 def test_streams_that_cut_the_masks_off_are_refused() -> None:
-    support.require_whole_answers(SimpleNamespace(incremental_streaming_output=False))
-    with pytest.raises(support.UnsupportedError, match=r"--incremental-streaming-output.*-format sglang"):
-        support.require_whole_answers(SimpleNamespace(incremental_streaming_output=True))
+    refusals.require_whole_answers(SimpleNamespace(incremental_streaming_output=False))
+    with pytest.raises(UnsupportedError, match=r"--incremental-streaming-output.*-format sglang"):
+        refusals.require_whole_answers(SimpleNamespace(incremental_streaming_output=True))
 
 
 def test_unknown_allocator_is_refused() -> None:
@@ -135,6 +135,6 @@ def test_unknown_allocator_is_refused() -> None:
     class Other(TokenToKVPoolAllocator):
         pass
 
-    with pytest.raises(support.UnsupportedError, match="KV allocator Other"):
-        support.require_supported_allocator(Other.__new__(Other))
-    support.require_supported_allocator(TokenToKVPoolAllocator.__new__(TokenToKVPoolAllocator))
+    with pytest.raises(UnsupportedError, match="KV allocator Other"):
+        refusals.require_supported_allocator(Other.__new__(Other))
+    refusals.require_supported_allocator(TokenToKVPoolAllocator.__new__(TokenToKVPoolAllocator))
