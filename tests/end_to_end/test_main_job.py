@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from benchmarks import mask_codec
 from cpu_engines.sglang.server import Server
-from examples import multi_turn_replay
+from examples.multi_turn_replay import __main__ as multi_turn_replay
 from examples.multi_turn_replay.replay_report import OWN_ROUTES, REPLAYED
 from router_replay.report.summary import summarize
 from router_replay.run import read_run
