@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from megatron.core.transformer.transformer_config import TransformerConfig
+from typing import TYPE_CHECKING
 
 from megatron_router_replay.ledger import LEDGER
 from router_replay.upstream import Refusal, refuse
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
 _CONFIG = "transformer.transformer_config.TransformerConfig"
 
 SETTINGS = (
     Refusal(
-        "fused router",
+        "fused routers",
         f"{_CONFIG}.moe_router_fusion",
         lambda value: not value,
         "the fused router never asks for replayed experts",
         "set it to False",
     ),
     Refusal(
-        "expert capacity",
+        "expert capacity limits",
         f"{_CONFIG}.moe_expert_capacity_factor",
         lambda value: value is None,
         "tokens over an expert's capacity are dropped after the replay",
@@ -39,14 +42,14 @@ SETTINGS = (
         "set it to False",
     ),
     Refusal(
-        "forced router bias",
+        "forced router biases",
         f"{_CONFIG}.moe_router_force_biased",
         lambda value: value is None,
         "gates would come from biased logits",
         "set it to None",
     ),
     Refusal(
-        "flex dispatcher",
+        "flex dispatchers",
         f"{_CONFIG}.moe_token_dispatcher_type",
         lambda value: value in ("allgather", "alltoall"),
         "it chooses the experts with the largest gates once more, and a replayed expert whose gate is 0 in float32 is"
@@ -68,7 +71,7 @@ SETTINGS = (
         "set it to False",
     ),
     Refusal(
-        "MLP chunks",
+        "MLPs in chunks",
         f"{_CONFIG}.mlp_chunks_for_training",
         lambda value: value in (None, 1),
         "the router sees a sequence in chunks and rows cannot be told apart",

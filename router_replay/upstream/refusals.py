@@ -18,7 +18,8 @@ class Refusal:
     """One setting, and the values of it that are accepted.
 
     Attributes:
-        feature: what the setting turns on, in two or three words, as a table of what is supported names it.
+        feature: what the setting turns on, in a few words that can stand after 'refuses', as a table of what is
+            supported names it.
         path: dotted path below the ledger's prefix of the field of upstream's configuration.
         accepts: whether a value is accepted.
         reason: a clause: what would go wrong with any other value.
@@ -104,6 +105,6 @@ def _declared(ledger: Ledger, row: Refusal, name: str, reader: Reader) -> bool:
 
 def _gone(ledger: Ledger, row: Refusal, name: str) -> str:
     return (
-        f"{ledger.prefix}{row.owner}: expected a setting {name!r}, found none. It is read to tell whether {row.feature}"
-        f" is on and needed because {row.reason}."
+        f"{ledger.prefix}{row.owner}: expected a setting {name!r}, found none. It is read to refuse {row.feature} and"
+        f" needed because {row.reason}."
     )
