@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpu_engines.sglang.server import Server, serve
+from cpu_engines.sglang.server import Server
+from examples.small_model import CHECKPOINT
 from tests.sglang_router_capture.probe import probing
-
-SMALL_MODEL = Path(__file__).parents[1] / "examples" / "small_model" / "checkpoint"
+from tests.small_model import serve
 
 
 def pytest_configure() -> None:
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def small_model() -> Path:
     """The project's trained Qwen3-MoE: decoder layer 0 dense, five MoE layers of 32 experts, top-4."""
-    return SMALL_MODEL
+    return CHECKPOINT
 
 
 @pytest.fixture(scope="session")

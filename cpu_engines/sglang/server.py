@@ -23,6 +23,8 @@ import psutil
 
 STAND_INS = Path(__file__).parent / "stand_ins"
 _REPOSITORY = Path(__file__).parents[2]
+MODEL_PACKAGE_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
+"""SGLang's own seam for models from outside."""
 
 # Flags of a hierarchical cache whose kernels `stand_ins` supplies.
 HICACHE_FLAGS = (
@@ -87,6 +89,7 @@ class Server:
 def serve(
     model_path: str | os.PathLike[str],
     *flags: str,
+    model_package: str | None = None,
     environment: Mapping[str, str] | None = None,
     timeout_s: float = 300.0,
     command: Sequence[str] = (sys.executable, "-m", "sglang.launch_server"),
@@ -96,6 +99,8 @@ def serve(
 
     Args:
         flags: added to `CPU_FLAGS` on the CPU, alone otherwise.
+        model_package: dotted name of a package of models that SGLang takes before its own ones, if any; a package of
+            this repository is found from every working directory.
         environment: added to this process's environment.
         command: what starts the server; the flags follow it.
         cpu: False leaves the device and its kernels to SGLang, for a machine with a GPU.
@@ -111,7 +116,7 @@ def serve(
         with log_file.open("wb") as output:
             process = subprocess.Popen(
                 [*command, "--model-path", os.fspath(model_path), "--port", str(port), *base_flags, *flags],
-                env=cpu_environment(environment) if cpu else base_environment(environment),
+                env=(cpu_environment if cpu else base_environment)(environment, model_package=model_package),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -127,21 +132,28 @@ def serve(
             _end(process)
 
 
-def cpu_environment(added: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment and `added`, with what lets SGLang run on the CPU; a `PYTHONPATH` is put in front."""
-    base = base_environment(added)
+def cpu_environment(added: Mapping[str, str] | None = None, *, model_package: str | None = None) -> dict[str, str]:
+    """`base_environment` with what lets SGLang run on the CPU; its stand-ins come first on the `PYTHONPATH`."""
+    base = base_environment(added, model_package=model_package)
     return {**base, "SGLANG_USE_CPU_ENGINE": "1", "PYTHONPATH": _paths(str(STAND_INS), base["PYTHONPATH"])}
 
 
-def base_environment(added: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's environment and `added`, with what the examples' models need on every device."""
+def base_environment(added: Mapping[str, str] | None = None, *, model_package: str | None = None) -> dict[str, str]:
+    """This process's environment and `added`, with what a server here needs on every device.
+
+    Args:
+        added: wins over the rest, but a `PYTHONPATH` is put in front of this process's.
+        model_package: as of `serve`; without one SGLang has its own models only, whatever this process's environment
+            says.
+    """
     added = dict(added or {})
+    inherited = {name: value for name, value in os.environ.items() if name != MODEL_PACKAGE_VARIABLE}
     return {
-        **os.environ,
+        **inherited,
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
-        "SGLANG_EXTERNAL_MODEL_PACKAGE": "examples.qwen3_moe.sglang_models",
+        **({} if model_package is None else {MODEL_PACKAGE_VARIABLE: model_package}),
         **added,
         "PYTHONPATH": _paths(added.get("PYTHONPATH", ""), str(_REPOSITORY), os.environ.get("PYTHONPATH", "")),
     }

@@ -1,1 +1,6 @@
-"""How the small model of the tests and the demo was trained; the checkpoint is in `checkpoint/`."""
+"""A small Qwen3-MoE that uses the calculator: its checkpoint, and the program that trains it."""
+
+from pathlib import Path
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+"""Hugging Face folder of the model: decoder layer 0 dense, five layers of 32 experts, top-4."""

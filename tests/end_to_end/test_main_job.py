@@ -1,4 +1,4 @@
-"""`python -m examples.multi_turn_replay`, and the benchmark, as a user runs them."""
+"""`python -m examples.multi_turn_replay`, as a user runs it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import mask_codec
 from cpu_engines.sglang.server import Server
-from examples.multi_turn_replay import __main__ as multi_turn_replay
+from examples.multi_turn_replay.__main__ import main
 from examples.multi_turn_replay.replay_report import OWN_ROUTES, REPLAYED
 from router_replay.report.summary import summarize
 from router_replay.run import read_run
@@ -28,7 +27,7 @@ def _run(command, *arguments: str):
 def test_main_job_against_a_running_server(capture_server: Server, small_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
     result = _run(
-        multi_turn_replay.main,
+        main,
         *("--server", capture_server.url, "--model", str(small_model), "--conversations", "128", "--group-size", "2"),
         *("--concurrency", "8", "--seed", "5", "--out", str(out)),
     )
@@ -66,23 +65,7 @@ def test_main_job_against_a_running_server(capture_server: Server, small_model: 
 
 def test_main_job_without_a_server_says_so(small_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
-    result = _run(
-        multi_turn_replay.main, "--server", "http://127.0.0.1:9", "--model", str(small_model), "--out", str(out)
-    )
+    result = _run(main, "--server", "http://127.0.0.1:9", "--model", str(small_model), "--out", str(out))
     assert result.exit_code == 1
     assert "http://127.0.0.1:9" in result.output.replace("\n", "")
     assert not out.exists()
-
-
-def test_codec_benchmark_prints_and_writes_its_figures(tmp_path: Path) -> None:
-    file = tmp_path / "codec.json"
-    few = ("--tokens", "16", "--speed-tokens", "16", "--rounds", "1")
-    result = _run(mask_codec.main, "--model", "OLMoE-1B-7B", *few, "--json", str(file))
-    assert result.exit_code == 0, result.output
-    figures = json.loads(file.read_text())
-    assert "masks (rank), container" in figures["way_to_the_trainer"]["median_seconds"]
-    assert figures["thousand_tokens_per_second"]["models"]["Mixtral-8x7B"].keys() >= {"rank pack", "numpy.packbits"}
-    assert figures["bytes_per_token"]["Qwen3-30B-A3B"]["rank"] == 48 * 41 / 8
-    assert figures["bytes_per_token"]["Qwen3-30B-A3B"]["ordered"] == 48 * 8 * 7 / 8
-    assert {"date", "hardware", "versions"} <= figures.keys()
-    assert "Qwen3-30B-A3B" in result.output

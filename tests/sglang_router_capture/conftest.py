@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cpu_engines.sglang.server import Server, serve
+from cpu_engines.sglang.server import Server
 from tests.sglang_router_capture.probe import probing
+from tests.small_model import serve
 
 PAGED = ("--skip-tokenizer-init", "--chunked-prefill-size=64", "--max-total-tokens=4096", "--page-size=16")
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cpu_engines.sglang.server import HICACHE_FLAGS, serve
+from cpu_engines.sglang.server import HICACHE_FLAGS
 from router_replay.masks import NO_ROW
 from tests.sglang_router_capture.requests import generate, masks_of, prompt
+from tests.small_model import serve
 
 pytestmark = pytest.mark.timeout(900)
 

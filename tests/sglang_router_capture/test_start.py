@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from cpu_engines.sglang.server import ServerDiedError, cpu_environment, serve
+from cpu_engines.sglang.server import ServerDiedError
 from tests.sglang_router_capture.probe import renaming
+from tests.small_model import cpu_environment, serve
 
 pytestmark = pytest.mark.timeout(900)
 

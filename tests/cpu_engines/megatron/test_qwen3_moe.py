@@ -28,8 +28,6 @@ from cpu_engines.megatron.qwen3_moe import CheckpointError, load_qwen3_moe
 from megatron_router_replay import BatchLayout, attach
 from router_replay.masks.geometry import RoutingGeometry
 
-SMALL_MODEL = Path(__file__).parents[2] / "examples" / "small_model" / "checkpoint"
-
 
 def _hugging_face(folder: Path, dtype: torch.dtype):
     """The Hugging Face model, with float64 in place of the float32 that it pins its norms and router softmax to."""
@@ -111,10 +109,10 @@ def test_random_model_computes_what_hugging_face_does(checkpoint, record_propert
     _compare(checkpoint, token_ids, record_property)
 
 
-def test_trained_model_computes_what_hugging_face_does(record_property):
-    vocabulary = json.loads((SMALL_MODEL / "config.json").read_text())["vocab_size"]
+def test_trained_model_computes_what_hugging_face_does(small_model, record_property):
+    vocabulary = json.loads((small_model / "config.json").read_text())["vocab_size"]
     token_ids = torch.randint(0, vocabulary, (4, 48), generator=torch.Generator().manual_seed(21))
-    _compare(SMALL_MODEL, token_ids, record_property)
+    _compare(small_model, token_ids, record_property)
 
 
 def test_token_logprobs_are_those_of_the_logits(build_model, batch):

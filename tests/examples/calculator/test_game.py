@@ -3,7 +3,6 @@
 import ast
 import json
 from itertools import islice
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -26,8 +25,7 @@ from examples.calculator.game import (
     reply_text,
 )
 from examples.calculator.tokenizer import ALPHABET, SPECIAL_TOKENS, UNKNOWN, build_tokenizer
-
-CHECKPOINT = Path(__file__).parents[2] / "examples" / "small_model" / "checkpoint"
+from examples.small_model import CHECKPOINT
 
 
 @pytest.fixture(scope="module")

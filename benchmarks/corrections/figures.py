@@ -1,6 +1,4 @@
-"""Bias and noise of the policy gradient under each correction, on policies small enough to know the gradient exactly.
-
-    python -m benchmarks.corrections [--json FILE]
+"""The policies, their exact gradient, and what each correction's gradient is off by.
 
 A policy without context: T positions, V tokens, logits of its own at each position. The trainer's logits are random;
 the rollout's are the trainer's plus an error. A response is rewarded with 1 if at least as many of its tokens are
@@ -15,10 +13,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -148,7 +145,7 @@ class Task:
         return logits.grad.double(), ess
 
 
-def measure(scenario: Scenario, batches: int, seed: int) -> dict[str, dict[str, float]]:
+def errors_of(scenario: Scenario, batches: int, seed: int) -> dict[str, dict[str, float]]:
     """Of each correction, relative to the norm of the exact gradient: bias, noise of a batch, and their root sum."""
     task = Task(scenario, seed)
     sums = {name: torch.zeros_like(task.gradient) for name in CORRECTIONS}
@@ -178,18 +175,17 @@ def measure(scenario: Scenario, batches: int, seed: int) -> dict[str, dict[str, 
     return found
 
 
-def main(
-    batches: Annotated[
-        int, typer.Option(min=2, help=f"For each scenario, of {GROUPS_AT_ONCE} prompts, {GROUP_SIZE} responses each.")
-    ] = 60,
-    seed: Annotated[int, typer.Option(help="Of policies and samples.")] = 0,
-    json: Annotated[Path | None, typer.Option(help="Write the figures here, too.")] = None,
-) -> None:
-    """Bias and noise of the policy gradient under each correction."""
+def measure(batches: int, seed: int, json_file: Path | None) -> None:
+    """Print a table for each scenario, and write the figures to `json_file`.
+
+    Args:
+        batches: for each scenario, of `GROUPS_AT_ONCE` prompts with `GROUP_SIZE` responses each; two at least.
+        seed: of policies and samples.
+    """
     console = Console(width=120)
     report: dict[str, Any] = {"batches": batches, "seed": seed, "hardware": hardware(), "versions": versions()}
     for scenario in SCENARIOS:
-        found = measure(scenario, batches, seed)
+        found = errors_of(scenario, batches, seed)
         seen = Task(scenario, seed).diagnose()
         report[scenario.name] = {"diagnostics": seen.flat(""), "corrections": found}
         title = (
@@ -207,9 +203,5 @@ def main(
         f"noise of a batch of {GROUPS} prompts with {GROUP_SIZE} responses each; all relative to the gradient's norm"
     )
     console.print(f"{report['hardware']}\n{report['versions']}")
-    if json is not None:
-        write_json(report, json)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+    if json_file is not None:
+        write_json(report, json_file)

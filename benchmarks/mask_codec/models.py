@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from router_replay.masks import RoutingGeometry
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from router_replay.masks import RoutingGeometry
 
 # name: (MoE layers, top-k, experts), the dense layers of the released models left out.
 MODELS = {
@@ -19,5 +22,8 @@ MODELS = {
 
 def geometry_of(name: str) -> RoutingGeometry:
     """Geometry with the model's routed layers only."""
+    # Here and not above: a program's --help lists the models without waiting for torch.
+    from router_replay.masks import RoutingGeometry
+
     layers, top_k, num_experts = MODELS[name]
     return RoutingGeometry(layers, tuple(range(layers)), num_experts, top_k)

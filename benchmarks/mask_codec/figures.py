@@ -1,10 +1,4 @@
-"""How many bytes a token's routes take in each codec, and what packing and carrying them costs.
-
-    python -m benchmarks.mask_codec [--json FILE]
-
-Sizes and speeds are for the geometries of released models; the whole way from the server to the trainer is for one of
-them, beside what a server without this project does with the same routes: gather int32, base64, JSON, and back.
-"""
+"""Sizes and times of the mask codecs, and the tables of them."""
 
 from __future__ import annotations
 
@@ -12,20 +6,19 @@ import datetime
 import math
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from benchmarks.interleaved import Seconds, median_seconds
 from benchmarks.machine import hardware, versions, write_json
-from benchmarks.mask_codec_gpu import gigabytes_per_second
-from benchmarks.models import MODELS, geometry_of
-from benchmarks.routes_pipeline import pipelines
+from benchmarks.mask_codec.gpu import gigabytes_per_second
+from benchmarks.mask_codec.models import MODELS, geometry_of
+from benchmarks.mask_codec.pipelines import pipelines
 from router_replay.masks import CODEC_NAMES, RoutingGeometry, choose_codec, get_codec
 from router_replay.masks.codecs.ops import MISSING_KERNELS
 
@@ -93,19 +86,8 @@ def _way_table(ways: dict[str, Seconds], title: str) -> Table:
     return table
 
 
-def main(
-    model: Annotated[str, typer.Option(help=f"Geometry whose way is timed: {', '.join(MODELS)}.")] = "Qwen3-30B-A3B",
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens on that way.")] = 32768,
-    speed_tokens: Annotated[int, typer.Option(min=1, help="Tokens for the speeds of all models.")] = 2048,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; medians are reported.")] = 5,
-    threads: Annotated[
-        int, typer.Option(min=1, help="Of torch. With one, CPU time is work alone; more wait for each other in it.")
-    ] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here, too.")] = None,
-) -> None:
-    """Sizes and times of the mask codecs."""
-    if model not in MODELS:
-        raise typer.BadParameter(f"{model!r} is not one of {', '.join(MODELS)}")
+def measure(model: str, tokens: int, speed_tokens: int, rounds: int, threads: int, json_file: Path | None) -> None:
+    """Print the tables, and write their figures to `json_file`; arguments as of `python -m benchmarks.mask_codec`."""
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -140,7 +122,3 @@ def main(
     console.print({key: figures[key] for key in ("date", "hardware", "versions", "missing_kernels")})
     if json_file is not None:
         write_json(figures, json_file)
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -1,0 +1,1 @@
+"""What the mask codecs save, and what they cost."""
