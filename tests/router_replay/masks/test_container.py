@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from router_replay.errors import DataError
 from router_replay.masks import CODEC_NAMES, RoutingGeometry, RoutingMasks, from_bytes, load, to_bytes
-from router_replay.masks.stores import inline
+from router_replay.masks.stores.inline import InlineStore
 from tests.router_replay.masks.routes import coded_geometries, random_indices, seeds
 
 GEOMETRY = RoutingGeometry(5, (1, 2, 4), 17, 3)
@@ -55,7 +55,7 @@ def test_round_trip(coded, num_tokens, seed, start):
     geometry, codec = coded
     masks = make_masks(codec, geometry, num_tokens, seed, start)
     assert_same(from_bytes(to_bytes(masks)), masks)
-    handle = json.loads(json.dumps(inline.put(masks)))
+    handle = json.loads(json.dumps(InlineStore().put(masks)))
     assert_same(load(handle), masks)
 
 
@@ -206,14 +206,14 @@ def test_what_is_no_handle_is_refused(handle):
 @pytest.mark.parametrize("data", [None, 5, "###", "abc", "é", b"\xff", ""])
 def test_an_inline_handle_without_a_container_is_refused(data):
     with pytest.raises(DataError):
-        load({"store": "inline", "data": data})
+        load({"store": "inline:", "data": data})
     with pytest.raises(DataError):
-        load({"store": "inline"})
+        load({"store": "inline:"})
 
 
 def test_an_inline_handle_is_the_container_in_base64():
     masks = make_masks()
-    handle = inline.put(masks)
+    handle = InlineStore().put(masks)
     assert_same(from_bytes(base64.b64decode(handle["data"], validate=True)), masks)
     with pytest.raises(DataError, match="truncated"):
         load({**handle, "data": handle["data"][: len(handle["data"]) // 8 * 4]})
