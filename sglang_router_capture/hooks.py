@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from router_replay.errors import RouterReplayError, SeamError
-from router_replay.masks import RoutingGeometry, choose_codec
+from router_replay.masks import RoutingGeometry, choose_codec, open_store
 from sglang_router_capture import answer, options, refusals, seam_check
 from sglang_router_capture.ledger import FUSED_SHARED_EXPERTS
 from sglang_router_capture.options import CaptureOptions
@@ -85,6 +85,8 @@ def around_create(
     recorder = Recorder(
         geometry,
         codec,
+        options=chosen,
+        store=open_store("inline:"),
         num_slots=num_tokens,
         max_tokens_per_pass=_max_tokens_per_pass(get_schedule(), model_config.context_len, max_running_requests),
         num_fused_shared_experts=num_fused_shared_experts(model),
@@ -110,10 +112,13 @@ def after_init_routed_experts_capturer(result: None, model_runner: Any, **others
     from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
     recorder = get_global_experts_capturer()
-    if model_runner.is_draft_worker or _options_of_this_process() is None:
+    if model_runner.is_draft_worker:
         return
     try:
         if not isinstance(recorder, Recorder):
+            # Nobody holds the options then.
+            if _options_of_this_process() is None:
+                return
             raise SeamError(
                 f"expected the experts capturer of this server to be {Recorder.__name__}, found"
                 f" {type(recorder).__name__}: SGLang, or another plugin, put it there after our hook"
@@ -126,20 +131,14 @@ def after_init_routed_experts_capturer(result: None, model_runner: Any, **others
 
 def after_alloc(slots: Any, allocator: Any, *args: Any, **kwargs: Any) -> None:
     """A KV allocator handed out slots, whichever of its methods was called."""
-    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
-
-    recorder = get_global_experts_capturer()
-    if isinstance(recorder, Recorder):
+    if recorder := _recorder():
         recorder.slots_allocated(allocator, slots)
 
 
 def around_collect(original: Callable[..., None], processor: Any, req: Any, **others: Any) -> None:
     """A request that asked for its routes is done and still holds its KV slots."""
-    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
-
-    recorder = get_global_experts_capturer()
-    chosen = _options_of_this_process()
-    if chosen is None or chosen.format == "sglang" or not isinstance(recorder, Recorder):
+    recorder = _recorder()
+    if recorder is None or recorder.options.format == "sglang":
         return original(processor, req, **others)
     if req.return_routed_experts:
         answer.collect(recorder, req, processor.req_to_token_pool)
@@ -147,12 +146,9 @@ def around_collect(original: Callable[..., None], processor: Any, req: Any, **ot
 
 def before_release_req(*, req: Any, req_to_token_pool: Any, **others: Any) -> None:
     """A running request is retracted, and its KV is about to go."""
-    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
-
-    recorder = get_global_experts_capturer()
-    chosen = _options_of_this_process()
+    recorder = _recorder()
     # Upstream's format has upstream's meaning: what the prefill after the retraction computed.
-    if chosen is None or chosen.format == "sglang" or not isinstance(recorder, Recorder):
+    if recorder is None or recorder.options.format == "sglang":
         return
     if req.return_routed_experts:
         answer.keep(recorder, req, req_to_token_pool)
@@ -160,8 +156,8 @@ def before_release_req(*, req: Any, req_to_token_pool: Any, **others: Any) -> No
 
 def after_get_output_streamer_class(streamer_class: Any, scheduler: Any, **others: Any) -> type | None:
     """A streamer that adds each finished request's handle to its meta_info."""
-    chosen = _options_of_this_process()
-    if chosen is None or chosen.format == "sglang":
+    recorder = _recorder()
+    if recorder is None or recorder.options.format == "sglang":
         return None
     inherited = streamer_class.build_additional_customized_info
 
@@ -188,7 +184,16 @@ def num_fused_shared_experts(model: Any) -> int:
     return getattr(model, "num_fused_shared_experts", 0)
 
 
+def _recorder() -> Recorder | None:
+    """The recorder of this process, which holds its options; None where capture is off."""
+    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
+
+    recorder = get_global_experts_capturer()
+    return recorder if isinstance(recorder, Recorder) else None
+
+
 def _options_of_this_process() -> CaptureOptions | None:
+    """What the environment says, for the hooks that run before there is a recorder."""
     try:
         return CaptureOptions.from_environment()
     except RouterReplayError as error:
