@@ -10,7 +10,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
 
 from megatron_router_replay.layer_replay import LayerReplay
-from megatron_router_replay.ledger import check_seams
+from megatron_router_replay.ledger import LEDGER
 from megatron_router_replay.live_model import check_live_layers, find_routers, geometry_of
 from megatron_router_replay.recompute import CHECKPOINT_PATCH
 from megatron_router_replay.refusals import check_config
@@ -21,6 +21,7 @@ from router_replay.replay import binding as scope
 from router_replay.replay.layout import BatchLayout
 from router_replay.replay.microbatch import MicrobatchRoutes
 from router_replay.replay.observe import ObservedRoutes
+from router_replay.upstream import require
 
 
 def attach(model_chunks: nn.Module | Sequence[nn.Module], geometry: RoutingGeometry | None = None) -> Replay:
@@ -43,7 +44,7 @@ def attach(model_chunks: nn.Module | Sequence[nn.Module], geometry: RoutingGeome
         PairingError: the live layers are not those of the geometry.
         SeamError: the installed Megatron-Core is not one that replay knows.
     """
-    check_seams()
+    require(LEDGER)
     chunks = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
     routers = find_routers(chunks)
     for layer, router in routers.items():

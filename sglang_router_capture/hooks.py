@@ -10,18 +10,19 @@ from typing import Any
 from router_replay.errors import RouterReplayError, SeamError
 from router_replay.masks import RoutingGeometry, choose_codec
 from sglang_router_capture import answer, options, refusals, seam_check
+from sglang_router_capture.ledger import FUSED_SHARED_EXPERTS
 from sglang_router_capture.options import CaptureOptions
 from sglang_router_capture.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 
 
-def after_add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
+def after_add_cli_args(result: None, parser: argparse.ArgumentParser, **others: Any) -> None:
     """Our flags join the server's."""
     options.add_arguments(parser)
 
 
-def after_from_cli_args(result: Any, cls: type, args: argparse.Namespace) -> None:
+def after_from_cli_args(result: Any, cls: type, args: argparse.Namespace, **others: Any) -> None:
     """The command line is parsed: hand our part of it to this process and its children."""
     try:
         chosen = options.from_arguments(args)
@@ -31,17 +32,17 @@ def after_from_cli_args(result: Any, cls: type, args: argparse.Namespace) -> Non
         chosen.export()
 
 
-def around_resolve_once(original: Callable[[Any], None], server_args: Any) -> None:
+def around_resolve_once(original: Callable[..., None], server_args: Any, **others: Any) -> None:
     """Ask SGLang for routes, which keeps fused routers out of its choice of kernels; then refuse what cannot be."""
     from sglang.srt.arg_groups.overrides import resolving_view
 
     chosen = _options_of_this_process()
     if chosen is None:
-        return original(server_args)
+        return original(server_args, **others)
     # Upstream sets the attribute when it is done, and reads it in the same way.
     if not getattr(server_args, "_resolution_finished", False):
         server_args.enable_return_routed_experts = True
-    original(server_args)
+    original(server_args, **others)
     try:
         seam_check.require_applied(HOOKS)
         refusals.require_supported_config(resolving_view(server_args))
@@ -59,6 +60,7 @@ def around_create(
     num_tokens: int,
     max_running_requests: int,
     device: str,
+    **others: Any,
 ) -> Any:
     """Our recorder in the place of upstream's capturer."""
     from sglang.srt.runtime_context import get_schedule
@@ -71,6 +73,7 @@ def around_create(
             num_tokens=num_tokens,
             max_running_requests=max_running_requests,
             device=device,
+            **others,
         )
     try:
         seam_check.require_applied(HOOKS)
@@ -84,7 +87,7 @@ def around_create(
         codec,
         num_slots=num_tokens,
         max_tokens_per_pass=_max_tokens_per_pass(get_schedule(), model_config.context_len, max_running_requests),
-        num_fused_shared_experts=model.shared_experts_config.num_fused_shared_experts,
+        num_fused_shared_experts=num_fused_shared_experts(model),
         device=device,
     )
     logger.info(
@@ -102,7 +105,7 @@ def around_create(
     return recorder
 
 
-def after_init_routed_experts_capturer(result: None, model_runner: Any) -> None:
+def after_init_routed_experts_capturer(result: None, model_runner: Any, **others: Any) -> None:
     """The KV pool exists: the recorder follows its allocator."""
     from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
@@ -130,14 +133,14 @@ def after_alloc(slots: Any, allocator: Any, *args: Any, **kwargs: Any) -> None:
         recorder.slots_allocated(allocator, slots)
 
 
-def around_collect(original: Callable[[Any, Any], None], processor: Any, req: Any) -> None:
+def around_collect(original: Callable[..., None], processor: Any, req: Any, **others: Any) -> None:
     """A request that asked for its routes is done and still holds its KV slots."""
     from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
     recorder = get_global_experts_capturer()
     chosen = _options_of_this_process()
     if chosen is None or chosen.format == "sglang" or not isinstance(recorder, Recorder):
-        return original(processor, req)
+        return original(processor, req, **others)
     if req.return_routed_experts:
         answer.collect(recorder, req, processor.req_to_token_pool)
 
@@ -155,7 +158,7 @@ def before_release_req(*, req: Any, req_to_token_pool: Any, **others: Any) -> No
         answer.keep(recorder, req, req_to_token_pool)
 
 
-def after_get_output_streamer_class(streamer_class: Any, scheduler: Any) -> type | None:
+def after_get_output_streamer_class(streamer_class: Any, scheduler: Any, **others: Any) -> type | None:
     """A streamer that adds each finished request's handle to its meta_info."""
     chosen = _options_of_this_process()
     if chosen is None or chosen.format == "sglang":
@@ -174,6 +177,15 @@ def after_get_output_streamer_class(streamer_class: Any, scheduler: Any) -> type
             return {**info, answer.META_INFO_KEY: found} if any(found) else info
 
     return RoutingMasksStreamer
+
+
+def num_fused_shared_experts(model: Any) -> int:
+    """Columns of shared experts that follow the routed ones in a model's choices, by SGLang's own reading."""
+    decision = seam_check.path_here(FUSED_SHARED_EXPERTS)
+    if decision is not None and decision.endswith("resolve_shared_experts_config"):
+        return model.shared_experts_config.num_fused_shared_experts
+    # Models that can fuse none have no such attribute.
+    return getattr(model, "num_fused_shared_experts", 0)
 
 
 def _options_of_this_process() -> CaptureOptions | None:

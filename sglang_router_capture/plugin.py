@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from sglang_router_capture import ledger, options, refusals, seam_check
+from sglang_router_capture import options, refusals, seam_check
 from sglang_router_capture.options import CaptureOptions
 
 
@@ -29,5 +29,5 @@ def _register() -> None:
 
     from sglang_router_capture import hooks
 
-    for path, (hook, kind) in hooks.HOOKS.items():
-        HookRegistry.register(ledger.PREFIX + path, hook, HookType[kind])
+    for path, (hook, kind) in seam_check.targets(hooks.HOOKS).items():
+        HookRegistry.register(path, hook, HookType[kind])
