@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test kernels wheel lock
+.PHONY: help setup demo test contract kernels wheel lock
 
 help:  ## Show the targets.
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -16,6 +16,9 @@ test: setup  ## Lint, types and all tests.
 	.venv/bin/mypy
 	@bash scripts/browser.sh
 	.venv/bin/pytest
+
+contract: setup  ## Hold the ledgers against other releases of SGLang and Megatron-Core (downloads their wheels).
+	.venv/bin/python -m scripts.contract
 
 kernels: setup  ## Compile the CUDA kernels anew; print their registers and spills.
 	@mkdir -p build

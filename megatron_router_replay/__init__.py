@@ -8,7 +8,15 @@
 Needs Megatron-Core and nothing of the rollout engine; masks arrive as `router_replay.masks.RoutingMasks`.
 """
 
-from megatron_router_replay.attach import Replay, attach
+from router_replay.errors import SeamError
 from router_replay.replay import BatchLayout, MicrobatchRoutes, ObservedRoutes
+
+try:
+    from megatron_router_replay.attach import Replay, attach
+except ImportError as error:
+    raise SeamError(
+        f"megatron_router_replay needs Megatron-Core, and importing it failed ({error}): install it beside this package"
+        ' with pip install "rollout-routing-replay[megatron]"'
+    ) from error
 
 __all__ = ["BatchLayout", "MicrobatchRoutes", "ObservedRoutes", "Replay", "attach"]

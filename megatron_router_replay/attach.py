@@ -10,17 +10,18 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
 
 from megatron_router_replay.layer_replay import LayerReplay
-from megatron_router_replay.ledger import check_seams
+from megatron_router_replay.ledger import LEDGER
 from megatron_router_replay.live_model import check_live_layers, find_routers, geometry_of
 from megatron_router_replay.recompute import CHECKPOINT_PATCH
 from megatron_router_replay.refusals import check_config
-from router_replay.errors import CallOrderError
+from router_replay.errors import CallOrderError, InputError
 from router_replay.masks.geometry import RoutingGeometry
 from router_replay.masks.masks import RoutingMasks
-from router_replay.replay import binding as scope
+from router_replay.replay.binding import NATIVE, bound
 from router_replay.replay.layout import BatchLayout
 from router_replay.replay.microbatch import MicrobatchRoutes
 from router_replay.replay.observe import ObservedRoutes
+from router_replay.upstream import require
 
 
 def attach(model_chunks: nn.Module | Sequence[nn.Module], geometry: RoutingGeometry | None = None) -> Replay:
@@ -36,15 +37,14 @@ def attach(model_chunks: nn.Module | Sequence[nn.Module], geometry: RoutingGeome
         The replay; from now on every forward pass must be inside its `microbatch` or `off`, until `remove`.
 
     Raises:
-        UnsupportedError: a dense model.
-        InputError: two routers with one layer number.
+        InputError: no model, or two routers with one layer number.
+        UnsupportedError: a dense model, or a setting under which replay would be ignored or undone.
         CallOrderError: a replay is attached.
-        UnsupportedError: a setting under which replay would be ignored or undone.
         PairingError: the live layers are not those of the geometry.
         SeamError: the installed Megatron-Core is not one that replay knows.
     """
-    check_seams()
-    chunks = [model_chunks] if isinstance(model_chunks, nn.Module) else list(model_chunks)
+    require(LEDGER)
+    chunks = _chunks(model_chunks)
     routers = find_routers(chunks)
     for layer, router in routers.items():
         if isinstance(router.router_replay, LayerReplay):
@@ -59,6 +59,19 @@ def attach(model_chunks: nn.Module | Sequence[nn.Module], geometry: RoutingGeome
     if geometry is not None:
         geometry.require_same(own, "the rollout", "this model")
     return Replay(routers, own)
+
+
+def _chunks(given: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
+    chunks = [given] if isinstance(given, nn.Module) else list(given) if isinstance(given, list | tuple) else []
+    wrong = next((each for each in chunks if not isinstance(each, nn.Module)), None)
+    if chunks and wrong is None:
+        return chunks
+    empty = isinstance(given, list | tuple) and not given
+    found = "an empty list" if empty else f"a {type(given if wrong is None else wrong).__name__}"
+    raise InputError(
+        f"attach takes this rank's live model, a torch.nn.Module, or the list of its chunks, got {found}: build the"
+        " model and load its weights first"
+    )
 
 
 class Replay:
@@ -99,23 +112,23 @@ class Replay:
                 rollout never saw (an environment's last words, say) and the trainer routes itself.
 
         Yields:
-            The rows as bound, with the counts of replayed, native and padding rows.
+            The rows as bound, with the counts of replayed, native and padding places.
 
         Raises:
-            PairingError, PairingError, PairingError: the masks are not this model's or not this
-                batch's; raised before anything is computed.
+            InputError: masks or a layout that are something else.
+            PairingError: the masks are not this model's or not this batch's; raised before anything is computed.
         """
         self._require_attached()
         device = next(iter(self._routers.values())).weight.device
         routes = MicrobatchRoutes(masks, layout, self.geometry, device, partial=partial)
-        with scope.bound(self, routes):
+        with bound(self, routes):
             yield routes
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
         """Route natively inside the block, as stock Megatron does: a reference model's pass, an evaluation."""
         self._require_attached()
-        with scope.bound(self, scope.NATIVE):
+        with bound(self, NATIVE):
             yield
 
     @contextlib.contextmanager

@@ -1,175 +1,295 @@
-"""The ledger: every name of Megatron-Core that replay relies on, and the check that the installed one fits."""
+"""The ledger: every name of Megatron-Core that replay and averages rely on, why, and when the row can go."""
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from router_replay.upstream import Attribute, Ledger, Seam
 
-import megatron.core
+TESTED = ("0.19.2",)
+CHECKED = ("0.17.1", "0.18.2")
 
-from router_replay.errors import SeamError
+_HOOK = "never: this is the hook that replay uses"
+_PROTOCOL = "Megatron-Core publishes a protocol for router_replay"
+_NUMBERS = "never: rows are matched to layers by this number"
+_LIVE = "never: the live layers are checked against the rollout's"
+_MTP = "MTP routers count their layers on from the decoder's"
+_CHECKPOINT = "Megatron-Core lets a caller add state to an activation checkpoint"
+_SHARDED = "never: averages are sharded as the parameters are"
+_STALE = "never: stale parameters must not be averaged"
+_MAIN = "Megatron-Core has a function that returns a parameter's main parameter"
 
-TESTED_VERSIONS = ("0.19.2",)
+_ROUTER = "transformer.moe.router.TopKRouter"
+_CONFIG = "transformer.transformer_config.TransformerConfig"
+_ROUTES_TESTS = "tests/megatron_router_replay/test_replay_routes.py"
+_ROUTES_TEST = f"{_ROUTES_TESTS}::test_recorded_rows_are_dispatched_to_their_experts_and_others_natively"
 
-
-@dataclass(frozen=True)
-class Seam:
-    """One upstream name.
-
-    Attributes:
-        path: dotted path, from the module down.
-        parameters: names that its signature must contain, in this order; others may stand between them.
-        why: what it is needed for.
-        until: when this entry can go.
-        exact: the signature must hold these parameters and no others.
-    """
-
-    path: str
-    parameters: tuple[str, ...]
-    why: str
-    until: str
-    exact: bool = False
-
-
-# What replay needs; checked by attach().
-SEAMS: tuple[Seam, ...] = (
+_ROUTING = (
     Seam(
-        "megatron.core.transformer.moe.router.TopKRouter.routing",
-        ("self", "logits"),
-        why="hands its attribute router_replay to the top-k function in every forward pass",
-        until="never: this is the hook that replay uses",
+        _ROUTER,
+        None,
+        "read by live_model.find_routers",
+        "the live routers are found by their class",
+        _HOOK,
     ),
     Seam(
-        "megatron.core.transformer.moe.moe_utils.topk_routing_with_score_function",
-        ("logits", "topk", "score_function", "fused", "router_replay"),
-        why="asks router_replay for the experts and computes the gates from the scores that it returns",
-        until="never: this is the hook that replay uses",
+        f"{_ROUTER}.routing",
+        ("logits",),
+        "relied on by layer_replay.LayerReplay",
+        "it hands its attribute router_replay to the top-k function in every forward pass",
+        _HOOK,
     ),
     Seam(
-        "megatron.core.transformer.moe.router_replay.RouterReplay.get_replay_topk",
-        ("self", "scores", "topk", "num_groups", "group_topk", "default_compute_topk"),
-        why="is the call that the object put into router_replay answers",
-        until="Megatron-Core publishes a protocol for router_replay",
-        exact=True,
+        "transformer.moe.moe_utils.topk_routing_with_score_function",
+        ("logits", "topk", "*", "score_function", "fused", "router_replay"),
+        "relied on by layer_replay.LayerReplay",
+        "it asks router_replay for the experts and computes the gates from the scores that it returns",
+        _HOOK,
     ),
     Seam(
-        "megatron.core.transformer.moe.router.TopKRouter.__init__",
-        ("self", "config", "is_mtp_layer"),
-        why="tells the routers of multi-token prediction from those of decoder layers with the same number",
-        until="MTP routers count their layers on from the decoder's",
+        "transformer.moe.router_replay.RouterReplay.get_replay_topk",
+        ("scores", "topk", "num_groups", "group_topk", "default_compute_topk"),
+        "answered by layer_replay.LayerReplay.get_replay_topk",
+        "it is the call that the object put into router_replay answers",
+        _PROTOCOL,
     ),
     Seam(
-        "megatron.core.transformer.moe.router.TopKRouter.set_layer_number",
-        ("self", "layer_number"),
-        why="gives a router its 1-based number in the whole model and forwards it to router_replay",
-        until="never: rows are matched to layers by this number",
+        f"{_ROUTER}.__init__",
+        ("*", "config", "is_mtp_layer"),
+        "read by live_model.find_routers",
+        "it tells the routers of multi-token prediction from those of decoder layers with the same number",
+        _MTP,
     ),
     Seam(
-        "megatron.core.transformer.transformer_layer.TransformerLayer.__init__",
-        ("self", "config", "submodules", "layer_number"),
-        why="keeps the layer_number that tells which decoder layers a model chunk holds, dense ones included",
-        until="never: the live layers are checked against the rollout's",
+        f"{_ROUTER}.set_layer_number",
+        ("layer_number",),
+        "relied on by live_model.find_routers",
+        "it gives a router its 1-based number in the whole model",
+        _NUMBERS,
     ),
     Seam(
-        "megatron.core.transformer.multi_token_prediction.MultiTokenPredictionLayer.__init__",
-        ("self", "config", "submodules", "layer_number"),
-        why="holds the routers of multi-token prediction, which no rollout recorded",
-        until="MTP routers count their layers on from the decoder's",
+        "transformer.transformer_layer.TransformerLayer.__init__",
+        ("*", "config", "layer_number"),
+        "read by live_model.check_live_layers",
+        "its layer_number tells which decoder layers a model chunk holds, dense ones included",
+        _LIVE,
     ),
     Seam(
-        "megatron.core.tensor_parallel.random.CheckpointFunction.forward",
-        ("ctx", "run_function", "distribute_saved_activations", "args"),
-        why="takes the run_function that is wrapped, so that a recompute sees the masks of its own forward pass",
-        until="Megatron-Core lets a caller add state to an activation checkpoint",
-        exact=True,
+        "transformer.transformer_layer.TransformerLayer",
+        None,
+        "read by live_model.check_live_layers",
+        "the live layers are found by their class",
+        _LIVE,
+    ),
+    Seam(
+        "transformer.multi_token_prediction.MultiTokenPredictionLayer",
+        None,
+        "read by live_model.check_live_layers",
+        "it holds the layers of multi-token prediction, which no rollout recorded",
+        _MTP,
+    ),
+    Seam(
+        "tensor_parallel.random.CheckpointFunction.forward",
+        ("ctx", "run_function", "distribute_saved_activations"),
+        "wrapped by recompute.CheckpointPatch",
+        "its run_function is wrapped, so that a recompute sees the masks of its own forward pass",
+        _CHECKPOINT,
+    ),
+    Seam(
+        _CONFIG,
+        None,
+        "read by live_model.geometry_of",
+        "the model's geometry and the settings to refuse are in it",
+        _LIVE,
+    ),
+    Seam(
+        f"{_CONFIG}.moe_layer_freq",
+        None,
+        "read by live_model.geometry_of",
+        "it tells which decoder layers route",
+        _LIVE,
+    ),
+    Seam(
+        f"{_CONFIG}.num_layers",
+        None,
+        "read by live_model.geometry_of",
+        "masks are of a model with as many decoder layers",
+        _LIVE,
+    ),
+    Seam(
+        f"{_CONFIG}.num_moe_experts",
+        None,
+        "read by live_model.geometry_of",
+        "masks are of a model with as many experts",
+        _LIVE,
+    ),
+    Seam(
+        f"{_CONFIG}.moe_router_topk",
+        None,
+        "read by live_model.geometry_of",
+        "masks are of a model with as many experts for every token",
+        _LIVE,
     ),
 )
 
-# What averages of parameters need; checked when their sharded state is asked for.
-AVERAGE_SEAMS: tuple[Seam, ...] = (
-    Seam(
-        "megatron.core.optimizer.optimizer.Float16OptimizerWithFloat16Params.__init__",
-        ("self", "optimizer", "config", "grad_scaler", "init_state_fn"),
-        why="keeps every 16-bit parameter's float32 main parameter as its attribute main_param, which is averaged",
-        until="Megatron-Core has a function that returns a parameter's main parameter",
+_ROUTING_ATTRIBUTES = (
+    Attribute(
+        _ROUTER,
+        "router_replay",
+        "answered by layer_replay.LayerReplay",
+        "the object that chooses the experts is put there",
+        "tests/megatron_router_replay/test_replay_remove.py::test_objects_are_put_back",
     ),
-    Seam(
-        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups",
-        ("gbuf_ranges", "param_gbuf_map", "opt_group_ranges", "config"),
-        why="sets main_param_sharded on parameters whose main_param is a slice, which is not averaged",
-        until="Megatron-Core has a function that returns a parameter's main parameter",
+    Attribute(
+        _ROUTER,
+        "layer_number",
+        "read by live_model.find_routers",
+        "a router's rows are found by its number",
+        "tests/megatron_router_replay/test_replay_refusals.py::test_two_routers_of_one_number",
     ),
-    Seam(
-        "megatron.core.distributed.DistributedDataParallelConfig",
-        ("overlap_param_gather", "use_megatron_fsdp"),
-        why="tells, as ddp_config of the wrapper, whether a rank holds its new parameters after optimizer.step()",
-        until="never: stale parameters must not be averaged",
+    Attribute(
+        _ROUTER,
+        "is_mtp_layer",
+        "read by live_model.find_routers",
+        "routers of multi-token prediction are left alone",
+        "tests/megatron_router_replay/test_replay_mtp.py::test_mtp_routers_are_left_alone",
     ),
-    Seam(
-        "megatron.core.distributed.DistributedDataParallel.__init__",
-        ("self", "config", "ddp_config", "module"),
-        why="keeps ddp_config, and the model that it wraps as its only child, module",
-        until="never: stale parameters must not be averaged",
+    Attribute(
+        _ROUTER,
+        "num_experts",
+        "read by live_model.check_live_layers",
+        "a live router may have another number of experts than the configuration",
+        "tests/megatron_router_replay/test_replay_refusals.py::test_configuration_that_is_not_the_live_model",
     ),
-    Seam(
-        "megatron.core.dist_checkpointing.optimizer.get_param_id_to_sharded_param_map",
-        ("model_sharded_state_dict", "optim_params_iter"),
-        why="finds the sharding of every averaged tensor in the model's sharded state dict",
-        until="never: averages are sharded as the parameters are",
+    Attribute(
+        _ROUTER,
+        "topk",
+        "read by live_model.check_live_layers",
+        "a live router may choose another number of experts than the configuration",
+        "tests/megatron_router_replay/test_replay_refusals.py::test_configuration_that_is_not_the_live_model",
     ),
-    Seam(
-        "megatron.core.dist_checkpointing.optimizer.make_sharded_optimizer_tensor",
-        ("model_param", "optim_param", "prefix"),
-        why="gives an average the sharding of its parameter",
-        until="never: averages are sharded as the parameters are",
+    Attribute(
+        _ROUTER,
+        "weight",
+        "read by attach.Replay.microbatch",
+        "rows are put on the device where the router computes",
+        _ROUTES_TEST,
+    ),
+    Attribute(
+        _ROUTER,
+        "config",
+        "read by attach.attach",
+        "settings are refused by what the live router reads",
+        "tests/megatron_router_replay/test_replay_refusals.py::test_settings_that_would_ignore_or_undo_replay",
+    ),
+    Attribute(
+        "transformer.transformer_layer.TransformerLayer",
+        "layer_number",
+        "read by live_model.check_live_layers",
+        "a decoder layer that is dense here may be routed in the rollout",
+        "tests/megatron_router_replay/test_replay_refusals.py::test_configuration_that_is_not_the_live_model",
     ),
 )
 
+LEDGER = Ledger(
+    distribution="megatron-core",
+    title="Megatron-Core",
+    prefix="megatron.core.",
+    subject="replay",
+    tested=TESTED,
+    checked=CHECKED,
+    way_out="train without replay",
+    seams=_ROUTING,
+    attributes=_ROUTING_ATTRIBUTES,
+)
+"""What `attach` needs."""
 
-def check_seams(seams: Sequence[Seam] = SEAMS) -> None:
-    """Refuse an installed Megatron-Core that does not have every seam.
-
-    Raises:
-        SeamError: names the dotted path, what was expected, what was found, and the tested versions.
-    """
-    for seam in seams:
-        found = _parameters(seam)
-        if not _fits(seam, found):
-            expected = ", ".join(seam.parameters)
-            raise _refusal(seam, f"expected parameters ({expected}), found ({', '.join(found)})")
-
-
-def _parameters(seam: Seam) -> tuple[str, ...]:
-    return tuple(inspect.signature(_resolve(seam)).parameters)
-
-
-def _resolve(seam: Seam) -> Any:
-    parts = seam.path.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
-        try:
-            target: Any = importlib.import_module(".".join(parts[:cut]))
-        except ModuleNotFoundError:
-            continue
-        for depth, name in enumerate(parts[cut:], start=cut):
-            if not hasattr(target, name):
-                raise _refusal(seam, f"expected an attribute {name!r}, found none in {'.'.join(parts[:depth])}")
-            target = getattr(target, name)
-        return target
-    raise _refusal(seam, "expected an importable module, found none")
-
-
-def _fits(seam: Seam, found: tuple[str, ...]) -> bool:
-    if seam.exact:
-        return found == seam.parameters
-    remaining = iter(found)
-    return all(name in remaining for name in seam.parameters)
-
-
-def _refusal(seam: Seam, difference: str) -> SeamError:
-    return SeamError(
-        f"{seam.path}: {difference} in megatron-core {megatron.core.__version__} (tested with "
-        f"{', '.join(TESTED_VERSIONS)}). This package needs it: it {seam.why}; install a tested version."
-    )
+AVERAGES_LEDGER = Ledger(
+    distribution="megatron-core",
+    title="Megatron-Core",
+    prefix="megatron.core.",
+    subject="averaging of parameters",
+    tested=TESTED,
+    checked=CHECKED,
+    way_out="save the averages by state_dict(), which needs nothing of Megatron-Core",
+    seams=(
+        Seam(
+            "optimizer.optimizer.Float16OptimizerWithFloat16Params.__init__",
+            ("*", "optimizer", "config", "grad_scaler", "init_state_fn"),
+            "relied on by averages.averaged_tensors.main_param",
+            "it keeps every 16-bit parameter's float32 main parameter as its attribute main_param, which is averaged",
+            _MAIN,
+        ),
+        Seam(
+            "optimizer.distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups",
+            ("*", "gbuf_ranges", "param_gbuf_map", "opt_group_ranges", "config"),
+            "relied on by averages.averaged_tensors.main_param",
+            "it sets main_param_sharded on parameters whose main_param is a slice, which is not averaged",
+            _MAIN,
+        ),
+        Seam(
+            "distributed.DistributedDataParallelConfig.overlap_param_gather",
+            None,
+            "read by averages.averaged_tensors.find_averaged",
+            "it tells whether a rank holds its new parameters after optimizer.step()",
+            _STALE,
+        ),
+        Seam(
+            "distributed.DistributedDataParallelConfig.use_megatron_fsdp",
+            None,
+            "read by averages.averaged_tensors.find_averaged",
+            "it tells whether a rank holds all of its parameters",
+            _STALE,
+        ),
+        Seam(
+            "distributed.DistributedDataParallel.__init__",
+            ("*", "config", "ddp_config", "module"),
+            "relied on by averages.averaged_tensors.find_averaged",
+            "it keeps ddp_config, and the model that it wraps as its only child, module",
+            _STALE,
+        ),
+        Seam(
+            "dist_checkpointing.optimizer.get_param_id_to_sharded_param_map",
+            ("model_sharded_state_dict", "optim_params_iter"),
+            "called by averages.ema.ExponentialMovingAverage.sharded_state_dict",
+            "it finds the sharding of every averaged tensor in the model's sharded state dict",
+            _SHARDED,
+        ),
+        Seam(
+            "dist_checkpointing.optimizer.make_sharded_optimizer_tensor",
+            ("model_param", "optim_param", "*", "prefix"),
+            "called by averages.ema.ExponentialMovingAverage.sharded_state_dict",
+            "it gives an average the sharding of its parameter",
+            _SHARDED,
+        ),
+    ),
+    attributes=(
+        Attribute(
+            None,
+            "main_param",
+            "read by averages.averaged_tensors.main_param",
+            "an optimizer leaves a 16-bit parameter's float32 values there",
+            "tests/megatron_router_replay/test_ema.py::test_main_parameters_are_averaged_where_bfloat16_stands_still",
+        ),
+        Attribute(
+            None,
+            "main_param_sharded",
+            "read by averages.averaged_tensors.main_param",
+            "a slice of a main parameter is not averaged",
+            "tests/megatron_router_replay/test_ema.py::test_the_distributed_optimizers_slices_are_not_taken_for_parameters",
+        ),
+        Attribute(
+            "distributed.DistributedDataParallel",
+            "ddp_config",
+            "read by averages.averaged_tensors.find_averaged",
+            "it tells whether the wrapper leaves parameters stale",
+            "tests/megatron_router_replay/test_ema_contents.py::test_parameters_that_are_stale_after_a_step_are_refused",
+        ),
+        Attribute(
+            "distributed.DistributedDataParallel",
+            "module",
+            "read by averages.averaged_tensors.find_averaged",
+            "names of averages are those of the model inside of its wrappers",
+            "tests/megatron_router_replay/test_ema.py::test_main_parameters_are_averaged_where_bfloat16_stands_still",
+        ),
+    ),
+)
+"""What averages of parameters need, checked when their sharded state is asked for."""

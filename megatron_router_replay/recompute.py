@@ -1,10 +1,8 @@
-"""Bindings that ride in Megatron's activation checkpoints.
+"""Megatron's activation checkpoints, made to carry the bindings of their forward pass.
 
-A checkpointed function runs twice: in forward without gradients, and again in backward, after the `with` block of
-its microbatch has ended and possibly after other microbatches ran. Every checkpoint whose body can hold a router goes
-through `CheckpointFunction`: full recompute, selective recompute of MoE layers or of whole layers.
-(`CheckpointWithoutOutput` wraps layer norms, activations and projections only, never a router.) So its
-`run_function` is wrapped when it is stored, and the state travels with it.
+Every checkpoint whose body can hold a router goes through `CheckpointFunction`: full recompute, selective recompute of
+MoE layers or of whole layers. (`CheckpointWithoutOutput` wraps layer norms, activations and projections only, never a
+router.)
 """
 
 from __future__ import annotations
@@ -14,36 +12,7 @@ from typing import Any
 
 from megatron.core.tensor_parallel.random import CheckpointFunction
 
-from router_replay.errors import CallOrderError
-from router_replay.replay import binding as scope
-
-
-def carry(run_function: Callable[..., Any]) -> Callable[..., Any]:
-    """`run_function` with the current bindings re-entered on every later call; itself when nothing is bound."""
-    state = scope.current()
-    if not state.bindings:
-        return run_function
-    frame = scope.Frame()
-
-    def run_in_its_own_state(*args: Any) -> Any:
-        if frame.recomputing:
-            _require_attached(state)
-        outer = scope.current().frames if not frame.recomputing else ()
-        with scope.entered(scope.State(state.bindings, (*outer, frame))):
-            result = run_function(*args)
-        frame.recomputing = True
-        return result
-
-    return run_in_its_own_state
-
-
-def _require_attached(state: scope.State) -> None:
-    for replay in state.bindings:
-        if not replay.attached:
-            raise CallOrderError(
-                "activations of a forward pass under replay are recomputed, but the replay was removed since: the "
-                "recompute would route otherwise than the forward pass did; call remove() after the backward pass"
-            )
+from router_replay.replay.checkpoint import carry
 
 
 class CheckpointPatch:

@@ -1,1 +1,1 @@
-"""`r3`: the project's command. Every subcommand imports what it needs when it runs."""
+"""The project's command `r3`. Every subcommand imports what it needs when it runs."""

@@ -1,58 +1,111 @@
-"""`r3`: the project's command. Each of its subcommands is an entry point, so that this package knows neither end."""
+"""The project's command `r3`: a table of subcommands, of which only the one that runs is imported."""
 
-from __future__ import annotations
-
-import importlib.metadata
+import importlib.util
+import pkgutil
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from router_replay import __version__
 
 if TYPE_CHECKING:
     import typer
 
-GROUP = "r3.commands"
-"""Entry points of functions with typer's annotations; the entry point's name is the subcommand's."""
-
-_INSTALL = 'pip install "rollout-routing-replay[report]"'
+INSTALL = 'pip install "rollout-routing-replay[report]"'
 
 
-def build_app() -> typer.Typer:
-    """The command with the subcommands of all installed packages.
+@dataclass(frozen=True)
+class Subcommand:
+    """One subcommand of `r3`.
 
-    A subcommand that cannot be imported, because something that it needs is not installed, is there and says so.
+    Attributes:
+        target: `module:function`, the function with typer's annotations.
+        summary: the line in the help of `r3`, where the function is not imported.
+        needs: packages beyond this project's dependencies, which `INSTALL` brings.
+    """
+
+    target: str
+    summary: str
+    needs: tuple[str, ...] = ()
+
+
+SUBCOMMANDS = {
+    "inspect": Subcommand(
+        "router_replay_cli.inspect_files:inspect",
+        "Show what files of routing masks hold.",
+    ),
+    "report": Subcommand(
+        "router_replay_cli.report:report",
+        "Write one HTML page about how far rollout and trainer are apart in a run.",
+        ("matplotlib", "rich"),
+    ),
+}
+
+
+def build_app(arguments: Sequence[str]) -> "typer.Typer":
+    """The command, in which the subcommand that `arguments` name is whole and the others have a name and a summary.
+
+    A subcommand that lacks a package is there and says so.
 
     Raises:
         ModuleNotFoundError: typer is not installed.
     """
     import typer
 
-    app = typer.Typer(name="r3", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+    # Without rich's markup, which would take the brackets of an extra's name for a style.
+    app = typer.Typer(
+        name="r3", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+    )
 
-    # With a callback, a single subcommand still has its name.
-    @app.callback()
-    def r3() -> None:
+    def print_version(asked: bool) -> None:
+        if asked:
+            typer.echo(__version__)
+            raise typer.Exit
+
+    version_option = typer.Option(
+        "--version", help="Show the version and leave.", callback=print_version, is_eager=True
+    )
+
+    @app.callback(epilog=f"What draws needs an extra: {INSTALL}")
+    def r3(version: Annotated[bool, version_option] = False) -> None:
         """Rollout routing replay: tools for the routes that a rollout took, and for what replaying them changes."""
 
-    for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: entry.name):
+    asked = next((each for each in arguments if not each.startswith("-")), None)
+    anything = {"allow_extra_args": True, "ignore_unknown_options": True}
+    for name, subcommand in SUBCOMMANDS.items():
         try:
-            app.command(entry.name)(entry.load())
+            _require(subcommand.needs)
+            if name == asked:
+                app.command(name)(pkgutil.resolve_name(subcommand.target))
+            else:
+                app.command(name, short_help=subcommand.summary)(_nothing)
         except ModuleNotFoundError as error:
-            anything = {"allow_extra_args": True, "ignore_unknown_options": True}
-            app.command(entry.name, help=f"Needs {error.name}: {_INSTALL}", context_settings=anything)(_missing(error))
+            summary = f"{subcommand.summary} Needs {error.name}: {INSTALL}"
+            app.command(name, short_help=summary, context_settings=anything)(_refusal(error))
     return app
 
 
 def main() -> None:
     """Run `r3`."""
     try:
-        app = build_app()
+        app = build_app(sys.argv[1:])
     except ModuleNotFoundError as error:
-        sys.exit(f"r3 needs {error.name}, which is not installed: {_INSTALL}")
+        sys.exit(f"r3 needs {error.name}, which is not installed: {INSTALL}")
     app()
 
 
-def _missing(error: ModuleNotFoundError) -> Callable[[], Any]:
+def _require(packages: Sequence[str]) -> None:
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def _nothing() -> None: ...
+
+
+def _refusal(error: ModuleNotFoundError) -> Callable[[], Any]:
     def command() -> None:
-        sys.exit(f"this subcommand needs {error.name}, which is not installed: {_INSTALL}")
+        sys.exit(f"this subcommand needs {error.name}, which is not installed: {INSTALL}")
 
     return command

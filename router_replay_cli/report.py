@@ -1,18 +1,13 @@
-"""`r3 report`: the command."""
+"""The subcommand `r3 report`: one HTML page of a run."""
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-# It is imported late, but that it is missing must be known when the subcommand is made.
-if importlib.util.find_spec("matplotlib") is None:
-    raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
 
 
 def report(
@@ -44,14 +39,14 @@ def report(
 ) -> None:
     """Write one HTML page about how far rollout and trainer are apart in a run.
 
-    Trainers write a run's steps as safetensors files, with
-    router_replay.report.write_step. Any other program writes JSON
+    Trainers write a run's steps as safetensors files, with router_replay.run.write_step. Any other program writes JSON
     lines, one sequence a line, of which routes and masks may be left out:
 
+    \b
     {"step": 0, "group": 7, "response_mask": [0, 1, ...],
      "rollout_logprobs": [...], "trainer_logprobs": {"old": [...]},
      "rollout_masks": meta_info["routing_masks"], "trainer_routes": [...]}
-    """
+    """  # noqa: D301, the backspace keeps typer from wrapping the lines after it
     # Here and not above: --help need not wait for torch and matplotlib.
     from router_replay.errors import DataError
     from router_replay.mismatch.figures.diagnostics import DEFAULT_TAUS

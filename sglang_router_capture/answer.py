@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from router_replay.masks import RoutingMasks, token_digest
-from router_replay.masks.stores import inline
 from sglang_router_capture.recorder import Recorder
 
 META_INFO_KEY = "routing_masks"
@@ -52,13 +51,14 @@ def keep(recorder: Recorder, req: Any, req_to_token_pool: Any) -> None:
 
 
 def collect(recorder: Recorder, req: Any, req_to_token_pool: Any) -> None:
-    """Keep a handle of a finished request's masks on the request, before its KV slots are released.
+    """Put a finished request's masks into the store, before its KV slots are released, and keep their handle on it.
 
     Args:
         req: `sglang.srt.managers.schedule_batch.Req`, finished, still holding its KV.
     """
     token_ids = [*req.origin_input_ids, *req.output_ids_through_stop]
-    setattr(req, _HANDLE, inline.put(_masks(recorder, req, _rows(recorder, req, token_ids, req_to_token_pool))))
+    masks = _masks(recorder, req, _rows(recorder, req, token_ids, req_to_token_pool))
+    setattr(req, _HANDLE, recorder.store.put(masks))
 
 
 def handles(req: Any) -> list[dict[str, Any]]:

@@ -8,20 +8,21 @@ from collections.abc import Callable
 from typing import Any
 
 from router_replay.errors import RouterReplayError, SeamError
-from router_replay.masks import RoutingGeometry, choose_codec
+from router_replay.masks import RoutingGeometry, choose_codec, open_store
 from sglang_router_capture import answer, options, refusals, seam_check
+from sglang_router_capture.ledger import FUSED_SHARED_EXPERTS
 from sglang_router_capture.options import CaptureOptions
 from sglang_router_capture.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 
 
-def after_add_cli_args(result: None, parser: argparse.ArgumentParser) -> None:
+def after_add_cli_args(result: None, parser: argparse.ArgumentParser, **others: Any) -> None:
     """Our flags join the server's."""
     options.add_arguments(parser)
 
 
-def after_from_cli_args(result: Any, cls: type, args: argparse.Namespace) -> None:
+def after_from_cli_args(result: Any, cls: type, args: argparse.Namespace, **others: Any) -> None:
     """The command line is parsed: hand our part of it to this process and its children."""
     try:
         chosen = options.from_arguments(args)
@@ -31,17 +32,17 @@ def after_from_cli_args(result: Any, cls: type, args: argparse.Namespace) -> Non
         chosen.export()
 
 
-def around_resolve_once(original: Callable[[Any], None], server_args: Any) -> None:
+def around_resolve_once(original: Callable[..., None], server_args: Any, **others: Any) -> None:
     """Ask SGLang for routes, which keeps fused routers out of its choice of kernels; then refuse what cannot be."""
     from sglang.srt.arg_groups.overrides import resolving_view
 
     chosen = _options_of_this_process()
     if chosen is None:
-        return original(server_args)
+        return original(server_args, **others)
     # Upstream sets the attribute when it is done, and reads it in the same way.
     if not getattr(server_args, "_resolution_finished", False):
         server_args.enable_return_routed_experts = True
-    original(server_args)
+    original(server_args, **others)
     try:
         seam_check.require_applied(HOOKS)
         refusals.require_supported_config(resolving_view(server_args))
@@ -59,6 +60,7 @@ def around_create(
     num_tokens: int,
     max_running_requests: int,
     device: str,
+    **others: Any,
 ) -> Any:
     """Our recorder in the place of upstream's capturer."""
     from sglang.srt.runtime_context import get_schedule
@@ -71,6 +73,7 @@ def around_create(
             num_tokens=num_tokens,
             max_running_requests=max_running_requests,
             device=device,
+            **others,
         )
     try:
         seam_check.require_applied(HOOKS)
@@ -82,9 +85,11 @@ def around_create(
     recorder = Recorder(
         geometry,
         codec,
+        options=chosen,
+        store=open_store("inline:"),
         num_slots=num_tokens,
         max_tokens_per_pass=_max_tokens_per_pass(get_schedule(), model_config.context_len, max_running_requests),
-        num_fused_shared_experts=model.shared_experts_config.num_fused_shared_experts,
+        num_fused_shared_experts=num_fused_shared_experts(model),
         device=device,
     )
     logger.info(
@@ -102,15 +107,18 @@ def around_create(
     return recorder
 
 
-def after_init_routed_experts_capturer(result: None, model_runner: Any) -> None:
+def after_init_routed_experts_capturer(result: None, model_runner: Any, **others: Any) -> None:
     """The KV pool exists: the recorder follows its allocator."""
     from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
 
     recorder = get_global_experts_capturer()
-    if model_runner.is_draft_worker or _options_of_this_process() is None:
+    if model_runner.is_draft_worker:
         return
     try:
         if not isinstance(recorder, Recorder):
+            # Nobody holds the options then.
+            if _options_of_this_process() is None:
+                return
             raise SeamError(
                 f"expected the experts capturer of this server to be {Recorder.__name__}, found"
                 f" {type(recorder).__name__}: SGLang, or another plugin, put it there after our hook"
@@ -123,42 +131,33 @@ def after_init_routed_experts_capturer(result: None, model_runner: Any) -> None:
 
 def after_alloc(slots: Any, allocator: Any, *args: Any, **kwargs: Any) -> None:
     """A KV allocator handed out slots, whichever of its methods was called."""
-    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
-
-    recorder = get_global_experts_capturer()
-    if isinstance(recorder, Recorder):
+    if recorder := _recorder():
         recorder.slots_allocated(allocator, slots)
 
 
-def around_collect(original: Callable[[Any, Any], None], processor: Any, req: Any) -> None:
+def around_collect(original: Callable[..., None], processor: Any, req: Any, **others: Any) -> None:
     """A request that asked for its routes is done and still holds its KV slots."""
-    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
-
-    recorder = get_global_experts_capturer()
-    chosen = _options_of_this_process()
-    if chosen is None or chosen.format == "sglang" or not isinstance(recorder, Recorder):
-        return original(processor, req)
+    recorder = _recorder()
+    if recorder is None or recorder.options.format == "sglang":
+        return original(processor, req, **others)
     if req.return_routed_experts:
         answer.collect(recorder, req, processor.req_to_token_pool)
 
 
 def before_release_req(*, req: Any, req_to_token_pool: Any, **others: Any) -> None:
     """A running request is retracted, and its KV is about to go."""
-    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
-
-    recorder = get_global_experts_capturer()
-    chosen = _options_of_this_process()
+    recorder = _recorder()
     # Upstream's format has upstream's meaning: what the prefill after the retraction computed.
-    if chosen is None or chosen.format == "sglang" or not isinstance(recorder, Recorder):
+    if recorder is None or recorder.options.format == "sglang":
         return
     if req.return_routed_experts:
         answer.keep(recorder, req, req_to_token_pool)
 
 
-def after_get_output_streamer_class(streamer_class: Any, scheduler: Any) -> type | None:
+def after_get_output_streamer_class(streamer_class: Any, scheduler: Any, **others: Any) -> type | None:
     """A streamer that adds each finished request's handle to its meta_info."""
-    chosen = _options_of_this_process()
-    if chosen is None or chosen.format == "sglang":
+    recorder = _recorder()
+    if recorder is None or recorder.options.format == "sglang":
         return None
     inherited = streamer_class.build_additional_customized_info
 
@@ -176,7 +175,25 @@ def after_get_output_streamer_class(streamer_class: Any, scheduler: Any) -> type
     return RoutingMasksStreamer
 
 
+def num_fused_shared_experts(model: Any) -> int:
+    """Columns of shared experts that follow the routed ones in a model's choices, by SGLang's own reading."""
+    decision = seam_check.path_here(FUSED_SHARED_EXPERTS)
+    if decision is not None and decision.endswith("resolve_shared_experts_config"):
+        return model.shared_experts_config.num_fused_shared_experts
+    # Models that can fuse none have no such attribute.
+    return getattr(model, "num_fused_shared_experts", 0)
+
+
+def _recorder() -> Recorder | None:
+    """The recorder of this process, which holds its options; None where capture is off."""
+    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
+
+    recorder = get_global_experts_capturer()
+    return recorder if isinstance(recorder, Recorder) else None
+
+
 def _options_of_this_process() -> CaptureOptions | None:
+    """What the environment says, for the hooks that run before there is a recorder."""
     try:
         return CaptureOptions.from_environment()
     except RouterReplayError as error:

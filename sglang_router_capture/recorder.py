@@ -13,7 +13,8 @@ from sglang.srt.runtime_context import get_serving
 from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
 from torch import Tensor
 
-from router_replay.masks import Codec, RoutingGeometry
+from router_replay.masks import Codec, RoutingGeometry, Store
+from sglang_router_capture.options import CaptureOptions
 from sglang_router_capture.slot_table import SlotTable
 from sglang_router_capture.staging import Staging
 
@@ -64,6 +65,10 @@ class Recorder(RoutedExpertsCapturer):
     ends after its slot has been given away. Allocations and passes are therefore kept in one sequence, in the order in
     which the scheduler thread issued them, and reach the table in that order; nobody's late write survives the
     allocation that follows it.
+
+    Attributes:
+        options: what the server was asked for, read once when it started.
+        store: where the masks of finished requests go; the recorder closes it.
     """
 
     def __init__(
@@ -71,6 +76,8 @@ class Recorder(RoutedExpertsCapturer):
         geometry: RoutingGeometry,
         codec: Codec,
         *,
+        options: CaptureOptions,
+        store: Store,
         num_slots: int,
         max_tokens_per_pass: int,
         num_fused_shared_experts: int,
@@ -82,6 +89,8 @@ class Recorder(RoutedExpertsCapturer):
         self.device_cache = Staging(geometry, max_tokens_per_pass, num_fused_shared_experts, device)
         self.geometry = geometry
         self.codec = codec
+        self.options = options
+        self.store = store
         self.table = SlotTable(num_slots, codec.row_bytes(geometry), pin=device == "cuda")
         self._allocator: Any = None
         self._released: list[Tensor] = []
@@ -163,9 +172,10 @@ class Recorder(RoutedExpertsCapturer):
         return full
 
     def destroy(self) -> None:
-        """Let the buffers go; upstream calls it when the server stops."""
+        """Let the buffers go and close the store; upstream calls it when the server stops."""
         self._in_flight.clear()
         self.table = SlotTable(0, 0, pin=False)
+        self.store.close()
 
     def _version_number(self, name: str | None) -> int:
         name = name or "default"

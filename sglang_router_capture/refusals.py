@@ -6,6 +6,119 @@ from typing import Any, NoReturn
 
 from router_replay.errors import UnsupportedError
 from router_replay.masks import RoutingGeometry
+from router_replay.upstream import Refusal, refuse
+from sglang_router_capture.ledger import LEDGER
+
+_WITHOUT_ONE = "start the server without one of the two"
+_OFF = (None, "", "none", "NONE", "null")
+
+SETTINGS = (
+    Refusal(
+        "pipeline parallelism",
+        "arg_groups.fields.parallel.Parallel.pp_size",
+        lambda value: value <= 1,
+        "each stage sees only its own layers' routes",
+        _WITHOUT_ONE,
+        flag="--pipeline-parallel-size",
+    ),
+    Refusal(
+        "speculative decoding",
+        "arg_groups.fields.spec.Spec.speculative_algorithm",
+        lambda value: value in _OFF,
+        "accepted drafts move in the KV cache and their routes would stay behind",
+        _WITHOUT_ONE,
+        flag="--speculative-algorithm",
+    ),
+    Refusal(
+        "prefill-decode disaggregation",
+        "arg_groups.fields.disagg.Disagg.disaggregation_mode",
+        lambda value: value in _OFF,
+        "routes are not sent along with the KV cache",
+        _WITHOUT_ONE,
+        flag="--disaggregation-mode",
+    ),
+    Refusal(
+        "attention data parallelism",
+        "arg_groups.fields.parallel.Parallel.attn_dp_size",
+        lambda value: value <= 1,
+        "its token order is not captured",
+        _WITHOUT_ONE,
+        flag="attention data parallelism (--enable-dp-attention)",
+        releases=">=0.5.22",
+    ),
+    Refusal(
+        # Before 0.5.22 the size is derived once everything else is resolved.
+        "attention data parallelism",
+        "arg_groups.fields.parallel.Parallel.dp_size",
+        lambda value: value <= 1,
+        "its token order is not captured",
+        _WITHOUT_ONE,
+        flag="attention data parallelism (--dp-size)",
+        only_with=("enable_dp_attention",),
+        releases="<0.5.22",
+    ),
+    Refusal(
+        "expert all-to-all backends",
+        "arg_groups.fields.exec_.ExecMoe.moe_a2a_backend",
+        lambda value: value in _OFF,
+        "each rank routes a part of the batch",
+        _WITHOUT_ONE,
+        flag="--moe-a2a-backend",
+    ),
+    Refusal(
+        "attention context parallelism",
+        "arg_groups.fields.parallel.Parallel.attn_cp_size",
+        lambda value: value <= 1,
+        "ranks see parts of a prompt",
+        _WITHOUT_ONE,
+        flag="attention context parallelism (--attn-cp-size)",
+    ),
+    Refusal(
+        "two-batch overlap",
+        "arg_groups.fields.exec_.ExecOverlap.enable_two_batch_overlap",
+        lambda value: not value,
+        "both halves of a batch would write the same rows",
+        _WITHOUT_ONE,
+        flag="--enable-two-batch-overlap",
+    ),
+    Refusal(
+        "PD multiplexing",
+        "arg_groups.fields.disagg.Disagg.enable_pdmux",
+        lambda value: not value,
+        "prefill and decode run at once and would share the rows",
+        _WITHOUT_ONE,
+        flag="--enable-pdmux",
+    ),
+    Refusal(
+        "hierarchical sparse attention",
+        "arg_groups.fields.memory.Memory.enable_hisparse",
+        lambda value: not value,
+        "KV entries move without notice",
+        _WITHOUT_ONE,
+        flag="--enable-hisparse",
+    ),
+    Refusal(
+        "diffusion language models",
+        "arg_groups.fields.exec_.ExecDllm.dllm_algorithm",
+        lambda value: value in _OFF,
+        "tokens are computed more than once",
+        _WITHOUT_ONE,
+        flag="--dllm-algorithm",
+    ),
+)
+"""Settings under which a row could be wrong and look right."""
+
+WHOLE_ANSWERS = (
+    Refusal(
+        "incremental streams",
+        "arg_groups.fields.serving.Serving.incremental_streaming_output",
+        lambda value: not value,
+        "SGLang would cut routing_masks from the last part of a stream, as if the list had an entry for every token",
+        "start the server without that flag, or with --router-capture-format sglang",
+        flag="--incremental-streaming-output",
+    ),
+)
+"""Settings under which SGLang cuts what our own format adds to meta_info."""
 
 
 def stop(error: Exception) -> NoReturn:
@@ -21,44 +134,9 @@ def require_supported_config(config: Any) -> None:
 
     Raises:
         UnsupportedError: naming the flag.
+        SeamError: naming a setting that the installed SGLang no longer has.
     """
-    refusals = (
-        (config.pp_size > 1, "--pipeline-parallel-size", config.pp_size, "each stage sees only its own layers' routes"),
-        (
-            config.speculative_algorithm not in (None, "NONE"),
-            "--speculative-algorithm",
-            config.speculative_algorithm,
-            "accepted drafts move in the KV cache and their routes would stay behind",
-        ),
-        (
-            config.disaggregation_mode not in (None, "null"),
-            "--disaggregation-mode",
-            config.disaggregation_mode,
-            "routes are not sent along with the KV cache",
-        ),
-        (config.attn_dp_size > 1, "attention data parallelism", config.attn_dp_size, "its token order is not captured"),
-        (
-            config.moe_a2a_backend not in (None, "none"),
-            "--moe-a2a-backend",
-            config.moe_a2a_backend,
-            "each rank routes a part of the batch",
-        ),
-        (config.attn_cp_size > 1, "attention context parallelism", config.attn_cp_size, "ranks see parts of a prompt"),
-        (
-            config.enable_two_batch_overlap,
-            "--enable-two-batch-overlap",
-            True,
-            "both halves of a batch would write the same rows",
-        ),
-        (config.enable_pdmux, "--enable-pdmux", True, "prefill and decode run at once and would share the rows"),
-        (config.enable_hisparse, "--enable-hisparse", True, "KV entries move without notice"),
-        (bool(config.dllm_algorithm), "--dllm-algorithm", config.dllm_algorithm, "tokens are computed more than once"),
-    )
-    for refused, flag, value, reason in refusals:
-        if refused:
-            raise UnsupportedError(
-                f"router capture cannot run with {flag} ({value}): {reason}. Start the server without one of the two."
-            )
+    refuse(LEDGER, SETTINGS, config)
 
 
 def require_whole_answers(config: Any) -> None:
@@ -69,12 +147,9 @@ def require_whole_answers(config: Any) -> None:
 
     Raises:
         UnsupportedError: naming the flag.
+        SeamError: the installed SGLang has no such setting.
     """
-    if config.incremental_streaming_output:
-        raise UnsupportedError(
-            "router capture cannot run with --incremental-streaming-output: SGLang would cut routing_masks from"
-            " the last part of a stream. Start the server without that flag, or with --router-capture-format sglang."
-        )
+    refuse(LEDGER, WHOLE_ANSWERS, config)
 
 
 def require_supported_allocator(allocator: Any) -> None:

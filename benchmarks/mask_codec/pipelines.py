@@ -15,7 +15,7 @@ from torch import Tensor
 
 from router_replay.masks import RoutingGeometry, RoutingMasks, choose_codec, from_bytes, get_codec, load, to_bytes
 from router_replay.masks.digest import token_digest
-from router_replay.masks.stores import inline
+from router_replay.masks.stores.inline import InlineStore
 
 
 def pipelines(geometry: RoutingGeometry, indices: Tensor) -> dict[str, Callable[[], Any]]:
@@ -60,7 +60,7 @@ def pipelines(geometry: RoutingGeometry, indices: Tensor) -> dict[str, Callable[
             get_codec(masks.codec).unpack_layer(masks.rows, geometry, slot)
 
     def inline_handle() -> Tensor:
-        answer = orjson.dumps({"meta_info": {"routing_masks": [inline.put(gathered())]}})
+        answer = orjson.dumps({"meta_info": {"routing_masks": [InlineStore().put(gathered())]}})
         return load(json.loads(answer)["meta_info"]["routing_masks"][0]).indices()
 
     return {

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from megatron_router_replay.averages.averaged_tensors import find_averaged, is_half_parameter, main_param
+from megatron_router_replay.ledger import AVERAGES_LEDGER
 from router_replay.errors import CallOrderError, InputError, PairingError
+from router_replay.upstream import require
 
 
 class ExponentialMovingAverage:
@@ -166,14 +168,13 @@ class ExponentialMovingAverage:
             PairingError: an averaged tensor that is not in the model's sharded state.
             SeamError: the installed Megatron-Core lacks what this needs.
         """
+        # The ledger first: the import below fails on a name that is gone, and would not say what it was for.
+        require(AVERAGES_LEDGER)
         from megatron.core.dist_checkpointing.optimizer import (
             get_param_id_to_sharded_param_map,
             make_sharded_optimizer_tensor,
         )
 
-        from megatron_router_replay.ledger import AVERAGE_SEAMS, check_seams
-
-        check_seams(AVERAGE_SEAMS)
         sharded = get_param_id_to_sharded_param_map(model_sharded_state_dict, self._tensors())
         missing = [name for index, name in enumerate(self._averages) if index not in sharded]
         if missing:

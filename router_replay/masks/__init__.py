@@ -3,11 +3,11 @@
 from router_replay.masks.agreement import RouteAgreement, RouteTally, compare_routes
 from router_replay.masks.client import masks_from_meta_info
 from router_replay.masks.codecs.codec import CODEC_NAMES, NO_ROW, Codec, choose_codec, get_codec
-from router_replay.masks.container import from_bytes, to_bytes
+from router_replay.masks.container import from_bytes, load_file, save_file, to_bytes
 from router_replay.masks.digest import token_digest
 from router_replay.masks.geometry import RoutingGeometry
 from router_replay.masks.masks import RoutingMasks
-from router_replay.masks.stores import load
+from router_replay.masks.stores import Stat, Store, load, open_store
 
 __all__ = [
     "CODEC_NAMES",
@@ -17,12 +17,17 @@ __all__ = [
     "RouteTally",
     "RoutingGeometry",
     "RoutingMasks",
+    "Stat",
+    "Store",
     "choose_codec",
     "compare_routes",
     "from_bytes",
     "get_codec",
     "load",
+    "load_file",
     "masks_from_meta_info",
+    "open_store",
+    "save_file",
     "to_bytes",
     "token_digest",
 ]

@@ -5,23 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from router_replay.errors import DataError
+from router_replay.errors import DataError, InputError
 from router_replay.masks.masks import RoutingMasks
 from router_replay.masks.stores import load
 
 
 def masks_from_meta_info(meta_info: Mapping[str, Any]) -> RoutingMasks:
-    """The masks that a finished request's `meta_info` carries.
+    """The masks that a finished request's `meta_info` carries; they may be in any store.
 
     Args:
-        meta_info: as the server sent it; `meta_info["routing_masks"]` is a list that holds one handle.
+        meta_info: of one answer, as the server sent it; `meta_info["routing_masks"]` is a list that holds one handle.
 
     Returns:
         The rows from the request's `routed_experts_start_len` up to the token before the last sampled one.
 
     Raises:
+        InputError: a whole answer, several of them, or anything else that is no `meta_info`.
         DataError: no masks, masks in SGLang's own format, or not one handle.
     """
+    _require_meta_info(meta_info)
     handles = meta_info.get("routing_masks")
     if not handles:
         if meta_info.get("routed_experts") is not None:
@@ -41,3 +43,22 @@ def masks_from_meta_info(meta_info: Mapping[str, Any]) -> RoutingMasks:
             " as it is"
         )
     return load(handles[0])
+
+
+def _require_meta_info(meta_info: Any) -> None:
+    if isinstance(meta_info, Mapping):
+        if "meta_info" in meta_info and "routing_masks" not in meta_info:
+            raise InputError('this is a whole answer, not its meta_info: pass answer["meta_info"]')
+        if "store" in meta_info and "routing_masks" not in meta_info:
+            raise InputError("this is a handle, not a meta_info: pass it to load(handle)")
+        return
+    if isinstance(meta_info, list | tuple):
+        raise InputError(
+            f"this is a list of {len(meta_info)}, not one meta_info: a request with n > 1 and a batched request are"
+            ' answered with a list, so call it for each: [masks_from_meta_info(answer["meta_info"]) for answer in'
+            " answers]"
+        )
+    way_out = "there is none in a request that failed, so look for its error"
+    if isinstance(meta_info, str | bytes):
+        way_out = 'this is the answer\'s JSON: pass json.loads(text)["meta_info"]'
+    raise InputError(f'expected the dictionary answer["meta_info"], got a {type(meta_info).__name__}; {way_out}')

@@ -1,4 +1,4 @@
-"""RoutingMasks <-> safetensors bytes: tensors `rows` and `valid`, the small fields in `__metadata__`."""
+"""RoutingMasks <-> safetensors: tensors `rows` and `valid`, the small fields in `__metadata__`; bytes or a file."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import json
 import struct
 import zlib
 from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from router_replay.errors import DataError, RouterReplayError
+from router_replay.errors import DataError, InputError, RouterReplayError
+from router_replay.files import write_whole
 from router_replay.masks.codecs.codec import get_codec
 from router_replay.masks.geometry import RoutingGeometry
 from router_replay.masks.masks import RoutingMasks
@@ -20,8 +23,55 @@ FORMAT = "routing_masks"
 FORMAT_VERSION = "1"
 
 
+def save_file(masks: RoutingMasks, path: str | PathLike[str]) -> None:
+    """Write masks into an ordinary safetensors file, which is there whole or not at all.
+
+    Args:
+        path: the file, of any name; its folder is made where it is missing, and a file of that name is replaced.
+
+    Raises:
+        InputError: `masks` are no RoutingMasks, or `path` is a folder.
+        OSError: the folder or the file cannot be written.
+    """
+    data, target = to_bytes(masks), _path(path, "save_file(masks, path)")
+    if target.is_dir():
+        raise InputError(f"{target} is a folder: name the file in it, {target / 'masks.safetensors'} for example")
+    write_whole(target, lambda partial: partial.write_bytes(data))
+
+
+def load_file(path: str | PathLike[str]) -> RoutingMasks:
+    """Read masks from a file written by `save_file`.
+
+    Raises:
+        InputError: `path` is no path.
+        DataError: no such file, a folder, a file that cannot be read, or one that `from_bytes` refuses.
+    """
+    source = _path(path, "load_file(path); of a handle take load(handle), of bytes from_bytes(data)")
+    try:
+        data = source.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{source}: no such file; masks are written there by save_file(masks, path)") from None
+    except IsADirectoryError:
+        raise DataError(f"{source} is a folder: name one of the files in it") from None
+    except OSError as error:
+        raise DataError(f"{source} cannot be read: {error.strerror}") from error
+    try:
+        return from_bytes(data)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+
+
 def to_bytes(masks: RoutingMasks) -> bytes:
-    """Masks as an ordinary safetensors file, which any tool that knows safetensors can open."""
+    """Masks as the bytes of an ordinary safetensors file, which any tool that knows safetensors can open.
+
+    Raises:
+        InputError: no RoutingMasks.
+    """
+    if not isinstance(masks, RoutingMasks):
+        raise InputError(
+            f"expected RoutingMasks, got a {type(masks).__name__}: of an answer take masks_from_meta_info(meta_info),"
+            " of a handle load(handle)"
+        )
     geometry = masks.geometry
     metadata = {
         "format": FORMAT,
@@ -37,12 +87,17 @@ def to_bytes(masks: RoutingMasks) -> bytes:
     return safetensors.torch.save(tensors, metadata)
 
 
-def from_bytes(data: bytes) -> RoutingMasks:
+def from_bytes(data: bytes | bytearray | memoryview) -> RoutingMasks:
     """Read masks written by `to_bytes`, and check that the valid rows are rows that the codec can have written.
 
     Raises:
+        InputError: a path or text in the place of bytes.
         DataError: truncated or foreign bytes, a format version that this code does not know, or corrupted rows.
     """
+    if not isinstance(data, bytes | bytearray | memoryview):
+        way_out = "of a file take load_file(path), of a handle load(handle)"
+        raise InputError(f"from_bytes takes the bytes of a container, got a {type(data).__name__}: {way_out}")
+    data = bytes(data)
     try:
         tensors = safetensors.torch.load(data)
         metadata = _metadata(data)
@@ -83,6 +138,13 @@ def from_bytes(data: bytes) -> RoutingMasks:
             " on disk"
         )
     return masks
+
+
+def _path(path: str | PathLike[str], expected: str) -> Path:
+    try:
+        return Path(path)
+    except TypeError:
+        raise InputError(f"a {type(path).__name__} is no path: {expected}") from None
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:

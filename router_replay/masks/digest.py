@@ -1,18 +1,54 @@
-"""Digest of token ids: what ties masks to the tokens that they were recorded for."""
+"""The digest of token ids, which ties masks to the tokens that they were recorded for."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from router_replay.errors import InputError
 
-def token_digest(token_ids: Sequence[int] | np.ndarray | Tensor) -> str:
-    """BLAKE2b (128 bits, hexadecimal) of the token ids as little-endian int64."""
-    if isinstance(token_ids, Tensor):
-        token_ids = token_ids.detach().to(device="cpu", dtype=torch.int64).numpy()
-    data = np.ascontiguousarray(token_ids, dtype="<i8")
-    return hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()
+TokenIds = Sequence[int] | np.ndarray | Tensor
+
+_EXPECTED = "pass the token ids of the rollout, integers [n], as a list, an array or a tensor; no text, floats or bools"
+
+
+def token_digest(token_ids: TokenIds) -> str:
+    """BLAKE2b (128 bits, hexadecimal) of the token ids as little-endian int64.
+
+    Args:
+        token_ids: `int [n]` of one sequence.
+
+    Raises:
+        InputError: text, floats, bools, or ids of several sequences.
+    """
+    return hashlib.blake2b(as_token_ids(token_ids).astype("<i8").tobytes(), digest_size=16).hexdigest()
+
+
+def as_token_ids(token_ids: TokenIds) -> np.ndarray:
+    """Token ids of one sequence as `int64 [n]`, on the host.
+
+    Raises:
+        InputError: text, floats, bools, or ids of several sequences.
+    """
+    if isinstance(token_ids, Mapping):
+        raise InputError(f"token_ids is a {type(token_ids).__name__}: pass the token ids in it (its input_ids)")
+    found = f"token_ids is a {type(token_ids).__name__}"
+    try:
+        ids = token_ids.detach().cpu().numpy() if isinstance(token_ids, Tensor) else np.asarray(token_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{found} of which no array can be made ({error}): {_EXPECTED}") from error
+    # An empty list has no integer in it that would tell numpy its type.
+    if ids.dtype.kind not in "iu" and ids.shape != (0,):
+        held = {"U": "text", "S": "text", "O": "objects"}.get(ids.dtype.kind, ids.dtype.name)
+        raise InputError(f"{found} of {held}: {_EXPECTED}")
+    if ids.ndim != 1:
+        raise InputError(
+            f"token_ids has the shape {list(ids.shape)}, but must be those of one sequence, [n]: of a batch pass one"
+            " row without its padding, with the masks of that row"
+        )
+    if ids.dtype.kind == "u" and ids.size and int(ids.max()) > np.iinfo(np.int64).max:
+        raise InputError(f"token_ids has {int(ids.max())}, which is no token id: they are below 2**63")
+    return ids.astype(np.int64, copy=False)

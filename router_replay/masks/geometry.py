@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 from router_replay.errors import InputError, PairingError, UnsupportedError
+from router_replay.masks.arguments import as_integer
 from router_replay.masks.hf_config import Reader, config_reader, routed_layers
 from router_replay.masks.limits import MAX_EXPERTS, MAX_TOP_K
 
@@ -40,7 +43,11 @@ class RoutingGeometry:
     top_k: int
 
     def __post_init__(self) -> None:
-        layers = tuple(int(layer) for layer in self.moe_layers)
+        for name in ("num_layers", "num_experts", "top_k"):
+            object.__setattr__(self, name, as_integer(name, getattr(self, name)))
+        if not isinstance(self.moe_layers, Iterable) or isinstance(self.moe_layers, str):
+            raise InputError(f"moe_layers is {self.moe_layers!r}, but must be the indices of the layers that route")
+        layers = tuple(as_integer("a layer of moe_layers", layer) for layer in self.moe_layers)
         object.__setattr__(self, "moe_layers", layers)
         if not layers:
             raise UnsupportedError(
@@ -104,9 +111,16 @@ class RoutingGeometry:
         """Geometry of a Hugging Face model configuration (an object or its dictionary, text part of a composite one).
 
         Raises:
-            InputError: a dense model, routing that is not learned (hash routing), a configuration that lacks a
-                needed field, or one whose fields disagree about which layers route.
+            InputError: no configuration, one that lacks a needed field, or one whose fields disagree about which
+                layers route.
+            UnsupportedError: a dense model, or one whose routing is not learned (hash routing) or not the same in every
+                layer.
         """
+        if config is None or isinstance(config, str | PathLike):
+            raise InputError(
+                f"config is {config!r}, but must be a configuration or its dictionary: take"
+                " transformers.AutoConfig.from_pretrained(path), or the JSON of the model's config.json"
+            )
         get = config_reader(config)
         num_layers = _first(get, _NUM_LAYERS_KEYS) or len(get("layers_block_type") or ())
         if not num_layers:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from router_replay.errors import InputError, PairingError
+from router_replay.masks.arguments import as_bools, as_integer, as_tensor, require_type
 from router_replay.masks.codecs.codec import NO_ROW, choose_codec, get_codec
-from router_replay.masks.digest import token_digest
+from router_replay.masks.digest import TokenIds, as_token_ids, token_digest
 from router_replay.masks.geometry import RoutingGeometry
+from router_replay.masks.weight_versions import Runs, joined_runs, require_runs, runs_within
 
-TokenIds = Sequence[int] | Tensor
+_INDEX_DTYPES = (torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RoutingMasks:
     """Routes of the tokens [start, end) of one sequence.
 
@@ -31,6 +36,10 @@ class RoutingMasks:
         codec: name of the codec of `rows`.
         weight_versions: runs (position, version): from that position on the rows were computed by those weights.
         token_digest: digest of the sequence's token ids [0, end), the whole prefix, since routes depend on all of it.
+
+    Raises:
+        InputError: an attribute of another type, a negative start, or runs outside of the rows.
+        PairingError: rows, valid, codec and geometry that do not fit each other.
     """
 
     rows: Tensor
@@ -38,23 +47,25 @@ class RoutingMasks:
     start: int
     geometry: RoutingGeometry
     codec: str
-    weight_versions: tuple[tuple[int, str], ...]
+    weight_versions: Runs
     token_digest: str
 
     def __post_init__(self) -> None:
+        require_type("geometry", self.geometry, RoutingGeometry)
+        require_type("codec", self.codec, str)
+        require_type("token_digest", self.token_digest, str)
+        object.__setattr__(self, "rows", as_tensor("rows", self.rows))
+        object.__setattr__(self, "valid", as_bools(self.valid))
+        object.__setattr__(self, "start", as_integer("start", self.start))
         get_codec(self.codec).require_row_bytes(self.rows, self.geometry)
-        if self.valid.dtype != torch.bool or self.valid.shape != self.rows.shape[:-1] or self.rows.dim() != 2:
+        if self.valid.shape != self.rows.shape[:-1] or self.rows.dim() != 2:
             raise PairingError(
                 f"valid is {self.valid.dtype} {tuple(self.valid.shape)} and rows are {tuple(self.rows.shape)}: one"
                 " sequence has rows [tokens, row_bytes] and valid torch.bool [tokens]"
             )
         if self.start < 0:
             raise InputError(f"start is {self.start}, but a position in a sequence is not negative")
-        positions = [position for position, _ in self.weight_versions]
-        if positions != sorted(set(positions)) or any(not self.start <= p < self.end for p in positions):
-            raise InputError(
-                f"weight_versions begin at positions {positions}, which must ascend within [{self.start}, {self.end})"
-            )
+        object.__setattr__(self, "weight_versions", require_runs(self.weight_versions, self.start, self.end))
 
     @property
     def num_tokens(self) -> int:
@@ -65,6 +76,81 @@ class RoutingMasks:
     def end(self) -> int:
         """Position after the last row."""
         return self.start + self.num_tokens
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    def __repr__(self) -> str:
+        geometry = self.geometry
+        return (
+            f"RoutingMasks({self.num_tokens} tokens [{self.start}, {self.end}), {int(self.valid.sum())} valid,"
+            f" {geometry.num_moe_layers} MoE layers of {geometry.top_k} of {geometry.num_experts} experts,"
+            f" codec {self.codec!r}, {self.rows.numel():,} bytes)"
+        )
+
+    def __getitem__(self, rows: slice) -> RoutingMasks:
+        """`masks[a:]`, without the first `a` rows: a turn's delta.
+
+        `start` moves by `a`. The digest stays, since it covers the tokens [0, end); the weights of the first row that
+        is left stay named.
+
+        Raises:
+            InputError: anything else than `[a:]` with a >= 0, which would need another digest.
+        """
+        try:
+            first = operator.index(rows.start or 0) if isinstance(rows, slice) and rows.stop is None else -1
+        except TypeError:
+            first = -1
+        if first < 0 or rows.step not in (None, 1):
+            text = "masks[a:b:c]" if isinstance(rows, slice) else "masks[i]"
+            raise InputError(
+                f"{text} with {rows!r}: only masks[a:] with a >= 0 keeps the digest of all tokens up to the last row."
+                " For a sequence that was cut short to n tokens use masks.cut(n, token_ids); the experts of single rows"
+                " are in masks.indices()"
+            )
+        start = self.start + min(first, self.num_tokens)
+        return replace(
+            self,
+            rows=self.rows[first:],
+            valid=self.valid[first:],
+            start=start,
+            weight_versions=runs_within(self.weight_versions, start, self.end),
+        )
+
+    def cut(self, n: int, token_ids: TokenIds) -> RoutingMasks:
+        """Masks of the sequence's first `n` tokens, for a response that was cut short: rows [start, min(end, n)).
+
+        Runs of `weight_versions` that begin at `n` or later are left out; those before it stay as they are.
+
+        Args:
+            n: length of the sequence that is left, prompt included.
+            token_ids: `int [m]`, m >= end: the sequence as it was before the cut. The old digest is checked against
+                them, then the new one made.
+
+        Raises:
+            InputError: `n` is no integer, or below `start`, where no row would be left of these.
+            PairingError: the masks are of other tokens, or the ids are already cut.
+        """
+        n = as_integer("n", n)
+        if n < self.start:
+            raise InputError(
+                f"cut to {n} tokens, but these masks begin at position {self.start}: leave them out altogether"
+            )
+        ids = as_token_ids(token_ids)
+        if len(ids) < self.end:
+            raise PairingError(
+                f"masks cover tokens [{self.start}, {self.end}), but only {len(ids)} token ids are given: pass those of"
+                " the sequence as it was before the cut, from which the new digest is made"
+            )
+        self.check_tokens(ids)
+        end = min(self.end, n)
+        return replace(
+            self,
+            rows=self.rows[: end - self.start],
+            valid=self.valid[: end - self.start],
+            weight_versions=runs_within(self.weight_versions, self.start, end),
+            token_digest=token_digest(ids[:end]),
+        )
 
     def indices(self) -> Tensor:
         """Expert indices `int32 [num_tokens, L, K]`; rows that are not valid hold -1."""
@@ -77,14 +163,16 @@ class RoutingMasks:
             token_ids: `int [n]`, n >= end: the whole sequence, prompt included.
 
         Raises:
+            InputError: text, floats, bools, or ids of several sequences.
             PairingError: fewer tokens than rows, or other tokens.
         """
-        if len(token_ids) < self.end:
+        ids = as_token_ids(token_ids)
+        if len(ids) < self.end:
             raise PairingError(
-                f"masks cover tokens [{self.start}, {self.end}), but the sequence has only {len(token_ids)} tokens:"
-                " pair each sequence with its own masks"
+                f"masks cover tokens [{self.start}, {self.end}), but the sequence has only {len(ids)} tokens: pair each"
+                " sequence with its own masks; of one that was cut short to n tokens take masks.cut(n, token_ids)"
             )
-        found = token_digest(token_ids[: self.end])
+        found = token_digest(ids[: self.end])
         if found != self.token_digest:
             raise PairingError(
                 f"masks were recorded for a sequence whose first {self.end} token ids have digest {self.token_digest},"
@@ -95,39 +183,50 @@ class RoutingMasks:
     @classmethod
     def from_indices(
         cls,
-        indices: Tensor,
-        valid: Tensor,
+        indices: Tensor | np.ndarray,
+        valid: Tensor | np.ndarray,
         *,
         start: int,
         geometry: RoutingGeometry,
         codec: str,
         token_ids: TokenIds,
-        weight_versions: tuple[tuple[int, str], ...] = (),
+        weight_versions: Runs = (),
     ) -> RoutingMasks:
         """Masks from expert indices `int [num_tokens, L, K]`; rows that are not valid may hold anything.
 
         Args:
+            valid: `bool [num_tokens]`.
             token_ids: `int [n]`, n >= start + num_tokens, from which the digest is made.
             codec: a codec's name, or 'auto' for the smallest.
 
         Raises:
-            InputError: a valid row with an index out of range or an expert twice.
-            PairingError: fewer token ids than rows.
+            InputError: an argument of another type or shape, a valid row with an index out of range or an expert twice.
+            PairingError: fewer token ids than rows, or indices, `valid` and geometry that do not fit each other.
         """
+        indices, valid = as_tensor("indices", indices), as_bools(valid)
+        require_type("geometry", geometry, RoutingGeometry)
+        require_type("codec", codec, str)
+        if indices.dtype not in _INDEX_DTYPES or indices.dim() != 3:
+            raise InputError(
+                f"indices are {indices.dtype} {list(indices.shape)}, but must be integers [tokens, MoE layers, top-k]"
+            )
+        if valid.shape != indices.shape[:1]:
+            raise PairingError(f"valid is {list(valid.shape)}, but there are indices of {len(indices)} tokens")
         chosen = choose_codec(codec, geometry)
-        end = start + indices.shape[0]
-        if len(token_ids) < end:
-            raise PairingError(f"rows up to position {end} were given with only {len(token_ids)} token ids")
+        end = as_integer("start", start) + indices.shape[0]
+        ids = as_token_ids(token_ids)
+        if len(ids) < end:
+            raise PairingError(f"rows up to position {end} were given with only {len(ids)} token ids")
         unknown = ~valid
         if bool(unknown.any()):
             placeholder = torch.arange(geometry.top_k, device=indices.device).to(indices.dtype)
             indices = torch.where(valid[:, None, None], indices, placeholder)
         rows = chosen.pack(indices, geometry)
         rows[unknown] = NO_ROW
-        return cls(rows, valid, start, geometry, chosen.name, weight_versions, token_digest(token_ids[:end]))
+        return cls(rows, valid, start, geometry, chosen.name, weight_versions, token_digest(ids[:end]))
 
     @classmethod
-    def join(cls, parts: Sequence[RoutingMasks], token_ids: TokenIds) -> RoutingMasks:
+    def join(cls, parts: Iterable[RoutingMasks], token_ids: TokenIds) -> RoutingMasks:
         """Put the deltas of consecutive turns together: each part begins where the one before it ends.
 
         Args:
@@ -135,38 +234,53 @@ class RoutingMasks:
             token_ids: `int [n]`, n >= the last part's end; every part is checked against them.
 
         Raises:
-            PairingError: a part was recorded for other tokens.
-            PairingError: parts of different models or codecs.
-            PairingError: a gap, an overlap, or rows of unknown weights after rows of known ones.
+            InputError: no parts, or parts that are no masks.
+            PairingError: a part was recorded for other tokens, another model or with another codec; parts out of order,
+                with a gap or an overlap; rows of unknown weights after rows of known ones.
         """
-        if not parts:
-            raise InputError("no masks to join")
+        parts, ids = _parts(parts), as_token_ids(token_ids)
         first = parts[0]
         for number, part in enumerate(parts):
-            part.check_tokens(token_ids)
+            part.check_tokens(ids)
             first.geometry.require_same(part.geometry, "part 0", f"part {number}")
             if part.codec != first.codec:
                 raise PairingError(f"part 0 has codec {first.codec!r}, part {number} has {part.codec!r}")
-            if number and part.start != parts[number - 1].end:
-                raise PairingError(
-                    f"part {number - 1} ends at position {parts[number - 1].end}, part {number} begins at {part.start}:"
-                    " ask for each delta with routed_experts_start_len at the end of the masks before it"
-                )
-        runs: list[tuple[int, str]] = []
-        for number, part in enumerate(parts):
-            stated_from = part.weight_versions[0][0] if part.weight_versions else part.end
-            if runs and bool(part.valid[: stated_from - part.start].any()):
-                raise PairingError(
-                    f"part {number} does not say which weights computed its valid rows before position {stated_from},"
-                    " but parts before it do: joined, those rows would seem to be theirs"
-                )
-            for position, version in part.weight_versions:
-                if not runs or runs[-1][1] != version:
-                    runs.append((position, version))
+            if number:
+                _require_adjacent(parts[number - 1], part, number)
         return replace(
             first,
             rows=torch.cat([part.rows for part in parts]),
             valid=torch.cat([part.valid for part in parts]),
-            weight_versions=tuple(runs),
+            weight_versions=joined_runs([(part.weight_versions, part.start, part.valid) for part in parts]),
             token_digest=parts[-1].token_digest,
         )
+
+
+def _parts(parts: Any) -> list[RoutingMasks]:
+    if isinstance(parts, RoutingMasks):
+        raise InputError("join takes a list of masks, got one RoutingMasks: pass [masks], or use the masks as they are")
+    if isinstance(parts, Mapping) or not isinstance(parts, Iterable):
+        raise InputError(f"join takes a list of RoutingMasks, got a {type(parts).__name__}; {_LOADED}")
+    found = list(parts)
+    if not found:
+        raise InputError("no masks to join")
+    for number, part in enumerate(found):
+        if not isinstance(part, RoutingMasks):
+            raise InputError(f"part {number} to join is a {type(part).__name__}, not RoutingMasks; {_LOADED}")
+    return found
+
+
+_LOADED = "of an answer take masks_from_meta_info(meta_info), of a handle load(handle)"
+
+
+def _require_adjacent(before: RoutingMasks, part: RoutingMasks, number: int) -> None:
+    if part.start == before.end:
+        return
+    found = f"part {number - 1} ends at position {before.end}, part {number} begins at {part.start}: "
+    if (part.start, part.end) < (before.start, before.end):
+        raise PairingError(
+            found + "the parts are out of order: sorted(parts, key=lambda part: (part.start, part.end)) puts them right"
+        )
+    if part.start < before.end:
+        found += f"drop the rows that are there twice by masks[{before.end - part.start}:] of part {number}, or "
+    raise PairingError(found + "ask for each delta with routed_experts_start_len at the end of the masks before it")

@@ -11,15 +11,31 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Protocol
 
 from torch import Tensor
 
 from router_replay.replay.microbatch import MicrobatchRoutes
+from router_replay.replay.observe import ObservedRoutes
+
+
+class Replays(Protocol):
+    """What a trainer's replay is to the core: a key of bindings that compares by identity.
+
+    Attributes:
+        attached: whether its routers still ask it.
+        observer: where the routes of the current forward pass are recorded, or None.
+    """
+
+    @property
+    def attached(self) -> bool: ...
+
+    @property
+    def observer(self) -> ObservedRoutes | None: ...
 
 
 class Native:
-    """Stands for "route natively": what `Replay.off()` binds."""
+    """Stands for "route natively", as stock does: a reference model's pass, say."""
 
 
 NATIVE = Native()
@@ -32,7 +48,7 @@ class Frame:
     Attributes:
         recomputing: False while the checkpoint's forward pass runs, True in every later run.
         native_choices: by router object, the experts `int64 [num_native, K]` that the trainer chose in the forward
-            pass for rows without masks; a recompute must take the same.
+            pass for places without a row; a recompute must take the same.
     """
 
     recomputing: bool = False
@@ -43,7 +59,7 @@ class Frame:
 class State:
     """Bindings by replay object, and the surrounding checkpoints from the outermost in."""
 
-    bindings: Mapping[Any, MicrobatchRoutes | Native] = MappingProxyType({})
+    bindings: Mapping[Replays, MicrobatchRoutes | Native] = MappingProxyType({})
     frames: tuple[Frame, ...] = ()
 
     @property
@@ -53,7 +69,7 @@ class State:
 
 
 _EMPTY = State()
-_state: ContextVar[State] = ContextVar("megatron_router_replay_state", default=_EMPTY)
+_state: ContextVar[State] = ContextVar("router_replay_state", default=_EMPTY)
 
 
 def current() -> State:
@@ -72,7 +88,7 @@ def entered(state: State) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def bound(replay: Any, binding: MicrobatchRoutes | Native) -> Iterator[None]:
+def bound(replay: Replays, binding: MicrobatchRoutes | Native) -> Iterator[None]:
     """Bind `replay` for the block; other replays keep their bindings."""
     state = current()
     with entered(State({**state.bindings, replay: binding}, state.frames)):

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from router_replay.errors import PairingError
-from router_replay.masks.codecs.codec import Codec, get_codec
-from router_replay.masks.geometry import RoutingGeometry
-from router_replay.masks.masks import RoutingMasks
+from router_replay.errors import InputError, PairingError
+from router_replay.masks import Codec, RoutingGeometry, RoutingMasks, get_codec
 from router_replay.replay.layout import BatchLayout
 
 
 class MicrobatchRoutes:
-    """Packed rows of every token of a microbatch, in the layout's order.
+    """Packed rows of every place of a microbatch, in the layout's order.
 
-    A row is *replayed* (the rollout recorded it), *native* (a token without a valid row: the trainer's own top-k
-    chooses) or *padding* (K distinct experts, taken in turn so that padding loads all experts alike).
+    A place is *replayed* (the rollout recorded its token), *native* (a token without a valid row: the trainer's own
+    top-k chooses) or *padding* (K distinct experts, taken in turn so that padding loads all experts alike).
 
     Attributes:
-        num_rows, num_replayed, num_native, num_padding: counts of rows; the last three add up to the first.
-        native_rows: `int64 [num_native]` on the device.
+        num_places, num_replayed, num_native, num_padding: counts of places; the last three add up to the first.
+        native_places: `int64 [num_native]` on the device.
     """
 
     def __init__(
         self,
-        masks: Sequence[RoutingMasks],
+        masks: Iterable[RoutingMasks],
         layout: BatchLayout,
         geometry: RoutingGeometry,
         device: torch.device,
@@ -38,48 +36,81 @@ class MicrobatchRoutes:
 
         Masks whose tensors are on a device are read back here; the forward pass itself never waits.
 
+        Args:
+            masks: one for each sequence of the layout, in its order, each from token 0.
+            layout: of the whole sequences, whichever of their tokens have a place.
+            geometry: of the model.
+            partial: accept masks that end before the last token but one of their sequence.
+
         Raises:
-            PairingError: masks of another model.
-            PairingError: masks of other tokens.
-            PairingError: another number of sequences, a missing prefix, rows beyond a sequence or, without
-                `partial`, short of it, mixed codecs.
+            InputError: masks or a layout that are something else.
+            PairingError: masks of another model, of other tokens, of another number of sequences; a missing prefix,
+                rows beyond a sequence or, without `partial`, short of it; mixed codecs.
         """
-        _check(masks, layout, geometry, partial)
+        recorded = _require_masks(masks)
+        _require_layout(layout)
+        _check(recorded, layout, geometry, partial)
         self.geometry = geometry
-        self._codec: Codec = get_codec(masks[0].codec)
+        self._codec: Codec = get_codec(recorded[0].codec)
+        padding = layout.is_padding
+        counts = torch.tensor([one.num_tokens for one in recorded])
+        rows = torch.cat([one.rows.cpu() for one in recorded])
+        valid = torch.cat([one.valid.cpu() for one in recorded])
+        sequence = layout.sequence.clamp(min=0)
+        has_row = ~padding & (layout.position < counts[sequence])
+        source = ((counts.cumsum(0) - counts)[sequence] + layout.position)[has_row]
+        replayed = has_row.clone()
+        replayed[has_row] = valid[source]
         spread = _spread_rows(self._codec, geometry)
-        packed = spread[:1].repeat(layout.num_rows, 1)
-        packed[layout.padding_rows] = spread[torch.arange(layout.padding_rows.numel()) % geometry.num_experts]
-        is_native = torch.zeros(layout.num_rows, dtype=torch.bool)
-        for one, places in zip(masks, layout.rows, strict=True):
-            is_native[places] = True
-            valid = one.valid.cpu()
-            replayed = places[: one.num_tokens][valid]
-            is_native[replayed] = False
-            packed[replayed] = one.rows.cpu()[valid]
-        native = is_native.nonzero().flatten()
-        self.num_rows = layout.num_rows
+        packed = spread[:1].repeat(layout.num_places, 1)
+        self.num_padding = int(padding.sum())
+        packed[padding] = spread[torch.arange(self.num_padding) % geometry.num_experts]
+        packed[replayed] = rows[source[valid[source]]]
+        native = (~padding & ~replayed).nonzero().flatten()
+        self.num_places = layout.num_places
         self.num_native = native.numel()
-        self.num_padding = layout.padding_rows.numel()
-        self.num_replayed = self.num_rows - self.num_native - self.num_padding
-        self.native_rows = native.to(device)
+        self.num_replayed = self.num_places - self.num_native - self.num_padding
+        self.native_places = native.to(device)
         self._packed = packed.to(device)
 
     def experts(self, layer: int) -> Tensor:
-        """Experts of decoder layer `layer` (0-based) for every row, `int64 [num_rows, K]`, freshly unpacked.
+        """Experts of decoder layer `layer` (0-based) for every place, `int64 [num_places, K]`, freshly unpacked.
 
-        Native rows hold placeholders that the caller overwrites.
+        Native places hold placeholders that the caller overwrites.
         """
         return self._codec.unpack_layer(self._packed, self.geometry, self.geometry.slot_of(layer)).long()
 
 
-def _check(masks: Sequence[RoutingMasks], layout: BatchLayout, geometry: RoutingGeometry, partial: bool) -> None:
+def _require_masks(masks: Iterable[RoutingMasks]) -> list[RoutingMasks]:
+    way_out = "pass a list with one RoutingMasks for each sequence, as masks_from_meta_info gives them"
+    if isinstance(masks, RoutingMasks | str | bytes | dict) or not isinstance(masks, Iterable):
+        raise InputError(f"masks of a microbatch are a list, got {_kind(masks)} alone: {way_out}")
+    listed = list(masks)
+    for index, one in enumerate(listed):
+        if not isinstance(one, RoutingMasks):
+            raise InputError(f"masks of sequence {index} are {_kind(one)}: {way_out}")
+    return listed
+
+
+def _require_layout(layout: BatchLayout) -> None:
+    if not isinstance(layout, BatchLayout):
+        raise InputError(
+            f"the layout of a microbatch is {_kind(layout)}: build it with BatchLayout.padded(token_ids, lengths) or"
+            " BatchLayout.packed(token_ids, cu_seqlens)"
+        )
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _check(masks: list[RoutingMasks], layout: BatchLayout, geometry: RoutingGeometry, partial: bool) -> None:
     if len(masks) != layout.num_sequences or not masks:
         raise PairingError(
             f"the layout has {layout.num_sequences} sequences, masks were given for {len(masks)}: pass one RoutingMasks"
             " per sequence, in the layout's order"
         )
-    for index, (one, token_ids) in enumerate(zip(masks, layout.token_ids, strict=True)):
+    for index, (one, token_ids) in enumerate(zip(masks, layout.by_sequence(layout.token_ids), strict=True)):
         one.geometry.require_same(geometry, "the rollout", "this model")
         if one.start != 0:
             raise PairingError(
@@ -89,7 +120,7 @@ def _check(masks: Sequence[RoutingMasks], layout: BatchLayout, geometry: Routing
         if one.end > token_ids.numel():
             raise PairingError(
                 f"masks of sequence {index} cover {one.end} tokens, the layout gives it {token_ids.numel()}: do not cut"
-                " a sequence shorter than its rollout without cutting its masks"
+                " a sequence shorter than its rollout without cutting its masks (RoutingMasks.cut)"
             )
         if one.codec != masks[0].codec:
             raise PairingError(
@@ -107,7 +138,7 @@ def _check(masks: Sequence[RoutingMasks], layout: BatchLayout, geometry: Routing
 
 
 def _spread_rows(codec: Codec, geometry: RoutingGeometry) -> Tensor:
-    """E packed rows; row i holds experts i*K, i*K + 1, ... modulo E in every layer."""
+    """Rows that load all experts alike: E packed rows, row i with experts i*K, i*K + 1, ... modulo E in every layer."""
     first = torch.arange(geometry.num_experts)[:, None] * geometry.top_k
     experts = (first + torch.arange(geometry.top_k)) % geometry.num_experts
     return codec.pack(experts[:, None].expand(-1, geometry.num_moe_layers, -1), geometry)

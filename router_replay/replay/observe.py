@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from router_replay.errors import CallOrderError
+from router_replay.errors import CallOrderError, PairingError
 from router_replay.replay.layout import BatchLayout
 
 
@@ -21,7 +21,7 @@ class ObservedRoutes:
         self._experts: dict[int, Tensor] = {}
 
     def record(self, layer: int, experts: Tensor) -> None:
-        """Keep the experts `[num_rows, K]` of one layer."""
+        """Keep the experts `[num_places, K]` of one layer."""
         if layer in self._experts:
             raise CallOrderError(
                 f"decoder layer {layer} routed a second forward pass inside one observe(): observe each pass by itself"
@@ -31,8 +31,11 @@ class ObservedRoutes:
     def indices(self, layout: BatchLayout) -> list[Tensor]:
         """Per sequence of `layout` the experts `int64 [n_i, num_layers, K]`, in the routers' column order.
 
+        A token that has no place in the layout has -1.
+
         Raises:
-            CallOrderError: a layer is missing, or the pass had another number of rows than the layout.
+            CallOrderError: a layer is missing: no whole forward pass was observed.
+            PairingError: the pass had another number of places than the layout.
         """
         missing = [layer for layer in self.layers if layer not in self._experts]
         if missing:
@@ -41,6 +44,9 @@ class ObservedRoutes:
                 "pass inside observe()"
             )
         experts = torch.stack([self._experts[layer] for layer in self.layers], dim=1)
-        if experts.shape[0] != layout.num_rows:
-            raise CallOrderError(f"the observed pass had {experts.shape[0]} rows, the layout has {layout.num_rows}")
-        return [experts[rows.to(experts.device)] for rows in layout.rows]
+        if experts.shape[0] != layout.num_places:
+            raise PairingError(
+                f"the observed pass had {experts.shape[0]} places, the layout has {layout.num_places}: pass the layout"
+                " of the batch that was observed"
+            )
+        return list(layout.by_sequence(layout.of_tokens(experts, -1)))

@@ -65,10 +65,11 @@ def test_routing_map_is_the_recorded_one_in_every_layer(
     assert routes.num_replayed == sum(each.num_tokens for each in masks)
     assert routes.num_native == len(conversations)
     assert sorted(maps) == list(masks[0].geometry.moe_layers)
+    places = layout.by_sequence(layout.of_tokens(torch.arange(layout.num_places), -1))
     differing = 0
     for slot, layer in enumerate(masks[0].geometry.moe_layers):
         native_map, replayed_map = maps[layer]
-        for each, rows in zip(masks, layout.rows, strict=True):
+        for each, rows in zip(masks, places, strict=True):
             recorded = get_codec(each.codec).unpack_bitset(each.rows, each.geometry, slot)
             assert torch.equal(replayed_map[rows[:-1]], recorded)
             # The last sampled token has no row: the trainer's own choice, which is never empty.

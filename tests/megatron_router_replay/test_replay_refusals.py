@@ -123,6 +123,21 @@ def test_dense_model(build_model):
         attach(dense)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("/checkpoints/step_100", "got a str: build the model"),
+        ({"weight": torch.zeros(2)}, "got a dict"),
+        ([], "got an empty list"),
+        (None, "got a NoneType"),
+        (["chunk"], "got a str"),
+    ],
+)
+def test_what_is_no_model(given, message):
+    with pytest.raises(InputError, match=f"attach takes this rank's live model, .*{message}"):
+        attach(given)
+
+
 def test_attach_twice(build_model):
     model = build_model()
     with attach(model), pytest.raises(CallOrderError, match=r"call its remove\(\) first"):
@@ -171,14 +186,17 @@ def test_a_setting_that_megatron_no_longer_has(build_model):
     for layer in model.decoder.layers:
         if hasattr(layer.mlp, "router"):
             layer.mlp.router.config = SimpleNamespace(**fields)
-    with pytest.raises(SeamError, match=r"has no moe_router_fusion.*expected that name, tested with 0\.19\.2"):
+    with pytest.raises(
+        SeamError,
+        match=r"a setting 'moe_router_fusion', found none\.[^$]*tested with Megatron-Core 0\.19\.2",
+    ):
         attach(model)
 
 
 def test_recompute_of_quantised_layers(build_model):
     model = build_model()
     model.config.fp8, model.config.recompute_granularity = "hybrid", "full"
-    with pytest.raises(UnsupportedError, match="recompute_granularity is 'full' with 'hybrid'"):
+    with pytest.raises(UnsupportedError, match="recompute_granularity is 'full' with fp8 'hybrid'"):
         attach(model)
 
 
@@ -224,7 +242,7 @@ def test_forward_after_the_block_ended(build_model, batch):
 
 def test_router_sees_other_rows_than_the_layout(build_model, batch):
     model = build_model()
-    message = "decoder layer 1 got 33 tokens, the layout of this microbatch has 36"
+    message = "decoder layer 1 got 33 tokens, the layout of this microbatch has 36 places"
     with (
         attach(model) as replay,
         replay.microbatch(batch.masks, batch.layout),
@@ -241,7 +259,7 @@ def test_observation_is_of_one_whole_pass(build_model, batch):
         with pytest.raises(CallOrderError, match="do not nest"), replay.observe():
             pass
         forward_logits(model, batch.token_ids)
-        with pytest.raises(CallOrderError, match="the observed pass had 36 rows, the layout has 26"):
+        with pytest.raises(PairingError, match="the observed pass had 36 places, the layout has 26"):
             observed.indices(batch.packed_layout)
         with pytest.raises(CallOrderError, match="a second forward pass"):
             forward_logits(model, batch.token_ids)

@@ -155,11 +155,11 @@ def test_own_routes_replayed_change_nothing(build_model, batch, geometry):
                 codec="ordered",
                 token_ids=tokens,
             )
-            for routes, tokens in zip(observed.indices(layout), layout.token_ids, strict=True)
+            for routes, tokens in zip(observed.indices(layout), layout.by_sequence(layout.token_ids), strict=True)
         ]
         with replay.microbatch(masks, layout) as bound:
             replayed = forward_logits(model, ids, bounds)
-    assert bound.num_replayed == bound.num_rows == 26
+    assert bound.num_replayed == bound.num_places == 26
     assert torch.equal(replayed, native)
 
 

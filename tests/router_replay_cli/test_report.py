@@ -1,26 +1,20 @@
-"""`r3 report` as a user runs it, and how `r3` finds its subcommands."""
+"""`r3 report` as a user runs it."""
 
 from __future__ import annotations
 
 import html
-import importlib.metadata
 import json
 import re
 import subprocess
 import sys
-import tomllib
-from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from router_replay_cli import main as cli
 from router_replay_cli.report import report
 from tests.router_replay.report.runs import write_run
-
-PYPROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
 
 
 def _run(*arguments: object) -> Result:
@@ -150,48 +144,6 @@ def test_the_target_is_checked_before_anything_is_read(tmp_path: Path):
         assert result.exit_code == 1
         assert f"DataError: --out {out}: {message}" in result.output
     assert broken.read_text() == "not JSON\n"
-
-
-def _with_entry_points(monkeypatch: pytest.MonkeyPatch, **targets: str) -> None:
-    entries = [EntryPoint(name, target, cli.GROUP) for name, target in targets.items()]
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: entries if group == cli.GROUP else [])
-
-
-def test_entry_points_of_the_package_resolve(monkeypatch: pytest.MonkeyPatch):
-    commands = PYPROJECT["project"]["entry-points"][cli.GROUP]
-    assert EntryPoint("r3", PYPROJECT["project"]["scripts"]["r3"], "console_scripts").load() is cli.main
-    assert EntryPoint("report", commands["report"], cli.GROUP).load() is report
-    for name, target in commands.items():
-        assert callable(EntryPoint(name, target, cli.GROUP).load())
-    _with_entry_points(monkeypatch, **commands)
-    help_text = CliRunner().invoke(cli.build_app(), ["--help"])
-    assert help_text.exit_code == 0 and all(name in help_text.output for name in commands)
-
-
-def test_a_single_subcommand_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    _with_entry_points(monkeypatch, report="router_replay_cli.report:report")
-    monkeypatch.setattr(
-        sys, "argv", ["r3", "report", str(write_run(tmp_path / "run", 1)), "-o", str(tmp_path / "page")]
-    )
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    assert left.value.code == 0 and (tmp_path / "page").read_text().startswith("<!DOCTYPE html>")
-
-
-def test_a_subcommand_that_lacks_a_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
-    _with_entry_points(monkeypatch, report="router_replay_cli.report:report", other="not_there.at_all:run")
-    app = cli.build_app()
-    result = CliRunner().invoke(app, ["other", "--unknown", "argument"])
-    assert result.exit_code == 1
-    assert "needs not_there, which is not installed: pip install" in result.output
-    assert CliRunner().invoke(app, ["report", "--help"]).exit_code == 0
-
-
-def test_without_typer_r3_says_how_to_get_it():
-    program = "import sys; sys.modules['typer'] = None; from router_replay_cli.main import main; main()"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert result.returncode == 1
-    assert 'r3 needs typer, which is not installed: pip install "rollout-routing-replay[report]"' in result.stderr
 
 
 def test_trainers_write_steps_without_the_extra():

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import time
+from importlib.metadata import version
 from pathlib import Path
 
-from sglang_router_capture.ledger import SEAMS
+from sglang_router_capture.ledger import LEDGER
 
 _PLUGIN = str(Path(__file__).parent / "probe_plugin")
+_RELEASE = version(LEDGER.distribution)
+_HOOKED = [LEDGER.prefix + seam.paths(_RELEASE)[0] for seam in LEDGER.seams if seam.verb == "hooked"]
 
 
 def probing(folder: Path) -> dict[str, str]:
     """Environment of a server, each of whose processes reports into `folder`."""
     return {
         "ROUTER_CAPTURE_PROBE": str(folder),
-        "ROUTER_CAPTURE_PROBE_PATHS": json.dumps([seam.target for seam in SEAMS if seam.hooked]),
+        "ROUTER_CAPTURE_PROBE_PATHS": json.dumps(_HOOKED),
         "PYTHONPATH": _PLUGIN,
     }
 

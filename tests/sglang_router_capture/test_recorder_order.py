@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from router_replay.errors import PairingError
-from router_replay.masks import NO_ROW, RoutingGeometry, get_codec
+from router_replay.masks import NO_ROW, RoutingGeometry, get_codec, open_store
 from sglang_router_capture import recorder as recorder_module
+from sglang_router_capture.options import CaptureOptions
 
 GEOMETRY = RoutingGeometry(num_layers=3, moe_layers=(1, 2), num_experts=8, top_k=2)
 ALLOCATOR = object()
@@ -26,6 +27,8 @@ class Scheduler:
         self.recorder = recorder_module.Recorder(
             GEOMETRY,
             get_codec("ordered"),
+            options=CaptureOptions(),
+            store=open_store("inline:"),
             num_slots=16,
             max_tokens_per_pass=8,
             num_fused_shared_experts=0,

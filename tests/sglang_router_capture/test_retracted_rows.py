@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from router_replay.masks import RoutingGeometry, RoutingMasks, get_codec, load
+from router_replay.masks import RoutingGeometry, RoutingMasks, get_codec, load, open_store
+from sglang_router_capture import answer
 from sglang_router_capture import recorder as recorder_module
-from sglang_router_capture import response
+from sglang_router_capture.options import CaptureOptions
 
 GEOMETRY = RoutingGeometry(num_layers=3, moe_layers=(1, 2), num_experts=8, top_k=2)
 PROMPT = [5, 6, 7]
@@ -39,19 +40,26 @@ class Request:
         self.recorder.table.write(slots, rows, torch.full((last - first,), valid), version)
 
     def retract(self) -> None:
-        response.keep(self.recorder, self.req, self.pool)
+        answer.keep(self.recorder, self.req, self.pool)
         self.pool.req_to_token[0] = 31
 
     def finish(self) -> RoutingMasks:
         self.req.output_ids_through_stop = self.req.output_ids
-        response.collect(self.recorder, self.req, self.pool)
-        return load(response.handles(self.req)[0])
+        answer.collect(self.recorder, self.req, self.pool)
+        return load(answer.handles(self.req)[0])
 
 
 @pytest.fixture
 def recorder() -> recorder_module.Recorder:
     made = recorder_module.Recorder(
-        GEOMETRY, get_codec("bitset"), num_slots=32, max_tokens_per_pass=8, num_fused_shared_experts=0, device="cpu"
+        GEOMETRY,
+        get_codec("bitset"),
+        options=CaptureOptions(),
+        store=open_store("inline:"),
+        num_slots=32,
+        max_tokens_per_pass=8,
+        num_fused_shared_experts=0,
+        device="cpu",
     )
     made._versions = ["old", "new"]
     return made

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import inspect
+import os
 import pkgutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,31 +16,76 @@ from typing import Any
 
 import pytest
 
-from router_replay.errors import SeamError
-from sglang_router_capture import hooks, seam_check, support
-from sglang_router_capture.ledger import SEAMS
+from router_replay.errors import SeamError, UnsupportedError
+from router_replay.masks import RoutingGeometry
+from router_replay.upstream import Ledger, Seam
+from sglang_router_capture import hooks, refusals, seam_check
+from sglang_router_capture.ledger import FUSED_SHARED_EXPERTS, LEDGER
+
+ALLOC = "mem_cache.allocator.token.TokenToKVPoolAllocator.alloc"
+
+
+def _ledger_of(seam: Seam) -> Ledger:
+    return replace(LEDGER, seams=(seam,))
 
 
 def test_ledger_fits_the_installed_sglang() -> None:
+    assert importlib.metadata.version("sglang") in LEDGER.tested
     seam_check.check()
 
 
 def test_every_hooked_seam_has_its_hook() -> None:
-    assert {seam.path for seam in SEAMS if seam.hooked} == set(hooks.HOOKS)
+    hooked = {seam.name: seam.use for seam in LEDGER.seams if seam.verb == "hooked"}
+    assert hooked == {name: f"hooked by hooks.{hook.__name__}" for name, (hook, _) in hooks.HOOKS.items()}
+
+
+def test_every_hook_is_registered_where_the_installed_release_has_its_seam() -> None:
+    assert seam_check.targets(hooks.HOOKS) == {f"sglang.srt.{name}": hook for name, hook in hooks.HOOKS.items()}
+
+
+def test_hooks_take_what_an_upstream_may_add() -> None:
+    """A parameter that a release adds with a default must not stop a server."""
+    for hook, _ in hooks.HOOKS.values():
+        kinds = {parameter.kind for parameter in inspect.signature(hook).parameters.values()}
+        assert inspect.Parameter.VAR_KEYWORD in kinds, hook.__name__
+
+
+def test_hooks_name_the_parameters_that_their_rows_do() -> None:
+    for name, (hook, _) in hooks.HOOKS.items():
+        by_name = set(LEDGER.seam(name).parameters or ()) - {"*"}
+        assert by_name <= set(inspect.signature(hook).parameters), name
+
+
+def test_what_the_recorder_overrides_has_the_rows_parameters() -> None:
+    overridden = [seam for seam in LEDGER.seams if seam.verb in ("overridden", "answered") and seam.parameters]
+    ours = {
+        "recorder": importlib.import_module("sglang_router_capture.recorder"),
+        "staging": importlib.import_module("sglang_router_capture.staging"),
+    }
+    checked = []
+    for seam in overridden:
+        module, *path = seam.use.rpartition(" ")[2].split(".")
+        if module in ours:
+            method = pkgutil.resolve_name(f"{ours[module].__name__}:{'.'.join(path)}")
+            names = tuple(inspect.signature(method).parameters)[1:]
+            # By position, since that is how SGLang calls them.
+            assert len(names) == len(seam.parameters), seam.name
+            checked.append(path[-1])
+    assert checked == ["on_forward_end", "get_topk", "capture", "map_device_tensors"]
 
 
 def test_renamed_seam() -> None:
-    seam = replace(SEAMS[0], path="server_args.ServerArgs.add_flags")
+    seam = replace(LEDGER.seams[0], where="server_args.ServerArgs.add_flags")
     with pytest.raises(
         SeamError, match=r"sglang\.srt\.server_args\.ServerArgs\.add_flags: expected parameters \(parser\)"
     ):
-        seam_check.check((seam,))
+        seam_check.check(_ledger_of(seam))
 
 
 def test_changed_signature() -> None:
-    seam = replace(SEAMS[0], parameters=("parser", "more"))
+    seam = replace(LEDGER.seams[0], parameters=("parser", "more"))
     with pytest.raises(SeamError, match=r"expected parameters \(parser, more\), found parameters \(parser\)"):
-        seam_check.check((seam,))
+        seam_check.check(_ledger_of(seam))
 
 
 def test_seam_that_only_a_base_class_has() -> None:
@@ -42,16 +93,39 @@ def test_seam_that_only_a_base_class_has() -> None:
     from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
 
     assert issubclass(TokenToKVPoolAllocator, BaseTokenToKVPoolAllocator)
-    seam = replace(
-        next(seam for seam in SEAMS if seam.path == "mem_cache.allocator.token.TokenToKVPoolAllocator.alloc"),
-        path="mem_cache.allocator.token.TokenToKVPoolAllocator.available_size_of_base",
-    )
+    seam = replace(LEDGER.seam(ALLOC), where="mem_cache.allocator.token.TokenToKVPoolAllocator.available_size_of_base")
     BaseTokenToKVPoolAllocator.available_size_of_base = lambda self, need_size: None
     try:
         with pytest.raises(SeamError, match="found nothing of that name but what BaseTokenToKVPoolAllocator bequeaths"):
-            seam_check.check((seam,))
+            seam_check.check(_ledger_of(seam))
     finally:
         del BaseTokenToKVPoolAllocator.available_size_of_base
+
+
+def test_shared_experts_of_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where SGLang leaves the number of fused shared experts depends on its release."""
+    new = SimpleNamespace(shared_experts_config=SimpleNamespace(num_fused_shared_experts=2))
+    assert hooks.num_fused_shared_experts(new) == 2
+    # A renamed attribute must not pass for a model without shared experts.
+    with pytest.raises(AttributeError, match="shared_experts_config"):
+        hooks.num_fused_shared_experts(SimpleNamespace(num_fused_shared_experts=1))
+    older = FUSED_SHARED_EXPERTS.paths("0.5.22")
+    assert older == ("layers.moe.utils.install_shared_experts_fusion_decision",)
+    monkeypatch.setattr(seam_check, "path_here", lambda seam: f"sglang.srt.{older[0]}")
+    assert hooks.num_fused_shared_experts(SimpleNamespace(num_fused_shared_experts=1)) == 1
+    assert hooks.num_fused_shared_experts(SimpleNamespace()) == 0
+
+
+def test_a_process_that_captures_nothing_loads_no_ledger() -> None:
+    script = (
+        "import sys; from sglang_router_capture import plugin; sys.argv = ['sglang', '--model-path', 'x'];"
+        " plugin.load(); print(sorted(name for name in sys.modules if name.startswith('sglang_router_capture')"
+        " or name.startswith('router_replay.upstream') or name.split('.')[0] == 'sglang'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_ROUTER")}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    ours = "['sglang_router_capture', 'sglang_router_capture.options', 'sglang_router_capture.plugin']"
+    assert run.stdout.strip() == ours
 
 
 @pytest.fixture
@@ -81,7 +155,8 @@ def test_hook_that_sglang_did_not_apply(
     stock = TokenToKVPoolAllocator.alloc.__wrapped__.__wrapped__
     other = _wrap_fn(stock, lambda result, *args, **kwargs: None, HookType.AFTER)
     monkeypatch.setattr(TokenToKVPoolAllocator, "alloc", other)
-    with pytest.raises(SeamError, match=r"TokenToKVPoolAllocator\.alloc: .* did not apply the hook"):
+    words = r"\n  sglang\.srt\.mem_cache\.allocator\.token\.TokenToKVPoolAllocator\.alloc: expected a hooked function"
+    with pytest.raises(SeamError, match=words + ", found a function that is not, since SGLang did not apply the hook"):
         seam_check.require_applied(applied)
 
 
@@ -100,7 +175,7 @@ SUPPORTED = {
 
 
 def test_default_configuration_is_supported() -> None:
-    support.require_supported_config(SimpleNamespace(**SUPPORTED))
+    refusals.require_supported_config(SimpleNamespace(**SUPPORTED))
 
 
 @pytest.mark.parametrize(
@@ -119,14 +194,43 @@ def test_default_configuration_is_supported() -> None:
     ],
 )
 def test_what_cannot_be_captured_is_refused(field: str, value: object, flag: str) -> None:
-    with pytest.raises(support.UnsupportedError, match=flag):
-        support.require_supported_config(SimpleNamespace(**{**SUPPORTED, field: value}))
+    with pytest.raises(UnsupportedError, match=flag):
+        refusals.require_supported_config(SimpleNamespace(**{**SUPPORTED, field: value}))
+
+
+@pytest.mark.parametrize("field", SUPPORTED)
+def test_a_setting_that_sglang_no_longer_has(field: str) -> None:
+    """It would otherwise end in an AttributeError, or pass for one that is off."""
+    fields = {name: value for name, value in SUPPORTED.items() if name != field}
+    with pytest.raises(SeamError, match=f"expected a setting '{field}', found none"):
+        refusals.require_supported_config(SimpleNamespace(**fields))
+
+
+def test_no_supported_value_of_the_installed_sglang_is_refused() -> None:
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.server_args import ServerArgs
+
+    config = resolving_view(ServerArgs(model_path="x"))
+    refusals.require_supported_config(config)
+    refusals.require_whole_answers(config)
+
+
+def test_routers_by_hash_are_refused() -> None:
+    from sglang.srt.layers.moe.hash_topk import HashTopK
+    from torch import nn
+
+    router = HashTopK.__new__(HashTopK)
+    nn.Module.__init__(router)
+    router.layer_id = 3
+    geometry = RoutingGeometry(num_layers=4, moe_layers=(3,), num_experts=8, top_k=2)
+    with pytest.raises(UnsupportedError, match=r"decoder layers \[3\] route by a hash"):
+        refusals.require_reporting_routers(nn.Sequential(router), geometry)
 
 
 def test_streams_that_cut_the_masks_off_are_refused() -> None:
-    support.require_whole_answers(SimpleNamespace(incremental_streaming_output=False))
-    with pytest.raises(support.UnsupportedError, match=r"--incremental-streaming-output.*-format sglang"):
-        support.require_whole_answers(SimpleNamespace(incremental_streaming_output=True))
+    refusals.require_whole_answers(SimpleNamespace(incremental_streaming_output=False))
+    with pytest.raises(UnsupportedError, match=r"--incremental-streaming-output.*-format sglang"):
+        refusals.require_whole_answers(SimpleNamespace(incremental_streaming_output=True))
 
 
 def test_unknown_allocator_is_refused() -> None:
@@ -135,6 +239,6 @@ def test_unknown_allocator_is_refused() -> None:
     class Other(TokenToKVPoolAllocator):
         pass
 
-    with pytest.raises(support.UnsupportedError, match="KV allocator Other"):
-        support.require_supported_allocator(Other.__new__(Other))
-    support.require_supported_allocator(TokenToKVPoolAllocator.__new__(TokenToKVPoolAllocator))
+    with pytest.raises(UnsupportedError, match="KV allocator Other"):
+        refusals.require_supported_allocator(Other.__new__(Other))
+    refusals.require_supported_allocator(TokenToKVPoolAllocator.__new__(TokenToKVPoolAllocator))

@@ -3,29 +3,50 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
 from typing import Any
 
-from router_replay.errors import DataError
+from router_replay.errors import DataError, InputError
 from router_replay.masks import container
 from router_replay.masks.masks import RoutingMasks
+from router_replay.masks.stores.store import Handle, Stat, Store
 
-NAME = "inline"
-
-
-def put(masks: RoutingMasks) -> dict[str, Any]:
-    """A handle that carries the masks: plain JSON types only."""
-    return {"store": NAME, "data": base64.b64encode(container.to_bytes(masks)).decode("ascii")}
+URL = "inline:"
 
 
-def get(handle: Mapping[str, Any]) -> RoutingMasks:
-    """The masks of a handle made by `put`.
+class InlineStore(Store):
+    """Keeps nothing itself: what `put` is given is in the handle, and goes when the handle does."""
 
-    Raises:
-        DataError: the text is not base64 of a whole container.
-    """
+    def __init__(self, url: str = URL) -> None:
+        if url != URL:
+            raise InputError(f"store URL {url!r}: the inline store is {URL!r}, it keeps nothing at any place")
+
+    def put(self, masks: RoutingMasks) -> dict[str, Any]:
+        """A handle that carries the masks."""
+        return {"store": URL, "data": base64.b64encode(container.to_bytes(masks)).decode("ascii")}
+
+    def get(self, handle: Handle) -> RoutingMasks:
+        """The masks in the handle.
+
+        Raises:
+            DataError: the text is not base64 of a whole container.
+        """
+        return container.from_bytes(_data(handle))
+
+    def delete(self, handle: Handle) -> None:
+        """Nothing: the masks are in the handle alone."""
+        _data(handle)
+
+    def stat(self, handle: Handle) -> Stat:
+        """Sizes of the masks in the handle, which are always there."""
+        data = _data(handle)
+        return Stat(there=True, num_bytes=len(data), num_tokens=len(container.from_bytes(data)))
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _data(handle: Handle) -> bytes:
     try:
-        data = base64.b64decode(handle["data"], validate=True)
+        return base64.b64decode(handle["data"], validate=True)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"an inline handle whose data is not base64 text: {error!r}") from error
-    return container.from_bytes(data)

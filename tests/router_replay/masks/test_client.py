@@ -9,7 +9,7 @@ import torch
 
 from router_replay.errors import DataError
 from router_replay.masks import RoutingGeometry, RoutingMasks, masks_from_meta_info
-from router_replay.masks.stores import inline
+from router_replay.masks.stores.inline import InlineStore
 from tests.router_replay.masks.routes import random_indices
 
 GEOMETRY = RoutingGeometry(num_layers=3, moe_layers=(1, 2), num_experts=8, top_k=2)
@@ -24,7 +24,7 @@ def _masks() -> RoutingMasks:
 
 def test_the_one_handle_is_read():
     masks = _masks()
-    read = masks_from_meta_info({"id": "a", "routing_masks": [inline.put(masks)]})
+    read = masks_from_meta_info({"id": "a", "routing_masks": [InlineStore().put(masks)]})
     assert (read.start, read.end, read.token_digest) == (2, 6, masks.token_digest)
     assert torch.equal(read.indices(), masks.indices())
 
@@ -37,7 +37,7 @@ def test_the_one_handle_is_read():
         ({"routing_masks": None}, "return_routed_experts: true.*--enable-router-capture"),
         ({"routed_experts": "AAAA"}, "SGLang's own format.*--router-capture-format masks"),
         ({"routing_masks": [{}, {}]}, "found 2 handles"),
-        ({"routing_masks": {"store": "inline"}}, "found a dict"),
+        ({"routing_masks": {"store": "inline:"}}, "found a dict"),
         ({"routing_masks": [{"store": "cloud"}]}, "not a handle of a known store"),
     ],
 )

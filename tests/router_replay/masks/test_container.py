@@ -13,9 +13,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router_replay.errors import DataError
-from router_replay.masks import CODEC_NAMES, RoutingGeometry, RoutingMasks, from_bytes, load, to_bytes
-from router_replay.masks.stores import inline
+from router_replay.errors import DataError, InputError
+from router_replay.masks import (
+    CODEC_NAMES,
+    RoutingGeometry,
+    RoutingMasks,
+    from_bytes,
+    load,
+    load_file,
+    save_file,
+    to_bytes,
+)
+from router_replay.masks.stores.inline import InlineStore
 from tests.router_replay.masks.routes import coded_geometries, random_indices, seeds
 
 GEOMETRY = RoutingGeometry(5, (1, 2, 4), 17, 3)
@@ -55,7 +64,7 @@ def test_round_trip(coded, num_tokens, seed, start):
     geometry, codec = coded
     masks = make_masks(codec, geometry, num_tokens, seed, start)
     assert_same(from_bytes(to_bytes(masks)), masks)
-    handle = json.loads(json.dumps(inline.put(masks)))
+    handle = json.loads(json.dumps(InlineStore().put(masks)))
     assert_same(load(handle), masks)
 
 
@@ -206,14 +215,63 @@ def test_what_is_no_handle_is_refused(handle):
 @pytest.mark.parametrize("data", [None, 5, "###", "abc", "é", b"\xff", ""])
 def test_an_inline_handle_without_a_container_is_refused(data):
     with pytest.raises(DataError):
-        load({"store": "inline", "data": data})
+        load({"store": "inline:", "data": data})
     with pytest.raises(DataError):
-        load({"store": "inline"})
+        load({"store": "inline:"})
 
 
 def test_an_inline_handle_is_the_container_in_base64():
     masks = make_masks()
-    handle = inline.put(masks)
+    handle = InlineStore().put(masks)
     assert_same(from_bytes(base64.b64decode(handle["data"], validate=True)), masks)
     with pytest.raises(DataError, match="truncated"):
         load({**handle, "data": handle["data"][: len(handle["data"]) // 8 * 4]})
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_a_file_is_the_container(tmp_path, as_text):
+    masks = make_masks()
+    path = tmp_path / "made" / "by rank 0" / "masks.bin"
+    save_file(masks, str(path) if as_text else path)
+    # Not the same bytes as `to_bytes(masks)`: safetensors writes its metadata in any order.
+    assert_same(from_bytes(path.read_bytes()), masks)
+    assert_same(load_file(str(path) if as_text else path), masks)
+    save_file(masks[2:], path)
+    assert_same(load_file(path), masks[2:])
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_cannot_be_written_leaves_the_file_as_it_was(tmp_path):
+    path = tmp_path / "masks"
+    save_file(make_masks(), path)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="expected RoutingMasks"):
+        save_file(None, path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(InputError, match=r"is a folder: name the file in it, .*masks.safetensors"):
+        save_file(make_masks(), tmp_path)
+    with pytest.raises(InputError, match=r"a NoneType is no path: save_file\(masks, path\)"):
+        save_file(make_masks(), None)
+    with pytest.raises(OSError, match="masks"):
+        save_file(make_masks(), path / "below a file")
+
+
+def test_files_that_hold_no_masks_are_named(tmp_path):
+    for name, content, says in (
+        ("foreign", b"text", "not a whole safetensors file"),
+        ("cut", to_bytes(make_masks())[:-1], "truncated"),
+        ("other", safetensors.torch.save({"weight": torch.zeros(2)}), r"tensors \['weight'\], not 'routing_masks'"),
+        ("empty", b"", "these 0 bytes are not a whole"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=rf"{tmp_path / name}: .*{says}"):
+            load_file(tmp_path / name)
+    with pytest.raises(DataError, match=rf"{tmp_path / 'nowhere'}: no such file; .* save_file\(masks, path\)"):
+        load_file(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=rf"{tmp_path} is a folder: name one of the files"):
+        load_file(tmp_path)
+    with pytest.raises(DataError, match="cannot be read: Not a directory"):
+        load_file(tmp_path / "foreign" / "below a file")
+    for no_path in (None, 5, InlineStore().put(make_masks()), make_masks()):
+        with pytest.raises(InputError, match=rf"a {type(no_path).__name__} is no path: load_file\(path\); of a handle"):
+            load_file(no_path)

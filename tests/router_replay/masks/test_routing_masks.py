@@ -183,3 +183,106 @@ def test_rows_of_unknown_weights_do_not_inherit_the_version_before_them():
     assert RoutingMasks.join([known, nothing_recorded], TOKENS).weight_versions == ((0, "a"),)
     late = make_masks(5, 9, ((7, "b"),), valid=torch.tensor([False, False, True, True]))
     assert RoutingMasks.join([known, late], TOKENS).weight_versions == ((0, "a"), (7, "b"))
+
+
+RUNS = ((2, "a"), (4, "b"), (7, "c"))
+
+
+@pytest.mark.parametrize(
+    ("first", "runs"),
+    [
+        (None, RUNS),
+        (0, RUNS),
+        (1, ((3, "a"), (4, "b"), (7, "c"))),
+        (2, ((4, "b"), (7, "c"))),
+        (6, ((8, "c"),)),
+        (8, ()),
+        (99, ()),
+        (np.int64(4), ((6, "b"), (7, "c"))),
+    ],
+)
+def test_a_slice_leaves_the_first_rows_out_and_keeps_the_digest(first, runs):
+    valid = torch.tensor([True, False] * 4)
+    masks = make_masks(2, 10, RUNS, valid)
+    left, dropped = masks[first:], min(first or 0, 8)
+    assert torch.equal(left.rows, masks.rows[dropped:]) and torch.equal(left.valid, valid[dropped:])
+    assert (left.start, left.end, len(left)) == (2 + dropped, 10, 8 - dropped)
+    assert (left.token_digest, left.geometry, left.codec) == (masks.token_digest, masks.geometry, masks.codec)
+    assert left.weight_versions == runs
+    left.check_tokens(TOKENS)
+
+
+def test_rows_before_the_first_named_weights_stay_unnamed_in_a_slice():
+    assert make_masks(0, 10, ((5, "a"),))[3:].weight_versions == ((5, "a"),)
+
+
+@pytest.mark.parametrize("valid_rows", [0, 3, 8])
+def test_a_sequence_is_the_join_of_its_head_and_the_rest(valid_rows):
+    masks = make_masks(2, 10, RUNS, torch.arange(8) < valid_rows)
+    for n in range(2, 11):
+        joined = RoutingMasks.join([masks.cut(n, TOKENS), masks[n - 2 :]], TOKENS)
+        assert torch.equal(joined.rows, masks.rows) and torch.equal(joined.valid, masks.valid)
+        assert (joined.start, joined.weight_versions, joined.token_digest) == (2, RUNS, masks.token_digest)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        slice(None, 5), slice(0, 10), slice(2, 99), slice(-3, None), slice(None, None, 2), slice(None, None, -1),
+        slice(1.0, None), slice("a", None), 0, -1, [0, 1], torch.tensor([0]), "rows", None,
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_indices_name_what_cuts(index):
+    with pytest.raises(InputError, match=r"only masks\[a:\] with a >= 0 .*masks.cut\(n, token_ids\)"):
+        make_masks()[index]
+
+
+def test_masks_are_no_sequence_of_rows():
+    with pytest.raises(InputError, match=r"masks.indices\(\)"):
+        list(make_masks())
+    assert len(make_masks(3, 10)) == 7 and len(make_masks(3, 3)) == 0
+
+
+@pytest.mark.parametrize(
+    ("n", "end", "runs"),
+    [(2, 2, ()), (3, 3, RUNS[:1]), (4, 4, RUNS[:1]), (7, 7, RUNS[:2]), (10, 10, RUNS), (15, 10, RUNS)],
+)
+def test_a_cut_is_what_a_shorter_sequence_has(n, end, runs):
+    valid = torch.tensor([True, True, False, True] * 2)
+    masks = make_masks(2, 10, RUNS, valid)
+    for token_ids in (TOKENS, TOKENS[:10], torch.tensor(TOKENS), np.array(TOKENS)):
+        left = masks.cut(n, token_ids)
+        assert torch.equal(left.rows, masks.rows[: end - 2]) and torch.equal(left.valid, valid[: end - 2])
+        assert (left.start, left.end, left.weight_versions) == (2, end, runs)
+        assert left.token_digest == token_digest(TOKENS[:end])
+    left.check_tokens(TOKENS[:n])
+    left.check_tokens([*TOKENS[:end], 1, 2, 3])
+    if end > 2:
+        with pytest.raises(PairingError, match="digest"):
+            left.check_tokens([1, *TOKENS[1:end]])
+
+
+def test_a_cut_checks_the_tokens_that_it_is_given():
+    masks = make_masks(2, 10)
+    with pytest.raises(PairingError, match=rf"{masks.token_digest}.*pair each sequence with its own masks"):
+        masks.cut(5, [*TOKENS[:9], 7])
+    with pytest.raises(PairingError, match=r"only 5 token ids are given: pass those .* before the cut"):
+        masks.cut(5, TOKENS[:5])
+    with pytest.raises(InputError, match="cut to 1 tokens, but these masks begin at position 2: leave them out"):
+        masks.cut(1, TOKENS)
+    for n in (5.0, "5", None, True):
+        with pytest.raises(InputError, match=r"n is .* but must be an integer"):
+            masks.cut(n, TOKENS)
+
+
+def test_a_sequence_that_was_cut_short_is_told_of_the_cut():
+    with pytest.raises(PairingError, match=r"has only 9 tokens: .* take masks.cut\(n, token_ids\)"):
+        make_masks().check_tokens(TOKENS[:9])
+
+
+def test_the_repr_is_one_line():
+    masks = make_masks(2, 10, RUNS, torch.tensor([True, False] * 4))
+    assert repr(masks) == (
+        "RoutingMasks(8 tokens [2, 10), 4 valid, 3 MoE layers of 3 of 16 experts, codec 'bitset', 48 bytes)"
+    )

@@ -9,7 +9,7 @@ import torch
 
 from router_replay.errors import DataError
 from router_replay.masks import RoutingMasks, compare_routes
-from router_replay.masks.stores import inline
+from router_replay.masks.stores.inline import InlineStore
 from router_replay.run import RunStep, find_files, read_run, write_step
 from tests.router_replay.report.runs import LINE, OWN, RECORDED, masks, run_step, write_lines
 
@@ -68,7 +68,7 @@ def test_masks_of_the_answer_are_taken_as_they_are(tmp_path: Path, cut: int):
     parts = [masks(0, 3)] if cut == 3 else [masks(0, cut), masks(cut, 3)]
     path = write_lines(
         tmp_path / "run.jsonl",
-        {**LINE, "rollout_masks": [inline.put(part) for part in parts], "trainer_routes": OWN.tolist()},
+        {**LINE, "rollout_masks": [InlineStore().put(part) for part in parts], "trainer_routes": OWN.tolist()},
     )
     (found,) = read_run([path])
     assert found.routes is not None and found.moe_layers == (0, 2)
@@ -86,7 +86,7 @@ def test_masks_in_memory_are_compared_in_the_same_way():
 
 
 def _handles(*parts: RoutingMasks) -> list[dict]:
-    return [inline.put(part) for part in parts]
+    return [InlineStore().put(part) for part in parts]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,113 @@
+"""Write the tables of README.md and docs/ that say what is supported, from what the code refuses.
+
+    python scripts/docs_tables.py           # write them
+    python scripts/docs_tables.py --check   # say which are out of date, and fail if any is
+
+A table stands between `<!-- name -->` and `<!-- /name -->`; the names are those of `TABLES`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ENDS = {"sglang": "SGLang, the rollout", "megatron": "Megatron-Core, the trainer", "models": "models"}
+
+
+def main() -> None:
+    """Write the tables, or check them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if a table is out of date")
+    check = parser.parse_args().check
+    stale = [path for path in sorted({path for path, _ in TABLES}) if (ROOT / path).read_text() != filled(path)]
+    for path in stale:
+        if not check:
+            (ROOT / path).write_text(filled(path))
+        print(f"{path}: {'out of date; run python scripts/docs_tables.py' if check else 'written'}")
+    sys.exit(bool(check and stale))
+
+
+def filled(path: str) -> str:
+    """The page as it is with its tables as they should be."""
+    text = (ROOT / path).read_text()
+    for page, name in TABLES:
+        if page == path:
+            begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+            pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(end)}", re.DOTALL)
+            if len(pattern.findall(text)) != 1:
+                sys.exit(f"{path}: there must be one table between {begin} and {end}")
+            table = TABLES[page, name]()
+            text = pattern.sub(lambda _, table=table, begin=begin, end=end: f"{begin}\n{table}\n{end}", text)
+    return text
+
+
+def support() -> str:
+    """The matrix of the README: a row for each end, and one for models."""
+    known = tomllib.loads((ROOT / "docs" / "support.toml").read_text())
+    lines = [row("", "tested", "refused", "untested"), row(*["---"] * 4)]
+    for end, title in ENDS.items():
+        refused = dict.fromkeys([*known[end]["refused"], *(each.feature for each in refusals(end))])
+        untested = [f"{name} ({note})" if note else name for name, note in known[end]["untested"].items()]
+        lines.append(row(f"**{title}**", "; ".join(known[end]["tested"]), "; ".join(refused), "; ".join(untested)))
+    return "\n".join(lines)
+
+
+def refusals(end: str) -> Sequence:
+    """Rows of an end's own table of refusals; models have none."""
+    if end == "sglang":
+        from sglang_router_capture.refusals import SETTINGS, WHOLE_ANSWERS
+
+        return (*SETTINGS, *WHOLE_ANSWERS)
+    if end == "megatron":
+        from megatron_router_replay.refusals import SETTINGS
+
+        return SETTINGS
+    return ()
+
+
+def reasons(end: str) -> str:
+    """A table of an end's refusals: what, the setting, and why."""
+    lines = [row("refused", "setting", "because"), row(*["---"] * 3)]
+    seen: set[str] = set()
+    for each in refusals(end):
+        if each.feature not in seen:
+            lines.append(row(each.feature, f"`{each.setting}`", f"{each.reason}; {each.way_out}"))
+        seen.add(each.feature)
+    return "\n".join(lines)
+
+
+def releases() -> str:
+    """Which releases of the engines are tested, and which only checked."""
+    from megatron_router_replay.ledger import LEDGER as MEGATRON
+    from sglang_router_capture.ledger import LEDGER as SGLANG
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    lines = [
+        row("", "tests of the engine ran with", "names and parameters checked against", "extra"),
+        row(*["---"] * 4),
+    ]
+    for ledger, extra in ((SGLANG, "sglang"), (MEGATRON, "megatron")):
+        checked = ", ".join(ledger.checked) or "no other"
+        lines.append(row(ledger.title, ", ".join(ledger.tested), checked, f"`{extras[extra][0]}`"))
+    return "\n".join(lines)
+
+
+def row(*cells: str) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(cells)} |"
+
+
+TABLES: dict[tuple[str, str], Callable[[], str]] = {
+    ("README.md", "support"): support,
+    ("docs/server.md", "refusals"): lambda: reasons("sglang"),
+    ("docs/trainer.md", "refusals"): lambda: reasons("megatron"),
+    ("docs/install.md", "releases"): releases,
+}
+
+if __name__ == "__main__":
+    main()

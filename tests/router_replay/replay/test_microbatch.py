@@ -1,0 +1,148 @@
+"""Rows at their places, in any layout; and what is no microbatch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from router_replay.errors import InputError, PairingError
+from router_replay.masks import RoutingGeometry, RoutingMasks
+from router_replay.replay import BatchLayout, MicrobatchRoutes, ObservedRoutes
+
+# As many experts as no batch here has places, so that a mask of places cannot pass for one of experts.
+GEOMETRY = RoutingGeometry(num_layers=4, moe_layers=(1, 3), num_experts=37, top_k=3)
+CPU = torch.device("cpu")
+
+
+def recorded(lengths: list[int], seed: int) -> tuple[list[Tensor], list[RoutingMasks], list[Tensor]]:
+    """Token ids, masks and indices of sequences, some rows of which are not valid."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, masks, indices = [], [], []
+    for length in lengths:
+        rows = max(length - 1, 0)
+        ids.append(torch.randint(0, 1000, (length,), generator=generator))
+        indices.append(torch.rand((rows, 2, 37), generator=generator).argsort(-1)[..., :3])
+        valid = torch.rand(rows, generator=generator) < 0.7
+        masks.append(
+            RoutingMasks.from_indices(
+                indices[-1], valid, start=0, geometry=GEOMETRY, codec="ordered", token_ids=ids[-1]
+            )
+        )
+    return ids, masks, indices
+
+
+def check(routes: MicrobatchRoutes, layout: BatchLayout, masks: list[RoutingMasks], indices: list[Tensor]) -> None:
+    """Every place against its own token, one by one."""
+    native = set(routes.native_places.tolist())
+    replayed = padding = 0
+    for layer_index, layer in enumerate(GEOMETRY.moe_layers):
+        experts = routes.experts(layer)
+        places = zip(layout.sequence.tolist(), layout.position.tolist(), strict=True)
+        for place, (sequence, position) in enumerate(places):
+            if sequence < 0:
+                padding += 1
+                assert len(set(experts[place].tolist())) == 3 and place not in native
+            elif position < masks[sequence].num_tokens and masks[sequence].valid[position]:
+                replayed += 1
+                assert experts[place].tolist() == indices[sequence][position, layer_index].tolist()
+                assert place not in native
+            else:
+                assert place in native
+    assert (routes.num_replayed, routes.num_padding, routes.num_native) == (replayed // 2, padding // 2, len(native))
+    assert routes.num_places == layout.num_places
+
+
+def padded(ids: list[Tensor], side: str = "right", width: int | None = None) -> BatchLayout:
+    width = max(len(each) for each in ids) if width is None else width
+    batch = torch.zeros(len(ids), width, dtype=torch.long)
+    for row, each in zip(batch, ids, strict=True):
+        row[slice(len(each)) if side == "right" else slice(width - len(each), width)] = each
+    return BatchLayout.padded(batch, [len(each) for each in ids], side=side)
+
+
+LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=4)
+
+
+@given(LENGTHS, st.integers(0, 1000), st.sampled_from(["right", "left", "packed"]), st.data())
+def test_every_place_has_its_own_tokens_experts(lengths, seed, kind, data):
+    ids, masks, indices = recorded(lengths, seed)
+    layout = BatchLayout.packed(torch.cat(ids), [0, *torch.tensor(lengths).cumsum(0).tolist()])
+    if kind != "packed":
+        layout = padded(ids, kind)
+    check(MicrobatchRoutes(masks, layout, GEOMETRY, CPU), layout, masks, indices)
+    some = data.draw(st.permutations(range(layout.num_places)))[: data.draw(st.integers(0, layout.num_places))]
+    part = layout.at([*some, -1])
+    check(MicrobatchRoutes(masks, part, GEOMETRY, CPU), part, masks, indices)
+
+
+def zigzag(width: int, batch: int, ranks: int, rank: int) -> Tensor:
+    """Places of a context-parallel rank: of 2 * ranks chunks of the sequence dimension its r-th from either end."""
+    chunks = torch.arange(width * batch).view(2 * ranks, -1)
+    return torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]])
+
+
+@given(LENGTHS, st.integers(0, 1000), st.sampled_from([1, 2, 4]))
+def test_context_parallel_zigzag_is_an_index(lengths, seed, ranks):
+    ids, masks, indices = recorded(lengths, seed)
+    width = -(-max(*lengths, 1) // (2 * ranks)) * 2 * ranks
+    layout = padded(ids, width=width)
+    seen = []
+    for rank in range(ranks):
+        index = zigzag(width, len(ids), ranks, rank)
+        part = layout.at(index)
+        check(MicrobatchRoutes(masks, part, GEOMETRY, CPU), part, masks, indices)
+        seen += [place for place in zip(part.sequence.tolist(), part.position.tolist(), strict=True) if place[0] >= 0]
+        # The first and the last chunk are the first rank's: positions from both ends of the padded width.
+        positions = index // len(ids)
+        assert positions.min() == rank * width // (2 * ranks)
+        assert positions.max() == width - 1 - rank * width // (2 * ranks)
+    assert sorted(seen) == [(number, position) for number, length in enumerate(lengths) for position in range(length)]
+
+
+def test_observed_routes_go_back_to_their_tokens():
+    ids, _, _ = recorded([3, 2], 0)
+    layout = padded(ids).at([5, 4, 1, 0])
+    observed = ObservedRoutes((1, 3))
+    taken = {layer: torch.arange(12).view(4, 3) + 100 * layer for layer in (1, 3)}
+    for layer, experts in taken.items():
+        observed.record(layer, experts)
+    first, second = observed.indices(layout)
+    # Places 5, 4, 1, 0 of [S, B]: padding, token 2 of sequence 0, token 0 of sequence 1, token 0 of sequence 0.
+    assert first[:, 0].tolist() == [[109, 110, 111], [-1, -1, -1], [103, 104, 105]]
+    assert second[:, 1].tolist() == [[306, 307, 308], [-1, -1, -1]]
+    with pytest.raises(PairingError, match="the observed pass had 4 places, the layout has 6"):
+        observed.indices(padded(ids))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda masks: masks[0], "masks of a microbatch are a list, got a RoutingMasks alone: pass a list with one"),
+        (lambda masks: None, "masks of a microbatch are a list, got None alone"),
+        (lambda masks: {"store": "inline"}, "masks of a microbatch are a list, got a dict alone"),
+        (lambda masks: [masks[0], {"store": "inline"}], "masks of sequence 1 are a dict: .*masks_from_meta_info"),
+        (lambda masks: [masks[0], None], "masks of sequence 1 are None"),
+    ],
+)
+def test_what_is_no_list_of_masks(wrong, message):
+    ids, masks, _ = recorded([4, 5], 0)
+    with pytest.raises(InputError, match=message):
+        MicrobatchRoutes(wrong(masks), padded(ids), GEOMETRY, CPU)
+
+
+def test_a_generator_of_masks_is_a_list_of_them():
+    ids, masks, indices = recorded([4, 5], 0)
+    layout = padded(ids)
+    check(MicrobatchRoutes((one for one in masks), layout, GEOMETRY, CPU), layout, masks, indices)
+
+
+@pytest.mark.parametrize("layout", [None, torch.zeros(2, 5), [3, 4]])
+def test_what_is_no_layout(layout):
+    _, masks, _ = recorded([4, 5], 0)
+    with pytest.raises(
+        InputError, match=r"the layout of a microbatch is (None|a Tensor|a list): .*BatchLayout\.padded"
+    ):
+        MicrobatchRoutes(masks, layout, GEOMETRY, CPU)

@@ -1,0 +1,3 @@
+from tests.router_replay.upstream.fake_engine import folder, reader
+
+__all__ = ["folder", "reader"]
