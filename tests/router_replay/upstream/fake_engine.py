@@ -12,7 +12,7 @@ import pytest
 from router_replay.upstream import Installed, Ledger, Reader, Seam, Source
 
 FILES = {
-    "fake_engine/__init__.py": "from fake_engine.core import run as start\n",
+    "fake_engine/__init__.py": "from .core import run as start\n",
     "fake_engine/base.py": (
         "class Base:\n"
         "    size: int\n"
