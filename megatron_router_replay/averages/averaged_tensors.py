@@ -11,7 +11,7 @@ from router_replay.errors import UnsupportedError
 
 
 def find_averaged(chunks: Sequence[nn.Module]) -> dict[str, tuple[nn.Module, str]]:
-    """(module, attribute) of every averaged tensor by its name.
+    """Module and attribute of every averaged tensor by its name.
 
     These are the parameters that require a gradient, a tied one under its first name only, and the persistent
     floating-point buffers. Names are those of the model inside its wrappers; with several chunks, `chunk<index>.`

@@ -101,7 +101,7 @@ class RouteTally:
         return self._with_counts(counts)
 
     def agreement(self) -> RouteAgreement:
-        """The shares.
+        """Shares of the counts, of all layers together and by layer.
 
         Raises:
             InputError: no token was compared.

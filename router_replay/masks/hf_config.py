@@ -21,7 +21,7 @@ def config_reader(config: Any) -> Reader:
 
 
 def routed_layers(get: Reader, num_layers: int) -> tuple[int, ...]:
-    """0-based indices of the decoder layers that route, by every rule that the configuration states.
+    """Indices (0-based) of the decoder layers that route, by every rule that the configuration states.
 
     A configuration may state several rules; they must agree. With no rule at all every layer routes (Mixtral).
 

@@ -23,7 +23,7 @@ Weigh = Callable[[Tensor, Tensor, Responses], Tensor]
 
 @dataclass(frozen=True)
 class Correction:
-    """One of them.
+    """A correction that the report compares with the others.
 
     Attributes:
         weigh: (trainer, rollout, responses) to weights in the tokens' shape.

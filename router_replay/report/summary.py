@@ -51,7 +51,7 @@ class LeftOut:
 
 @dataclass(frozen=True, eq=False)
 class RunSummary:
-    """A run.
+    """A run's steps and what is summed over them.
 
     Attributes:
         steps: those with response tokens, in the order of their numbers.

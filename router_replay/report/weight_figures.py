@@ -53,7 +53,7 @@ class WeightFigures:
 
     @property
     def effective_share(self) -> float:
-        """(sum w)^2 / (tokens * sum w^2) over all response tokens, 0 if every weight is 0."""
+        """Share (sum w)^2 / (tokens * sum w^2) of all response tokens that is effective; 0 if every weight is 0."""
         return self.sums.effective_share(self.tokens)
 
     @property

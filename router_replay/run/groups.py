@@ -13,7 +13,7 @@ from router_replay.errors import InputError
 
 
 def group_numbers(group_ids: Sequence[int | str] | Tensor) -> Tensor:
-    """int64 `[S]` of S integers, which stay as they are, or names, which become the same numbers everywhere.
+    """Numbers int64 `[S]` of S integers, which stay as they are, or names, which become the same numbers everywhere.
 
     Raises:
         InputError: an id that is neither, or an integer beyond 64 bits.

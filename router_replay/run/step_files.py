@@ -69,7 +69,7 @@ def write_step(folder: Path, record: RunStep, *, part: int = 0) -> Path:
 
 
 def read_place(path: Path) -> tuple[int, int]:
-    """(step, part) of a file, from its header alone.
+    """Step and part of a file, from its header alone.
 
     Raises:
         DataError: not a file of `write_step`, or of a version that this code does not know.

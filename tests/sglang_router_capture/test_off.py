@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,10 @@ from tests.sglang_router_capture.requests import generate, prompt
 pytestmark = pytest.mark.timeout(900)
 
 
+def _is_of(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
 def test_no_process_of_a_server_without_flags_has_a_hook(plain_server: tuple[Server, Path]) -> None:
     for report in reports(plain_server[1]):
         assert len(report["hooked_by"]) == len(hooks.HOOKS)
@@ -23,6 +28,31 @@ def test_no_process_of_a_server_without_flags_has_a_hook(plain_server: tuple[Ser
         modules = {module for found in report["hooked_by"].values() for module in found}
         assert not {module for module in modules if module.startswith("sglang_router_capture")}
         assert not report["hooks_imported"]
+
+
+def test_a_server_without_flags_loads_no_ledger(plain_server: tuple[Server, Path]) -> None:
+    for report in reports(plain_server[1]):
+        # The entry point was here, so that what is missing below was not loaded by it.
+        assert "sglang_router_capture.plugin" in report["loaded"]
+        assert [name for name in report["loaded"] if _is_of(name, "router_replay.upstream")] == []
+        assert not {"sglang_router_capture.ledger", "sglang_router_capture.seam_check"} & {*report["loaded"]}
+
+
+@pytest.mark.parametrize("part", ["mismatch", "report", "run", "replay"])
+def test_a_server_that_captures_loads_nothing_of_the_trainers(
+    capture_server: Server, capture_reports: Path, part: str
+) -> None:
+    """Not after requests either, by which the recorder has loaded what it needs."""
+    generate(capture_server, prompt(2, 12), 3)
+    asked = time.time()
+    # A report is written every two seconds.
+    time.sleep(5)
+    for report in reports(capture_reports):
+        assert report["time"] > asked
+        assert "router_replay.masks.masks" in report["loaded"]
+        assert [name for name in report["loaded"] if _is_of(name, f"router_replay.{part}")] == []
+        assert [name for name in report["loaded"] if _is_of(name, "megatron_router_replay")] == []
+        assert [name for name in report["loaded"] if _is_of(name, "router_replay_cli")] == []
 
 
 def test_every_process_of_a_server_with_the_flag_has_every_hook(capture_server: Server, capture_reports: Path) -> None:

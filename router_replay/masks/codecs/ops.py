@@ -1,4 +1,4 @@
-"""torch.ops.routing_masks: what the ops are, the libraries with their kernels, and plain torch in their place.
+"""The ops of `torch.ops.routing_masks`: what they are, the libraries with kernels, and plain torch in their place.
 
     pack             indices int [..., L, K] -> rows uint8 [..., row_bytes]
     unpack_indices   rows -> int32 [..., L, K]

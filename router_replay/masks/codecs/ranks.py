@@ -20,7 +20,7 @@ _LIMB = (1 << _LIMB_BITS) - 1
 
 
 def bits_of_rank(num_experts: int, top_k: int) -> int:
-    """ceil(log2 C(E, K)); possibly more than `MAX_RANK_BITS`, which the other functions refuse."""
+    """Bits of a rank, ceil(log2 C(E, K)); possibly more than `MAX_RANK_BITS`, which the other functions refuse."""
     return (math.comb(num_experts, top_k) - 1).bit_length()
 
 

@@ -62,7 +62,7 @@ class WeightSums:
         return self.sums * torch.cat([factor, factor.square()])
 
     def effective_share(self, count: int) -> float:
-        """(sum w)^2 / (count * sum w^2), 0 if every weight is 0."""
+        """Effective sample size over the samples' count, (sum w)^2 / (count * sum w^2); 0 if every weight is 0."""
         first, second = self.sums.tolist()
         return first * first / (count * second) if second > 0 else 0.0
 

@@ -8,6 +8,8 @@ import threading
 import time
 from pathlib import Path
 
+_OWN = ("router_replay", "router_replay_cli", "sglang_router_capture", "megatron_router_replay")
+
 
 def load() -> None:
     if folder := os.environ.get("ROUTER_CAPTURE_PROBE"):
@@ -34,8 +36,10 @@ def _report_forever(folder: Path) -> None:
     while True:
         report = {
             "command": sys.argv,
+            "time": time.time(),
             "hooked_by": {path: _hooking_modules(pkgutil.resolve_name(path)) for path in paths},
             "hooks_imported": "sglang_router_capture.hooks" in sys.modules,
+            "loaded": sorted(name for name in list(sys.modules) if name.partition(".")[0] in _OWN),
         }
         partial = report_file.with_suffix(".partial")
         partial.write_text(json.dumps(report))
