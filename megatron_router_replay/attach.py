@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from megatron.core.transformer.moe.router import TopKRouter
@@ -100,7 +100,7 @@ class Replay:
 
     @contextlib.contextmanager
     def microbatch(
-        self, masks: Sequence[RoutingMasks], layout: BatchLayout, *, partial: bool = False
+        self, masks: Iterable[RoutingMasks], layout: BatchLayout, *, partial: bool = False
     ) -> Iterator[MicrobatchRoutes]:
         """Replay `masks` in the forward pass inside the block, and in its recomputes, whenever these happen.
 

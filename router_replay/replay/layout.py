@@ -42,16 +42,28 @@ class BatchLayout:
     def __post_init__(self) -> None:
         vectors = {name: getattr(self, name) for name in ("sequence", "position", "token_ids", "cu_seqlens")}
         for name, vector in vectors.items():
-            if not isinstance(vector, Tensor) or vector.dtype != torch.int64 or vector.dim() != 1 or vector.is_cuda:
+            if (
+                not isinstance(vector, Tensor)
+                or vector.dtype != torch.int64
+                or vector.dim() != 1
+                or vector.device.type != "cpu"
+            ):
                 raise InputError(f"{name} must be an int64 vector on the CPU, got {_described(vector)}")
         if self.sequence.shape != self.position.shape:
             raise InputError(
                 f"sequence {list(self.sequence.shape)} and position {list(self.position.shape)} must have one entry for"
                 " each place"
             )
-        padding = self.is_padding
+        bounds = self.cu_seqlens
+        if not len(bounds) or bounds[0] != 0 or bounds[-1] != len(self.token_ids) or bool((bounds.diff() < 0).any()):
+            raise InputError(
+                f"cu_seqlens must rise from 0 to the {len(self.token_ids)} tokens of all sequences, got"
+                f" {bounds.tolist()}"
+            )
+        padding = self.sequence == -1
         sequence, position = self.sequence[~padding], self.position[~padding]
-        if bool((self.position[padding] != -1).any()) or bool((sequence >= self.num_sequences).any()):
+        outside = (sequence < 0) | (sequence >= self.num_sequences)
+        if bool((self.position[padding] != -1).any()) or bool(outside.any()):
             raise InputError(
                 f"places must be of the sequences 0 to {self.num_sequences - 1}, or -1 in both vectors for padding"
             )

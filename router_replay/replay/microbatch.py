@@ -127,7 +127,13 @@ def _check(masks: list[RoutingMasks], layout: BatchLayout, geometry: RoutingGeom
                 f"masks of sequence {index} use codec {one.codec!r}, those of sequence 0 {masks[0].codec!r}: one "
                 "microbatch needs one codec"
             )
-        one.check_tokens(token_ids)
+        try:
+            one.check_tokens(token_ids)
+        except PairingError as error:
+            raise PairingError(
+                f"masks of sequence {index}: {error}; a batch that is padded on the left needs"
+                ' BatchLayout.padded(..., side="left")'
+            ) from error
         # The last token of a rollout was sampled and not fed back: it alone has no row.
         if one.end < token_ids.numel() - 1 and not partial:
             raise PairingError(

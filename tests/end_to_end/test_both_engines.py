@@ -67,14 +67,14 @@ def test_routing_map_is_the_recorded_one_in_every_layer(
     assert sorted(maps) == list(masks[0].geometry.moe_layers)
     places = layout.by_sequence(layout.of_tokens(torch.arange(layout.num_places), -1))
     differing = 0
-    for slot, layer in enumerate(masks[0].geometry.moe_layers):
+    for layer_index, layer in enumerate(masks[0].geometry.moe_layers):
         native_map, replayed_map = maps[layer]
-        for each, rows in zip(masks, places, strict=True):
-            recorded = get_codec(each.codec).unpack_bitset(each.rows, each.geometry, slot)
-            assert torch.equal(replayed_map[rows[:-1]], recorded)
+        for each, here in zip(masks, places, strict=True):
+            recorded = get_codec(each.codec).unpack_bitset(each.rows, each.geometry, layer_index)
+            assert torch.equal(replayed_map[here[:-1]], recorded)
             # The last sampled token has no row: the trainer's own choice, which is never empty.
-            assert int(replayed_map[rows[-1]].sum()) == each.geometry.top_k
-            differing += int((native_map[rows[:-1]] != recorded).any(-1).sum())
+            assert int(replayed_map[here[-1]].sum()) == each.geometry.top_k
+            differing += int((native_map[here[:-1]] != recorded).any(-1).sum())
     # Without replay some routes differ: the comparison above is not one of the trainer with itself.
     assert differing > 0
 

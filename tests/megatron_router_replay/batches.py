@@ -41,30 +41,30 @@ class Batch:
     def packed_layout(self) -> BatchLayout:
         return BatchLayout.packed(self.packed_ids, self.cu_seqlens)
 
-    def row(self, sequence: int, position: int) -> int:
-        """Row of a token in Megatron's flattened [S, B, H]."""
+    def place(self, sequence: int, position: int) -> int:
+        """Place of a token in Megatron's flattened [S, B, H]."""
         return position * len(self.lengths) + sequence
 
     def recorded(self, layer: int) -> Iterator[tuple[int, set[int]]]:
-        """(row, experts) for every token of a padded batch whose mask row is valid."""
-        slot = self.geometry.moe_layers.index(layer)
+        """(place, experts) for every token of a padded batch whose mask row is valid."""
+        layer_index = self.geometry.moe_layers.index(layer)
         for sequence, (one, indices) in enumerate(zip(self.masks, self.indices, strict=True)):
             for position in one.valid.nonzero().flatten().tolist():
-                yield self.row(sequence, position), set(indices[position, slot].tolist())
+                yield self.place(sequence, position), set(indices[position, layer_index].tolist())
 
     def native(self) -> list[int]:
-        """Rows of a padded batch whose tokens have no valid mask row: the last token of each sequence among them."""
-        rows = []
+        """Places of a padded batch whose tokens have no valid mask row: the last token of each sequence among them."""
+        places = []
         for sequence, (one, length) in enumerate(zip(self.masks, self.lengths, strict=True)):
             for position in range(length):
                 if position >= one.num_tokens or not one.valid[position]:
-                    rows.append(self.row(sequence, position))
-        return rows
+                    places.append(self.place(sequence, position))
+        return places
 
     def padding(self) -> list[int]:
-        """Rows of a padded batch behind the end of their sequence."""
+        """Places of a padded batch behind the end of their sequence."""
         width = self.token_ids.shape[1]
-        return [self.row(i, position) for i, n in enumerate(self.lengths) for position in range(n, width)]
+        return [self.place(i, position) for i, n in enumerate(self.lengths) for position in range(n, width)]
 
 
 def random_indices(geometry: RoutingGeometry, num_tokens: int, generator: torch.Generator) -> Tensor:
@@ -99,7 +99,7 @@ def random_batch(
 
 @contextlib.contextmanager
 def dispatched_maps(model: torch.nn.Module) -> Iterator[dict[int, list[Tensor]]]:
-    """Per 0-based decoder layer the routing maps `bool [rows, E]` that its token dispatcher receives, in order."""
+    """Routing maps `bool [num_places, E]` that the token dispatchers receive, in order, by 0-based decoder layer."""
     maps: dict[int, list[Tensor]] = {}
     dispatchers: list[Any] = []
     for index, layer in enumerate(model.decoder.layers):
@@ -124,8 +124,8 @@ def dispatched_maps(model: torch.nn.Module) -> Iterator[dict[int, list[Tensor]]]
             del dispatcher.dispatch_preprocess
 
 
-def experts_of(routing_map: Tensor, row: int) -> set[int]:
-    return set(routing_map[row].nonzero().flatten().tolist())
+def experts_of(routing_map: Tensor, place: int) -> set[int]:
+    return set(routing_map[place].nonzero().flatten().tolist())
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:

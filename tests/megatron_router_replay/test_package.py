@@ -1,9 +1,10 @@
-"""The package without Megatron-Core."""
+"""The package without Megatron-Core, and with one that is broken."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +25,26 @@ def test_importing_it_without_megatron_names_the_extra(module: str):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "needs Megatron-Core, and importing it failed (No module named 'megatron.core'" in done.stdout
     assert 'pip install "rollout-routing-replay[megatron]"' in done.stdout
+
+
+_BROKEN = """
+from router_replay.errors import SeamError
+try:
+    import megatron_router_replay
+except SeamError as error:
+    print(error)
+    print(type(error.__cause__).__name__, error.__cause__.name)
+"""
+
+
+def test_a_broken_megatron_keeps_its_cause(tmp_path: Path):
+    broken = tmp_path / "megatron" / "core"
+    broken.mkdir(parents=True)
+    for folder in (broken.parent, broken):
+        (folder / "__init__.py").write_text("")
+    (broken / "transformer.py").write_text("import a_library_that_it_needs\n")
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{_BROKEN}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    message, cause = done.stdout.splitlines()
+    assert "importing it failed (No module named 'a_library_that_it_needs')" in message
+    assert cause == "ModuleNotFoundError a_library_that_it_needs"

@@ -32,8 +32,8 @@ def test_router_gradient_is_the_formula_in_every_layer(build_model, geometry, di
     (logprobs * weights).sum().backward()
     for layer, probe in probes.items():
         probe.close()
-        for row, experts in batch.recorded(layer):
-            assert set(probe.map[row].nonzero().flatten().tolist()) == experts
+        for place, experts in batch.recorded(layer):
+            assert set(probe.map[place].nonzero().flatten().tolist()) == experts
         assert_gradient_is_the_formula(probe, tolerance)
 
 

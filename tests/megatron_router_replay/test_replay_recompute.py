@@ -74,7 +74,7 @@ def test_recompute_dispatches_the_masks_of_its_own_forward(build_model, batches,
                 assert len(seen) == (0 if recompute == "full, block" and layer == 3 else 1)
                 for again in seen:
                     recorded = dict(batches[index].recorded(layer))
-                    assert {row: experts_of(again, row) for row in recorded} == recorded
+                    assert {place: experts_of(again, place) for place in recorded} == recorded
                     assert torch.equal(again, forward_maps[layer][index])
 
 
@@ -88,13 +88,13 @@ def test_backward_inside_another_microbatch_keeps_both(build_model, batches):
             loss.backward()
             token_logprobs(model, second.token_ids)
     for layer, (_, again, after) in maps.items():
-        assert {row: experts_of(again, row) for row, _ in first.recorded(layer)} == dict(first.recorded(layer))
-        assert {row: experts_of(after, row) for row, _ in second.recorded(layer)} == dict(second.recorded(layer))
+        assert {place: experts_of(again, place) for place, _ in first.recorded(layer)} == dict(first.recorded(layer))
+        assert {place: experts_of(after, place) for place, _ in second.recorded(layer)} == dict(second.recorded(layer))
 
 
 @pytest.mark.parametrize("recompute", ["full, uniform", "full, two layers at once", "selective, moe"])
 def test_native_choice_is_frozen_for_the_recompute(build_model, batches, recompute):
-    """Router weights change between forward and backward: native rows still repeat the forward pass's choice."""
+    """Router weights change between forward and backward: native places still repeat the forward pass's choice."""
     batch, _ = batches
     model = build_model(**RECOMPUTE[recompute])
     with attach(model) as replay, dispatched_maps(model) as maps:

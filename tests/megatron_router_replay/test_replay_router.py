@@ -34,7 +34,7 @@ def test_forward_never_waits_for_the_device(build_model, geometry, codec):
     with attach(model) as replay, replay.microbatch(batch.masks, batch.layout), _RefuseReadingBack():
         _, routing_map = router(hidden)
     recorded = dict(batch.recorded(2))
-    assert {row: experts_of(routing_map, row) for row in recorded} == recorded
+    assert {place: experts_of(routing_map, place) for place in recorded} == recorded
 
 
 def test_the_guard_against_waiting_does_see_a_wait():
@@ -54,8 +54,8 @@ def test_expert_bias_moves_native_choices_only_and_counts_the_replayed_map(build
         forward_logits(model, batch.token_ids)
     for layer, (routing_map,) in maps.items():
         recorded = dict(batch.recorded(layer))
-        assert {row: experts_of(routing_map, row) for row in recorded} == recorded
-        assert all(experts_of(routing_map, row) == {0, 1, 2, 3} for row in batch.native())
+        assert {place: experts_of(routing_map, place) for place in recorded} == recorded
+        assert all(experts_of(routing_map, place) == {0, 1, 2, 3} for place in batch.native())
         counted = model.decoder.layers[layer].mlp.router.local_tokens_per_expert
         assert torch.equal(counted, routing_map.sum(0).float())
 
@@ -84,4 +84,4 @@ def test_wrapped_bfloat16_model(build_model, batch):
     assert logits.dtype == torch.float32
     for layer, (routing_map,) in maps.items():
         recorded = dict(batch.recorded(layer))
-        assert {row: experts_of(routing_map, row) for row in recorded} == recorded
+        assert {place: experts_of(routing_map, place) for place in recorded} == recorded

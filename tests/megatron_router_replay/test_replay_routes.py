@@ -32,9 +32,9 @@ def test_recorded_rows_are_dispatched_to_their_experts_and_others_natively(build
         assert (routing_map.sum(-1) == 4).all()
         recorded = dict(batch.recorded(layer))
         assert len(recorded) == bound.num_replayed > 8
-        assert {row: experts_of(routing_map, row) for row in recorded} == recorded
-        for row in batch.native():
-            assert experts_of(routing_map, row) == native_by_hand[layer][row]
+        assert {place: experts_of(routing_map, place) for place in recorded} == recorded
+        for place in batch.native():
+            assert experts_of(routing_map, place) == native_by_hand[layer][place]
     assert bound.num_native == len(batch.native())
     assert bound.num_padding == len(batch.padding()) == 10
 
@@ -74,7 +74,9 @@ def test_codecs_carry_the_same_routes(build_model, geometry, codec):
     with attach(model) as replay, dispatched_maps(model) as maps, replay.microbatch(batch.masks, batch.layout):
         forward_logits(model, batch.token_ids)
     for layer in maps:
-        assert {row: experts_of(maps[layer][0], row) for row, _ in batch.recorded(layer)} == dict(batch.recorded(layer))
+        assert {place: experts_of(maps[layer][0], place) for place, _ in batch.recorded(layer)} == dict(
+            batch.recorded(layer)
+        )
 
 
 def test_padding_loads_experts_evenly_and_with_distinct_experts(build_model, geometry):
@@ -175,4 +177,4 @@ def test_two_replays_are_bound_apart(build_model, batch):
         forward_logits(policy, batch.token_ids)
         native = forward_logits(reference, batch.token_ids)
     assert torch.equal(native, forward_logits(reference, batch.token_ids))
-    assert any(experts_of(maps[1][0], row) != experts for row, experts in batch.recorded(1))
+    assert any(experts_of(maps[1][0], place) != experts for place, experts in batch.recorded(1))

@@ -121,10 +121,19 @@ def test_vectors_by_hand_are_checked():
         (torch.tensor([0, -1]), torch.tensor([0, 1]), "-1 in both vectors"),
         (torch.tensor([0, 1]), torch.tensor([0, 1]), "of the sequences 0 to 0"),
         (one, torch.tensor([0]), "one entry for each place"),
+        (torch.tensor([0, -2]), torch.tensor([0, -1]), "of the sequences 0 to 0"),
         (one, torch.tensor([0, 1], dtype=torch.int32), "position must be an int64 vector on the CPU, got torch.int32"),
+        (one, torch.tensor([0, 1], device="meta"), "position must be an int64 vector on the CPU, got .* on meta"),
     ):
         with pytest.raises(InputError, match=message):
             BatchLayout(sequence, position, torch.tensor([8, 9]), bounds)
+
+
+@pytest.mark.parametrize("bounds", [[], [0], [0, 1], [1, 2], [0, 2, 1, 2], [0, 3]])
+def test_bounds_by_hand_are_checked(bounds):
+    places = torch.tensor([-1])
+    with pytest.raises(InputError, match="cu_seqlens must rise from 0 to the 2 tokens of all sequences"):
+        BatchLayout(places, places, torch.tensor([8, 9]), torch.tensor(bounds, dtype=torch.int64))
 
 
 def test_some_of_the_places():

@@ -9,29 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from router_replay.errors import InputError, PairingError
-from router_replay.masks import RoutingGeometry, RoutingMasks
+from router_replay.masks import RoutingMasks
 from router_replay.replay import BatchLayout, MicrobatchRoutes, ObservedRoutes
+from tests.router_replay.replay.batches import GEOMETRY, padded, recorded
 
-# As many experts as no batch here has places, so that a mask of places cannot pass for one of experts.
-GEOMETRY = RoutingGeometry(num_layers=4, moe_layers=(1, 3), num_experts=37, top_k=3)
 CPU = torch.device("cpu")
-
-
-def recorded(lengths: list[int], seed: int) -> tuple[list[Tensor], list[RoutingMasks], list[Tensor]]:
-    """Token ids, masks and indices of sequences, some rows of which are not valid."""
-    generator = torch.Generator().manual_seed(seed)
-    ids, masks, indices = [], [], []
-    for length in lengths:
-        rows = max(length - 1, 0)
-        ids.append(torch.randint(0, 1000, (length,), generator=generator))
-        indices.append(torch.rand((rows, 2, 37), generator=generator).argsort(-1)[..., :3])
-        valid = torch.rand(rows, generator=generator) < 0.7
-        masks.append(
-            RoutingMasks.from_indices(
-                indices[-1], valid, start=0, geometry=GEOMETRY, codec="ordered", token_ids=ids[-1]
-            )
-        )
-    return ids, masks, indices
 
 
 def check(routes: MicrobatchRoutes, layout: BatchLayout, masks: list[RoutingMasks], indices: list[Tensor]) -> None:
@@ -53,14 +35,6 @@ def check(routes: MicrobatchRoutes, layout: BatchLayout, masks: list[RoutingMask
                 assert place in native
     assert (routes.num_replayed, routes.num_padding, routes.num_native) == (replayed // 2, padding // 2, len(native))
     assert routes.num_places == layout.num_places
-
-
-def padded(ids: list[Tensor], side: str = "right", width: int | None = None) -> BatchLayout:
-    width = max(len(each) for each in ids) if width is None else width
-    batch = torch.zeros(len(ids), width, dtype=torch.long)
-    for row, each in zip(batch, ids, strict=True):
-        row[slice(len(each)) if side == "right" else slice(width - len(each), width)] = each
-    return BatchLayout.padded(batch, [len(each) for each in ids], side=side)
 
 
 LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=4)
@@ -146,3 +120,23 @@ def test_what_is_no_layout(layout):
         InputError, match=r"the layout of a microbatch is (None|a Tensor|a list): .*BatchLayout\.padded"
     ):
         MicrobatchRoutes(masks, layout, GEOMETRY, CPU)
+
+
+def test_a_batch_padded_on_the_other_side_is_told():
+    ids, masks, _ = recorded([5, 4], 0)
+    left = torch.stack([ids[0], torch.cat([ids[1].new_zeros(1), ids[1]])])
+    MicrobatchRoutes(masks, BatchLayout.padded(left, [5, 4], side="left"), GEOMETRY, CPU)
+    with pytest.raises(PairingError, match=r'masks of sequence 1: .* digest .*BatchLayout\.padded\(.*side="left"\)'):
+        MicrobatchRoutes(masks, BatchLayout.padded(left, [5, 4]), GEOMETRY, CPU)
+
+
+@pytest.mark.gpu
+def test_token_ids_and_masks_of_a_device():
+    ids, masks, indices = recorded([5, 4], 0)
+    on_cpu = padded(ids)
+    batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).cuda()
+    layout = BatchLayout.padded(batch, torch.tensor([5, 4], device="cuda"))
+    assert torch.equal(layout.position, on_cpu.position) and torch.equal(layout.token_ids, on_cpu.token_ids)
+    routes = MicrobatchRoutes(masks, layout, GEOMETRY, torch.device("cuda"))
+    assert routes.native_places.is_cuda and routes.experts(1).is_cuda
+    check(routes, layout, masks, indices)
