@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from router_replay.errors import DataError, RouterReplayError
-from router_replay.masks.codecs.codec import get_codec
+from router_replay.masks.codecs.row_codec import get_codec
 from router_replay.masks.geometry import RoutingGeometry
 from router_replay.masks.masks import RoutingMasks
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from router_replay.errors import InputError, PairingError
-from router_replay.masks.codecs.codec import NO_ROW, choose_codec, get_codec
+from router_replay.masks.codecs.row_codec import NO_ROW, choose_codec, get_codec
 from router_replay.masks.digest import token_digest
 from router_replay.masks.geometry import RoutingGeometry
 

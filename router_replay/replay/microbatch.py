@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from router_replay.errors import PairingError
-from router_replay.masks.codecs.codec import Codec, get_codec
+from router_replay.masks.codecs.row_codec import Codec, get_codec
 from router_replay.masks.geometry import RoutingGeometry
 from router_replay.masks.masks import RoutingMasks
 from router_replay.replay.layout import BatchLayout
@@ -70,7 +70,7 @@ class MicrobatchRoutes:
 
         Native rows hold placeholders that the caller overwrites.
         """
-        return self._codec.unpack_layer(self._packed, self.geometry, self.geometry.slot_of(layer)).long()
+        return self._codec.unpack_layer(self._packed, self.geometry, self.geometry.index_of(layer)).long()
 
 
 def _check(masks: Sequence[RoutingMasks], layout: BatchLayout, geometry: RoutingGeometry, partial: bool) -> None:

@@ -66,10 +66,10 @@ def test_routing_map_is_the_recorded_one_in_every_layer(
     assert routes.num_native == len(conversations)
     assert sorted(maps) == list(masks[0].geometry.moe_layers)
     differing = 0
-    for slot, layer in enumerate(masks[0].geometry.moe_layers):
+    for layer_index, layer in enumerate(masks[0].geometry.moe_layers):
         native_map, replayed_map = maps[layer]
         for each, rows in zip(masks, layout.rows, strict=True):
-            recorded = get_codec(each.codec).unpack_bitset(each.rows, each.geometry, slot)
+            recorded = get_codec(each.codec).unpack_bitset(each.rows, each.geometry, layer_index)
             assert torch.equal(replayed_map[rows[:-1]], recorded)
             # The last sampled token has no row: the trainer's own choice, which is never empty.
             assert int(replayed_map[rows[-1]].sum()) == each.geometry.top_k

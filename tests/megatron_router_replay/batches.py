@@ -47,10 +47,10 @@ class Batch:
 
     def recorded(self, layer: int) -> Iterator[tuple[int, set[int]]]:
         """(row, experts) for every token of a padded batch whose mask row is valid."""
-        slot = self.geometry.moe_layers.index(layer)
+        layer_index = self.geometry.moe_layers.index(layer)
         for sequence, (one, indices) in enumerate(zip(self.masks, self.indices, strict=True)):
             for position in one.valid.nonzero().flatten().tolist():
-                yield self.row(sequence, position), set(indices[position, slot].tolist())
+                yield self.row(sequence, position), set(indices[position, layer_index].tolist())
 
     def native(self) -> list[int]:
         """Rows of a padded batch whose tokens have no valid mask row: the last token of each sequence among them."""
