@@ -1,4 +1,4 @@
-// What the ops of every device check and allocate before their kernels run, and the choice of the code.
+// What the ops of every device check and allocate before their kernels run.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -6,42 +6,17 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
-#include <sstream>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
 #include "mask_codec.h"
+#include "require.h"
 
 namespace routing_masks {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-template <class... Part>
-void require(bool condition, const Part&... parts) {
-  if (condition) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error("routing_masks: " + message.str());
-}
-
-enum class Codec { kBitset, kRank, kOrdered };
-
-inline Codec codec_named(const std::string& name) {
-  if (name == "bitset") return Codec::kBitset;
-  if (name == "rank") return Codec::kRank;
-  require(name == "ordered", "unknown codec '", name, "': the kernels know bitset, rank and ordered");
-  return Codec::kOrdered;
-}
-
-inline int bit_length(Wide value) {
-  int length = 0;
-  for (; value != 0; value >>= 1) ++length;
-  return length;
-}
-
-// More than any model has, and so few that bits and places are counted without overflow.
+// More than any model has, and so few that bits are counted without overflow.
 constexpr int64_t kMaxLayers = 1 << 20;
 
 struct Geometry {
@@ -58,24 +33,6 @@ struct Geometry {
 
   int64_t row_bytes(int bits_per_layer) const { return (num_layers * bits_per_layer + 7) / 8; }
 };
-
-// Calls `run` with the code for this codec and geometry. `NarrowSearch` finds ranks below 2^63.
-template <int KMax, class NarrowSearch, class MakeSearch, class Run>
-void with_code(Codec codec, const Geometry& geometry, const MakeSearch& make_search, const Run& run) {
-  const int experts = geometry.num_experts, top_k = geometry.top_k;
-  if (codec == Codec::kBitset) return run(BitsetCode<KMax>{experts, top_k});
-  if (codec == Codec::kOrdered) return run(OrderedCode<KMax>{experts, top_k, bit_length(experts - 1)});
-  const Wide num_sets = count_of_sets(experts, top_k);
-  require(
-      num_sets != ~Wide{0}, "codec 'rank' has ranks of up to ", ROUTING_MASKS_MAX_RANK_BITS, " bits, and the sets of ",
-      top_k, " of ", experts, " experts need more: choose 'bitset' or 'ordered'");
-  const int width = bit_length(num_sets - 1);
-  if (width < 64) {
-    return run(RankCode<KMax, uint64_t, NarrowSearch>{
-        experts, top_k, width, static_cast<uint64_t>(num_sets), make_search(experts, top_k)});
-  }
-  run(RankCode<KMax, Wide, Bisection<Wide>>{experts, top_k, width, num_sets, Bisection<Wide>(experts)});
-}
 
 // Sizes of the leading dimensions, then `last`.
 inline std::vector<int64_t> sizes_with(const Tensor& like, int64_t kept_dims, std::vector<int64_t> last) {
@@ -140,9 +97,10 @@ inline Tensor flat_rows(const Tensor& rows) {
   return flat.size(1) > 1 && flat.stride(1) != 1 ? torch::stable::contiguous(flat) : flat;
 }
 
-inline void require_slot(int64_t slot, const Geometry& geometry) {
+inline void require_layer_index(int64_t layer_index, const Geometry& geometry) {
   require(
-      slot >= 0 && slot < geometry.num_layers, "slot ", slot, " is none of the ", geometry.num_layers, " MoE layers");
+      layer_index >= 0 && layer_index < geometry.num_layers, "layer_index ", layer_index, " is none of the ",
+      geometry.num_layers, " MoE layers");
 }
 
 }  // namespace routing_masks

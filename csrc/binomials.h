@@ -5,7 +5,7 @@
 
 #include "bits.h"
 
-// These come from routing_masks/limits.py, through the build.
+// These come from router_replay/masks/limits.py, through the build.
 #if !defined(ROUTING_MASKS_MAX_EXPERTS) || !defined(ROUTING_MASKS_MAX_TOP_K) || !defined(ROUTING_MASKS_MAX_RANK_BITS)
 #error "define ROUTING_MASKS_MAX_EXPERTS, ROUTING_MASKS_MAX_TOP_K and ROUTING_MASKS_MAX_RANK_BITS (see setup.py)"
 #endif
@@ -13,6 +13,12 @@
 namespace routing_masks {
 
 using Wide = unsigned __int128;
+
+inline int bit_length(Wide value) {
+  int length = 0;
+  for (; value != 0; value >>= 1) ++length;
+  return length;
+}
 
 constexpr int kMaxExperts = ROUTING_MASKS_MAX_EXPERTS;
 constexpr int kMaxTopK = ROUTING_MASKS_MAX_TOP_K;

@@ -15,7 +15,7 @@ constexpr int kGroup = 8;
 ROUTING_MASKS_FN int64_t num_groups(int64_t num_layers) { return (num_layers + kGroup - 1) / kGroup; }
 
 // Layers [8 g, 8 g + 8) of a token, g = group % groups of a row, N at a time; `read(row, layer, k)` is an index. Calls
-// use(first, lanes, given, sorted, legal), where lane n is the place row * num_layers + layer = first + n.
+// use(first, lanes, given, sorted, legal), where lane n is the item row * num_layers + layer = first + n.
 template <int N, int KMax, class Read, class Use>
 ROUTING_MASKS_FN void
 for_lanes(int num_experts, int top_k, int64_t num_layers, int64_t group, const Read& read, const Use& use) {
@@ -36,7 +36,7 @@ for_lanes(int num_experts, int top_k, int64_t num_layers, int64_t group, const R
   }
 }
 
-// Packs a group of layers. Returns the place of the first one that is not K different experts, or -1.
+// Packs a group of layers. Returns the item of the first one that is not K different experts, or -1.
 template <int N, class Code, class Read>
 ROUTING_MASKS_FN int64_t
 pack_group(const Code& code, int64_t num_layers, int64_t row_bytes, uint8_t* rows, const Read& read, int64_t group) {
@@ -55,7 +55,7 @@ pack_group(const Code& code, int64_t num_layers, int64_t row_bytes, uint8_t* row
   return illegal;
 }
 
-// Writes for each place of a group whether it is K different experts.
+// Writes for each item of a group whether it is K different experts.
 template <int N, int KMax, class Read>
 ROUTING_MASKS_FN void
 check_group(int num_experts, int top_k, int64_t num_layers, const Read& read, int64_t group, bool* is_legal) {
@@ -92,23 +92,23 @@ struct Items {
   bool zeros_after[N];
 
   ROUTING_MASKS_FN Items(const PackedRows& packed, int bits, int64_t num_items, int64_t first) {
-    int64_t item = first, row = first / packed.layers, slot = first % packed.layers;
+    int64_t item = first, row = first / packed.layers, layer = first % packed.layers;
     for (int n = 0; n < N; ++n) {
       at[n] = item;
-      fields[n] = packed.field(row, packed.first_layer + slot, bits);
-      zeros_after[n] = packed.filled_with_zeros(row, packed.first_layer + slot, bits);
+      fields[n] = packed.field(row, packed.first_layer + layer, bits);
+      zeros_after[n] = packed.filled_with_zeros(row, packed.first_layer + layer, bits);
       // Lanes beyond the end take the last item once more.
       if (item + 1 == num_items) continue;
       ++item;
-      if (++slot == packed.layers) {
-        slot = 0;
+      if (++layer == packed.layers) {
+        layer = 0;
         ++row;
       }
     }
   }
 };
 
-// Reads the items: visit(item, k, expert) for each of their K places, possibly twice for the last item.
+// Reads the items: visit(item, k, expert) for each k < K, possibly twice for the last item.
 // Returns the first item that is not K different experts, or -1.
 template <int N, class Code, class Visit>
 ROUTING_MASKS_FN int64_t

@@ -40,13 +40,6 @@ void for_all(int64_t count, const Run& run) {
   });
 }
 
-// Calls run with a bound of K as an integral constant.
-template <class Run>
-void with_top_k(int top_k, const Run& run) {
-  if (top_k <= 8) return run(std::integral_constant<int, 8>{});
-  run(std::integral_constant<int, kMaxTopK>{});
-}
-
 // Calls run(read) with the reader for the dtype of the indices.
 template <class Run>
 void with_reader(const Indices& indices, const Run& run) {
@@ -75,26 +68,30 @@ void with_reader(const Indices& indices, const Run& run) {
 }
 
 struct Cpu {
+  using NarrowSearch = Guess;
+
   struct Guard {
     explicit Guard(const Tensor&) {}
   };
 
+  // Calls run with a bound of K as an integral constant.
   template <class Run>
-  static void with_code(Codec codec, const Geometry& geometry, int held, const Run& run) {
-    with_top_k(held, [&](auto k_max) { routing_masks::with_code<k_max, Guess>(codec, geometry, &Guess::of, run); });
+  static void with_top_k(int top_k, const Run& run) {
+    if (top_k <= 8) return run(std::integral_constant<int, 8>{});
+    run(std::integral_constant<int, kMaxTopK>{});
   }
 
   template <class Code>
   static void pack(const Code& code, const Indices& in, int64_t row_bytes, uint8_t* rows) {
     const int64_t num_layers = in.geometry.num_layers;
-    int64_t place = kNone;
+    int64_t item = kNone;
     with_reader(in, [&](const auto& read) {
-      place = first_found(in.num_rows * num_groups(num_layers), [&](int64_t group) {
+      item = first_found(in.num_rows * num_groups(num_layers), [&](int64_t group) {
         return pack_group<kLanes>(code, num_layers, row_bytes, rows, read, group);
       });
     });
     require(
-        place == kNone, "token ", place / num_layers, ", MoE layer ", place % num_layers,
+        item == kNone, "token ", item / num_layers, ", MoE layer ", item % num_layers,
         ": the indices are not ", in.geometry.top_k, " different experts in [0, ", in.geometry.num_experts, ")");
   }
 

@@ -99,14 +99,6 @@ void launch(const Tensor& on, void (*kernel)(Parameter...), int64_t threads, con
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// Calls run with a bound of K as an integral constant: arrays of that size stay in registers.
-template <class Run>
-void with_top_k(int top_k, const Run& run) {
-  if (top_k <= 8) return run(std::integral_constant<int, 8>{});
-  if (top_k <= 16) return run(std::integral_constant<int, 16>{});
-  run(std::integral_constant<int, kMaxTopK>{});
-}
-
 IndexReader reader(const Indices& in) {
   IndexReader reader{in.data, in.row_stride, in.layer_stride, in.k_stride, IndexType::kInt64};
   switch (in.flat.scalar_type()) {
@@ -129,17 +121,19 @@ IndexReader reader(const Indices& in) {
 }
 
 struct Cuda {
+  using NarrowSearch = Bisection<uint64_t>;
+
   struct Guard {
     explicit Guard(const Tensor& tensor) : guard(tensor.get_device()) {}
     torch::stable::accelerator::DeviceGuard guard;
   };
 
+  // Calls run with a bound of K as an integral constant: arrays of that size stay in registers.
   template <class Run>
-  static void with_code(Codec codec, const Geometry& geometry, int held, const Run& run) {
-    with_top_k(held, [&](auto k_max) {
-      const auto bisection = [](int experts, int) { return Bisection<uint64_t>(experts); };
-      routing_masks::with_code<k_max, Bisection<uint64_t>>(codec, geometry, bisection, run);
-    });
+  static void with_top_k(int top_k, const Run& run) {
+    if (top_k <= 8) return run(std::integral_constant<int, 8>{});
+    if (top_k <= 16) return run(std::integral_constant<int, 16>{});
+    run(std::integral_constant<int, kMaxTopK>{});
   }
 
   template <class Code>

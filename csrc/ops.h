@@ -2,7 +2,8 @@
 //
 // A Device brings the rows to the codes:
 //   Guard(tensor)                                       makes the tensor's device the current one
-//   with_code(codec, geometry, held, run)               run(code), whose KMax is at least `held`
+//   NarrowSearch                                        see code_rank.h
+//   with_top_k(top_k, run)                              run(an integral constant that is at least `top_k`)
 //   pack(code, indices, row_bytes, rows)                all rows
 //   unpack(code, packed, rows, geometry, indices)       int32 [num_rows, packed.layers, K]
 //   map(code, packed, rows, geometry, map)              bool [num_rows, E] that is all False, for one layer
@@ -12,13 +13,11 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 #include "arguments.h"
 
 namespace routing_masks {
-
-// Experts of a layer that a code holds at once while it reads. Only `ordered` needs them all, to see whether they differ;
-// without this, the other codes would be compiled to the same instructions for every bound of K.
-inline int held_while_reading(Codec codec, int top_k) { return codec == Codec::kOrdered ? top_k : 1; }
 
 template <class Device>
 struct Ops {
@@ -26,10 +25,12 @@ struct Ops {
     const typename Device::Guard guard(indices);
     const Indices in = Indices::of(indices, num_experts);
     Tensor rows;
-    Device::with_code(codec_named(codec), in.geometry, in.geometry.top_k, [&](const auto& code) {
-      const int64_t row_bytes = in.geometry.row_bytes(code.bits());
-      rows = empty_beside(indices, sizes_with(indices, indices.dim() - 2, {row_bytes}), ScalarType::Byte);
-      Device::pack(code, in, row_bytes, static_cast<uint8_t*>(rows.mutable_data_ptr()));
+    Codecs::with(codec, [&](auto chosen) {
+      with_code<decltype(chosen)>(in.geometry, [&](const auto& code) {
+        const int64_t row_bytes = in.geometry.row_bytes(code.bits());
+        rows = empty_beside(indices, sizes_with(indices, indices.dim() - 2, {row_bytes}), ScalarType::Byte);
+        Device::pack(code, in, row_bytes, static_cast<uint8_t*>(rows.mutable_data_ptr()));
+      });
     });
     return rows;
   }
@@ -40,23 +41,23 @@ struct Ops {
   }
 
   static Tensor unpack_layer(
-      const Tensor& rows, int64_t slot, int64_t num_layers, int64_t num_experts, int64_t top_k,
+      const Tensor& rows, int64_t layer_index, int64_t num_layers, int64_t num_experts, int64_t top_k,
       const std::string& codec) {
     const Geometry geometry(num_layers, num_experts, top_k);
-    require_slot(slot, geometry);
-    return unpack(rows, slot, 1, {top_k}, geometry, codec);
+    require_layer_index(layer_index, geometry);
+    return unpack(rows, layer_index, 1, {top_k}, geometry, codec);
   }
 
   static Tensor unpack_bitset(
-      const Tensor& rows, int64_t slot, int64_t num_layers, int64_t num_experts, int64_t top_k,
+      const Tensor& rows, int64_t layer_index, int64_t num_layers, int64_t num_experts, int64_t top_k,
       const std::string& codec) {
     const typename Device::Guard guard(rows);
     const Geometry geometry(num_layers, num_experts, top_k);
-    require_slot(slot, geometry);
+    require_layer_index(layer_index, geometry);
     const Tensor flat = flat_rows(rows);
     const Tensor map = zeros_beside(rows, sizes_with(rows, rows.dim() - 1, {num_experts}), ScalarType::Bool);
     with_reading_code(codec, geometry, [&](const auto& code) {
-      const PackedRows packed = packed_rows(flat, geometry, code, slot, 1);
+      const PackedRows packed = packed_rows(flat, geometry, code, layer_index, 1);
       Device::map(code, packed, flat, geometry, static_cast<bool*>(map.mutable_data_ptr()));
     });
     return map;
@@ -99,12 +100,25 @@ struct Ops {
 
   template <class Run>
   static void with_reading_code(const std::string& name, const Geometry& geometry, const Run& run) {
-    const Codec codec = codec_named(name);
-    Device::with_code(codec, geometry, held_while_reading(codec, geometry.top_k), run);
+    Codecs::with(name, [&](auto chosen) {
+      using Codec = decltype(chosen);
+      if constexpr (Codec::kHoldsLayerToRead) {
+        with_code<Codec>(geometry, run);
+      } else {
+        Codec::template with_code<1, Device>(geometry.num_experts, geometry.top_k, run);
+      }
+    });
+  }
+
+  template <class Codec, class Run>
+  static void with_code(const Geometry& geometry, const Run& run) {
+    Device::with_top_k(geometry.top_k, [&](auto k_max) {
+      Codec::template with_code<k_max, Device>(geometry.num_experts, geometry.top_k, run);
+    });
   }
 };
 
-// The schemas are defined in routing_masks/ops.py.
+// The schemas are defined in router_replay/masks/codecs/ops.py.
 template <class Device, class Library>
 void register_ops(Library& library) {
   library.impl("pack", TORCH_BOX(&Ops<Device>::pack));

@@ -29,16 +29,16 @@ class Staging:
             (max_tokens, geometry.num_moe_layers, width), _UNWRITTEN, dtype=torch.int16, device=device
         )
         self._geometry = geometry
-        self._slot_of = {layer: slot for slot, layer in enumerate(geometry.moe_layers)}
+        self._index_of = {layer: index for index, layer in enumerate(geometry.moe_layers)}
 
     def capture(self, layer_id: int, topk_indices: Tensor) -> None:
         """Take one layer's ids `int [tokens, K + shared]`; `layer_id` is the 0-based decoder layer."""
-        if layer_id not in self._slot_of:
+        if layer_id not in self._index_of:
             raise PairingError(
                 f"decoder layer {layer_id} routes in the running model, but by its configuration only layers"
                 f" {self._geometry.moe_layers} do: routes of this model cannot be attributed to layers"
             )
-        self.buffer[: topk_indices.shape[0], self._slot_of[layer_id]] = topk_indices
+        self.buffer[: topk_indices.shape[0], self._index_of[layer_id]] = topk_indices
 
     def take(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Routes of the pass's tokens [first, last), and set the buffer back. No host sync.

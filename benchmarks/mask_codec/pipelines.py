@@ -56,8 +56,8 @@ def pipelines(geometry: RoutingGeometry, indices: Tensor) -> dict[str, Callable[
 
     def container_by_layer() -> None:
         masks = from_bytes(to_bytes(gathered()))
-        for slot in range(geometry.num_moe_layers):
-            get_codec(masks.codec).unpack_layer(masks.rows, geometry, slot)
+        for layer_index in range(geometry.num_moe_layers):
+            get_codec(masks.codec).unpack_layer(masks.rows, geometry, layer_index)
 
     def inline_handle() -> Tensor:
         answer = orjson.dumps({"meta_info": {"routing_masks": [InlineStore().put(gathered())]}})

@@ -2,7 +2,7 @@
 
 from router_replay.masks.agreement import RouteAgreement, RouteTally, compare_routes
 from router_replay.masks.client import masks_from_meta_info
-from router_replay.masks.codecs.codec import CODEC_NAMES, NO_ROW, Codec, choose_codec, get_codec
+from router_replay.masks.codecs.row_codec import CODEC_NAMES, NO_ROW, Codec, choose_codec, get_codec
 from router_replay.masks.container import from_bytes, load_file, save_file, to_bytes
 from router_replay.masks.digest import token_digest
 from router_replay.masks.geometry import RoutingGeometry

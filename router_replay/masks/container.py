@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from router_replay.errors import DataError, InputError, RouterReplayError
 from router_replay.files import write_whole
-from router_replay.masks.codecs.codec import get_codec
+from router_replay.masks.codecs.row_codec import get_codec
 from router_replay.masks.geometry import RoutingGeometry
 from router_replay.masks.masks import RoutingMasks
 

@@ -32,7 +32,7 @@ class RoutingGeometry:
     Attributes:
         num_layers: decoder layers of the model, dense ones included, MTP layers excluded.
         moe_layers: 0-based indices of the decoder layers with a router, ascending. Masks store these layers only;
-            a layer's place in this tuple is its *slot*.
+            a layer's index in this tuple is its `layer_index` wherever rows are read.
         num_experts: routed experts per MoE layer (logical experts: before any placement of replicas).
         top_k: experts chosen per token, shared experts excluded.
     """
@@ -71,8 +71,8 @@ class RoutingGeometry:
         """Number of layers that masks store."""
         return len(self.moe_layers)
 
-    def slot_of(self, layer: int) -> int:
-        """Place of decoder layer `layer` (0-based) among the stored layers.
+    def index_of(self, layer: int) -> int:
+        """Index of decoder layer `layer` (0-based) among the layers that masks store.
 
         Raises:
             PairingError: if that layer has no router in this geometry.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from router_replay.errors import InputError, PairingError
 from router_replay.masks.arguments import as_bools, as_integer, as_tensor, require_type
-from router_replay.masks.codecs.codec import NO_ROW, choose_codec, get_codec
+from router_replay.masks.codecs.row_codec import NO_ROW, choose_codec, get_codec
 from router_replay.masks.digest import TokenIds, as_token_ids, token_digest
 from router_replay.masks.geometry import RoutingGeometry
 from router_replay.masks.weight_versions import Runs, joined_runs, require_runs, runs_within

@@ -78,7 +78,7 @@ class MicrobatchRoutes:
 
         Native places hold placeholders that the caller overwrites.
         """
-        return self._codec.unpack_layer(self._packed, self.geometry, self.geometry.slot_of(layer)).long()
+        return self._codec.unpack_layer(self._packed, self.geometry, self.geometry.index_of(layer)).long()
 
 
 def _require_masks(masks: Iterable[RoutingMasks]) -> list[RoutingMasks]:

@@ -8,7 +8,7 @@
     legal_rows       whether a row's fields are such that `pack` can have written them, bool [..., L]
 
 Indices are uint8, int16, uint16, int32 or int64, of any strides and leading shape; L = MoE layers, K = top-k,
-E = experts; `slot` is a layer's place among the L. `router_replay.masks.codecs.reference` says what each of them means.
+E = experts; `layer_index` is among the L. `router_replay.masks.codecs.reference` says what each of them means.
 The ops check shapes and raise RuntimeError; values they check on the CPU only, since elsewhere it would wait for the
 device. `Codec` adds errors that name tokens and decoder layers.
 """
@@ -22,14 +22,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from router_replay.errors import DataError
 from router_replay.masks.codecs import reference
+from router_replay.masks.codecs.registry import CODES
+from router_replay.masks.limits import MAX_EXPERTS, MAX_RANK_BITS, MAX_TOP_K
 
 _GEOMETRY = "int num_layers, int num_experts, int top_k, str codec"
 _SCHEMAS: dict[Callable[..., Tensor], str] = {
     reference.pack: "pack(Tensor indices, int num_experts, str codec) -> Tensor",
     reference.unpack_indices: f"unpack_indices(Tensor rows, {_GEOMETRY}) -> Tensor",
-    reference.unpack_layer: f"unpack_layer(Tensor rows, int slot, {_GEOMETRY}) -> Tensor",
-    reference.unpack_bitset: f"unpack_bitset(Tensor rows, int slot, {_GEOMETRY}) -> Tensor",
+    reference.unpack_layer: f"unpack_layer(Tensor rows, int layer_index, {_GEOMETRY}) -> Tensor",
+    reference.unpack_bitset: f"unpack_bitset(Tensor rows, int layer_index, {_GEOMETRY}) -> Tensor",
     reference.legal_indices: "legal_indices(Tensor indices, int num_experts) -> Tensor",
     reference.legal_rows: f"legal_rows(Tensor rows, {_GEOMETRY}) -> Tensor",
 }
@@ -49,11 +52,15 @@ def _fake_unpack_indices(rows: Tensor, num_layers: int, num_experts: int, top_k:
     return rows.new_empty((*rows.shape[:-1], num_layers, top_k), dtype=torch.int32)
 
 
-def _fake_unpack_layer(rows: Tensor, slot: int, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
+def _fake_unpack_layer(
+    rows: Tensor, layer_index: int, num_layers: int, num_experts: int, top_k: int, codec: str
+) -> Tensor:
     return rows.new_empty((*rows.shape[:-1], top_k), dtype=torch.int32)
 
 
-def _fake_unpack_bitset(rows: Tensor, slot: int, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
+def _fake_unpack_bitset(
+    rows: Tensor, layer_index: int, num_layers: int, num_experts: int, top_k: int, codec: str
+) -> Tensor:
     return rows.new_empty((*rows.shape[:-1], num_experts), dtype=torch.bool)
 
 
@@ -84,14 +91,31 @@ def _define() -> None:
         _library.impl(name, in_plain_torch, "CompositeExplicitAutograd")
 
 
+# What a library's docstring says that was built from the same lists and limits: see csrc/codes.h.
+_BUILT_FOR = (
+    f"codecs {', '.join(CODES)}; up to {MAX_EXPERTS} experts, top-{MAX_TOP_K}, ranks of up to {MAX_RANK_BITS} bits"
+)
+
+
 def _load(library: str, needs: str) -> str | None:
-    """Load the library of one kind of device; why that is not possible, or None."""
+    """Load the library of one kind of device; why that is not possible, or None.
+
+    Raises:
+        DataError: it was built for other codecs or limits than those of this package.
+    """
     try:
-        importlib.import_module(f"router_replay.masks.codecs.{library}")
+        module = importlib.import_module(f"router_replay.masks.codecs.{library}")
     except ModuleNotFoundError:
         return f"{library} was not built when this package was installed, which needs {needs}"
     except ImportError as error:
         return f"{library} does not load with torch {torch.__version__}: {error}"
+    if module.__doc__ != _BUILT_FOR:
+        # Its kernels are registered by now, so there is no going on without them.
+        raise DataError(
+            f"{module.__file__} was built from other sources, for {module.__doc__ or 'what it does not say'}, and this"
+            f" package is for {_BUILT_FOR}. Build it anew (install the package once more), or delete it to go on in"
+            " plain torch; a new codec has to be in the list of csrc/codes.h, too, in the order of registry.py"
+        )
     return None
 
 

@@ -1,14 +1,10 @@
 """Codecs in plain torch: the meaning of a packed row, and what runs where the kernels cannot be loaded.
 
 A row holds one token's routes: the MoE layers one after the other, each in a field of fixed width, bit-tight, least
-significant bit first within a byte, the last byte filled up with zeros. Fields, by codec:
+significant bit first within a byte, the last byte filled up with zeros. `registry` has the codes of the fields.
 
-    bitset   E bits, expert e at bit e
-    rank     the set's place in colexicographic order, in ceil(log2 C(E, K)) bits; see `ranks`
-    ordered  K indices of ceil(log2 E) bits, in the router's column order
-
-Indices that are not K different experts become a field that is illegal wherever the codec has one to spare: no bit set
-for bitset, all for the others. An illegal field reads back as K times the index E, which is no expert.
+Indices that are not K different experts become a field that is illegal wherever the codec has one to spare: all of its
+bits are the code's `illegal_bit`. An illegal field reads back as K times the index E, which is no expert.
 On the CPU either is refused; on other devices that would wait for the device, and the functions legal_* tell.
 """
 
@@ -20,8 +16,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from router_replay.masks.codecs.bits import bits_of_bytes, bits_of_integers, bytes_of_bits, integers_of_bits
-from router_replay.masks.codecs.ranks import bits_of_rank, rank, unrank
+from router_replay.masks.codecs.bits import bits_of_bytes, bytes_of_bits
+from router_replay.masks.codecs.layer_code import LayerCode, are_different_experts
+from router_replay.masks.codecs.registry import CODES
 from router_replay.masks.limits import MAX_EXPERTS, MAX_TOP_K
 
 # Elements of the largest intermediate tensor: bounds the working memory to some tens of megabytes.
@@ -30,15 +27,10 @@ INDEX_DTYPES = (torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64
 
 
 def bits_per_layer(codec: str, num_experts: int, top_k: int) -> int:
-    """Bits of one layer's field; for 'rank' possibly more than `MAX_RANK_BITS`, which no function here takes."""
-    match codec:
-        case "bitset":
-            return num_experts
-        case "rank":
-            return bits_of_rank(num_experts, top_k)
-        case "ordered":
-            return top_k * (num_experts - 1).bit_length()
-    raise RuntimeError(f"unknown codec {codec!r}: the reference knows bitset, rank and ordered")
+    """Bits of one layer's field, also of fields that the codec cannot write."""
+    if codec not in CODES:
+        raise RuntimeError(f"unknown codec {codec!r}: the reference knows {', '.join(CODES)}")
+    return CODES[codec].bits(num_experts, top_k)
 
 
 def row_bytes(codec: str, num_layers: int, num_experts: int, top_k: int) -> int:
@@ -50,14 +42,15 @@ def pack(indices: Tensor, num_experts: int, codec: str) -> Tensor:
     """Expert indices `int [..., L, K]` -> rows `uint8 [..., row_bytes]`."""
     _require_indices(indices, num_experts)
     *leading, num_layers, top_k = indices.shape
-    width = bits_per_layer(codec, num_experts, top_k)
+    code, width = _code_and_width(codec, num_experts, top_k)
     num_bytes = row_bytes(codec, num_layers, num_experts, top_k)
     flat = indices.reshape(math.prod(leading), num_layers, top_k).long()
     if indices.device.type == "cpu":
-        _refuse(_legal(flat, num_experts), 0, f"the indices are not {top_k} different experts in [0, {num_experts})")
+        problem = f"the indices are not {top_k} different experts in [0, {num_experts})"
+        _refuse(are_different_experts(flat, num_experts), 0, problem)
     rows = torch.empty((flat.shape[0], num_bytes), dtype=torch.uint8, device=indices.device)
     for part in _parts(flat.shape[0], num_layers * max(num_experts, width)):
-        fields = _encode(flat[part], num_experts, codec, width)
+        fields = _encode(flat[part], num_experts, code)
         rows[part] = bytes_of_bits(fields.flatten(1), num_bytes)
     return rows.reshape(*leading, num_bytes)
 
@@ -68,17 +61,17 @@ def unpack_indices(rows: Tensor, num_layers: int, num_experts: int, top_k: int, 
     return indices.reshape(*rows.shape[:-1], num_layers, top_k)
 
 
-def unpack_layer(rows: Tensor, slot: int, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
+def unpack_layer(rows: Tensor, layer_index: int, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
     """One layer of the rows as expert indices `int32 [..., K]`."""
-    if not 0 <= slot < num_layers:
-        raise RuntimeError(f"slot {slot} is none of the {num_layers} MoE layers")
-    indices = _unpack(rows, slot, slot + 1, num_layers, num_experts, top_k, codec)
+    if not 0 <= layer_index < num_layers:
+        raise RuntimeError(f"layer_index {layer_index} is none of the {num_layers} MoE layers")
+    indices = _unpack(rows, layer_index, layer_index + 1, num_layers, num_experts, top_k, codec)
     return indices.reshape(*rows.shape[:-1], top_k)
 
 
-def unpack_bitset(rows: Tensor, slot: int, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
+def unpack_bitset(rows: Tensor, layer_index: int, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
     """One layer of the rows as a mask `bool [..., E]`; all False where the field is illegal."""
-    indices = unpack_layer(rows, slot, num_layers, num_experts, top_k, codec)
+    indices = unpack_layer(rows, layer_index, num_layers, num_experts, top_k, codec)
     # One place more than there are experts, for what is none.
     mask = torch.zeros((*rows.shape[:-1], num_experts + 1), dtype=torch.bool, device=rows.device)
     return mask.scatter_(-1, indices.long(), True)[..., :num_experts].contiguous()
@@ -87,7 +80,7 @@ def unpack_bitset(rows: Tensor, slot: int, num_layers: int, num_experts: int, to
 def legal_indices(indices: Tensor, num_experts: int) -> Tensor:
     """Whether indices `int [..., L, K]` are K different experts: `bool [..., L]`."""
     _require_indices(indices, num_experts)
-    return _legal(indices.long(), num_experts)
+    return are_different_experts(indices.long(), num_experts)
 
 
 def legal_rows(rows: Tensor, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
@@ -112,56 +105,44 @@ def _decoded(
     flat: Tensor, first: int, end: int, num_layers: int, num_experts: int, top_k: int, codec: str
 ) -> tuple[Tensor, Tensor]:
     """Layers [first, end) of rows `uint8 [T, row_bytes]`: `(indices int32 [T, layers, K], legal bool [T, layers])`."""
-    width = bits_per_layer(codec, num_experts, top_k)
+    code, width = _code_and_width(codec, num_experts, top_k)
     indices = torch.empty((flat.shape[0], end - first, top_k), dtype=torch.int32, device=flat.device)
     legal = torch.empty(indices.shape[:2], dtype=torch.bool, device=flat.device)
     for part in _parts(flat.shape[0], num_layers * max(num_experts, width)):
         bits = bits_of_bytes(flat[part])
         fields = bits[:, first * width : end * width].reshape(len(bits), end - first, width)
-        indices[part] = _decode(fields, num_experts, top_k, codec)
-        legal[part] = _legal(indices[part].long(), num_experts)
+        indices[part] = _decode(fields, num_experts, top_k, code)
+        legal[part] = are_different_experts(indices[part].long(), num_experts)
         if end == num_layers:
             legal[part, -1] &= ~bits[:, num_layers * width :].any(-1)
     return indices, legal
 
 
-def _encode(indices: Tensor, num_experts: int, codec: str, width: int) -> Tensor:
+def _code_and_width(codec: str, num_experts: int, top_k: int) -> tuple[LayerCode, int]:
+    width = bits_per_layer(codec, num_experts, top_k)
+    code = CODES[codec]
+    if (refusal := code.refusal(num_experts, top_k)) is not None:
+        raise RuntimeError(refusal)
+    return code, width
+
+
+def _encode(indices: Tensor, num_experts: int, code: LayerCode) -> Tensor:
     """Indices `int64 [T, L, K]` -> fields `bool [T, L, width]`."""
-    legal = _legal(indices, num_experts)[..., None]
+    legal = are_different_experts(indices, num_experts)[..., None]
     indices = torch.where(legal, indices, torch.arange(indices.shape[-1], device=indices.device))
-    if codec == "bitset":
-        mask = torch.zeros((*indices.shape[:-1], num_experts), dtype=torch.bool, device=indices.device)
-        return mask.scatter_(-1, indices, True) & legal
-    if codec == "ordered":
-        return bits_of_integers(indices, (num_experts - 1).bit_length()).flatten(2) | ~legal
-    return rank(indices, num_experts) | ~legal
+    return torch.where(legal, code.encode(indices, num_experts), code.illegal_bit)
 
 
-def _decode(fields: Tensor, num_experts: int, top_k: int, codec: str) -> Tensor:
+def _decode(fields: Tensor, num_experts: int, top_k: int, code: LayerCode) -> Tensor:
     """Fields `bool [T, L, width]` -> indices `int32 [T, L, K]`."""
-    if codec == "bitset":
-        experts = torch.arange(num_experts, dtype=torch.int32, device=fields.device)
-        indices = torch.where(fields, experts, num_experts).sort(-1).values[..., :top_k]
-        legal = fields.sum(-1) == top_k
-    elif codec == "ordered":
-        indices = integers_of_bits(fields.reshape(*fields.shape[:-1], top_k, fields.shape[-1] // top_k))
-        legal = _legal(indices, num_experts)
-    else:
-        indices, legal = unrank(fields, num_experts, top_k)
+    indices, legal = code.decode(fields, num_experts, top_k)
     return torch.where(legal[..., None], indices, num_experts).int()
 
 
-def _legal(indices: Tensor, num_experts: int) -> Tensor:
-    """Whether `int [..., K]` are K different experts: `bool [...]`."""
-    ordered = indices.sort(-1).values
-    inside = (ordered[..., 0] >= 0) & (ordered[..., -1] < num_experts)
-    return inside & (ordered[..., 1:] != ordered[..., :-1]).all(-1)
-
-
-def _refuse(legal: Tensor, first_slot: int, problem: str) -> None:
+def _refuse(legal: Tensor, first_layer: int, problem: str) -> None:
     if not bool(legal.all()):
-        token, slot = (~legal).nonzero()[0].tolist()
-        raise RuntimeError(f"token {token}, MoE layer {first_slot + slot}: {problem}")
+        token, layer = (~legal).nonzero()[0].tolist()
+        raise RuntimeError(f"token {token}, MoE layer {first_layer + layer}: {problem}")
 
 
 def _require_geometry(num_layers: int, num_experts: int, top_k: int) -> None:

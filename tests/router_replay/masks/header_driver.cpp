@@ -7,9 +7,12 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 #include <vector>
 
+#include "codes.h"
 #include "guess.h"
 #include "mask_codec.h"
 
@@ -19,7 +22,7 @@ namespace {
 
 std::mt19937 generator(0);
 
-void require(bool condition, const char* what) {
+void demand(bool condition, const char* what) {
   if (condition) return;
   std::printf("failed: %s\n", what);
   std::exit(1);
@@ -32,16 +35,20 @@ std::vector<int64_t> shuffled(int64_t count) {
   return order;
 }
 
-// Below 2^bits if and only if some field of the code is illegal.
+// The searches for ranks that the kernels of either device use.
+struct OnDevice {
+  using NarrowSearch = Bisection<uint64_t>;
+};
+struct OnHost {
+  using NarrowSearch = Guess;
+};
+
+// Whether some field of the code is illegal. Codes without order have one legal field for each set.
 template <class Code>
-uint64_t legal_fields(const Code& code) {
-  if constexpr (std::is_same_v<Code, BitsetCode<Code::KMax>>) return 0;
+bool has_illegal_field(const Code& code) {
   const int experts = code.num_experts, top_k = code.top_k;
-  if constexpr (std::is_same_v<Code, OrderedCode<Code::KMax>>) {
-    const bool every = top_k == 1 && (experts & (experts - 1)) == 0;
-    return every ? uint64_t{1} << code.bits() : 0;
-  }
-  return static_cast<uint64_t>(count_of_sets(experts, top_k));
+  if constexpr (std::is_same_v<Code, OrderedCode<Code::KMax>>) return top_k > 1 || (experts & (experts - 1)) != 0;
+  return code.bits() >= 63 || count_of_sets(experts, top_k) < Wide{1} << code.bits();
 }
 
 template <int N, class Code>
@@ -62,12 +69,12 @@ void drive(const Code& code, int64_t num_rows, int64_t num_layers) {
   std::fill_n(rows.get(), num_rows * row_bytes, 0x5a);
   std::fill_n(again.get(), num_rows * row_bytes, 0xa5);
   for (int64_t group : shuffled(num_rows * num_groups(num_layers))) {
-    require(pack_group<N>(code, num_layers, row_bytes, rows.get(), read, group) == -1, "legal indices are packed");
+    demand(pack_group<N>(code, num_layers, row_bytes, rows.get(), read, group) == -1, "legal indices are packed");
   }
   for (int64_t group : shuffled(num_rows * num_groups(num_layers))) {
     pack_group<N>(code, num_layers, row_bytes, again.get(), read, group);
   }
-  require(std::equal(rows.get(), rows.get() + num_rows * row_bytes, again.get()), "every byte of the rows is written");
+  demand(std::equal(rows.get(), rows.get() + num_rows * row_bytes, again.get()), "every byte of the rows is written");
 
   // Rows as a slice of wider ones, whose last ends where the allocation ends.
   const int64_t stride = row_bytes + 3;
@@ -83,39 +90,39 @@ void drive(const Code& code, int64_t num_rows, int64_t num_layers) {
     const int64_t illegal = unpack_items<N>(code, all, items, task * N, [&](int64_t item, int k, int expert) {
       found[item * top_k + k] = expert;
     });
-    require(illegal == -1, "packed rows are legal");
+    demand(illegal == -1, "packed rows are legal");
     check_items<N>(code, all, items, task * N, legal.get());
   }
-  require(std::all_of(legal.get(), legal.get() + items, [](bool each) { return each; }), "packed rows pass the check");
+  demand(std::all_of(legal.get(), legal.get() + items, [](bool each) { return each; }), "packed rows pass the check");
   const int64_t middle = num_layers / 2;
   const PackedRows layer{wide.get(), stride, row_bytes, num_layers, middle, 1};
   for (int64_t task : shuffled((num_rows + N - 1) / N)) {
     unpack_items<N>(code, layer, num_rows, task * N, [&](int64_t row, int k, int expert) {
-      require(found[(row * num_layers + middle) * top_k + k] == expert, "a layer by itself reads as among all");
+      demand(found[(row * num_layers + middle) * top_k + k] == expert, "a layer by itself reads as among all");
     });
   }
   for (int64_t item = 0; item < items; ++item) {
     int* const first = found.get() + item * top_k;
     std::sort(first, first + top_k);
     std::sort(indices.begin() + item * top_k, indices.begin() + (item + 1) * top_k);
-    require(std::equal(first, first + top_k, indices.begin() + item * top_k), "the experts come back");
+    demand(std::equal(first, first + top_k, indices.begin() + item * top_k), "the experts come back");
   }
 
   // An expert twice, and one out of range: found, and marked by a field that is illegal if any field of the code is.
-  const bool has_mark = code.bits() >= 63 || legal_fields<Code>(code) < (uint64_t{1} << code.bits());
+  const bool has_mark = has_illegal_field(code);
   for (const int wrong : {indices.at(0), experts, -1, INT32_MAX, INT32_MIN}) {
     if (top_k == 1 && wrong == indices.at(0)) continue;
     const int right = indices.at(top_k - 1);
     indices.at(top_k - 1) = wrong;
-    require(pack_group<N>(code, num_layers, row_bytes, rows.get(), read, 0) == 0, "illegal indices are found");
+    demand(pack_group<N>(code, num_layers, row_bytes, rows.get(), read, 0) == 0, "illegal indices are found");
     check_group<N, Code::KMax>(experts, top_k, num_layers, read, 0, legal.get());
-    require(!legal[0], "illegal indices do not pass the check");
+    demand(!legal[0], "illegal indices do not pass the check");
     const PackedRows packed{rows.get(), row_bytes, row_bytes, num_layers, 0, num_layers};
     const int64_t illegal = unpack_items<N>(code, packed, items, 0, [&](int64_t item, int, int expert) {
-      require(expert >= 0 && expert <= experts, "what is read is an expert, or E");
-      require(item != 0 || !has_mark || expert == experts, "an illegal field reads as E");
+      demand(expert >= 0 && expert <= experts, "what is read is an expert, or E");
+      demand(item != 0 || !has_mark || expert == experts, "an illegal field reads as E");
     });
-    require(illegal == (has_mark ? 0 : -1), "illegal indices leave an illegal field");
+    demand(illegal == (has_mark ? 0 : -1), "illegal indices leave an illegal field");
     indices.at(top_k - 1) = right;
   }
 
@@ -125,7 +132,7 @@ void drive(const Code& code, int64_t num_rows, int64_t num_layers) {
   }
   for (int64_t task = 0; task < (items + N - 1) / N; ++task) {
     unpack_items<N>(code, all, items, task * N, [&](int64_t item, int k, int expert) {
-      require(expert >= 0 && expert <= experts, "what is read is an expert, or E");
+      demand(expert >= 0 && expert <= experts, "what is read is an expert, or E");
       found[item * top_k + k] = expert;
     });
   }
@@ -133,25 +140,35 @@ void drive(const Code& code, int64_t num_rows, int64_t num_layers) {
 
 template <int KMax, int N>
 void drive_all(int experts, int top_k, int64_t num_rows, int64_t num_layers) {
-  drive<N>(BitsetCode<KMax>{experts, top_k}, num_rows, num_layers);
-  int index_bits = 0;
-  while ((1 << index_bits) < experts) ++index_bits;
-  drive<N>(OrderedCode<KMax>{experts, top_k, index_bits}, num_rows, num_layers);
   const Wide sets = count_of_sets(experts, top_k);
-  if (sets == ~Wide{0}) return;
-  int width = 0;
-  for (Wide rest = sets - 1; rest != 0; rest >>= 1) ++width;
-  if (width >= 64) {
-    return drive<N>(RankCode<KMax, Wide, Bisection<Wide>>{experts, top_k, width, sets, Bisection<Wide>(experts)}, num_rows, num_layers);
+  const auto run = [&](const auto& code) { drive<N>(code, num_rows, num_layers); };
+  Codecs::for_each([&](auto codec) {
+    using Codec = decltype(codec);
+    if (std::is_same_v<Codec, Rank> && sets == ~Wide{0}) return;
+    Codec::template with_code<KMax, OnDevice>(experts, top_k, run);
+  });
+  if (sets >> 63 == 0) Rank::with_code<KMax, OnHost>(experts, top_k, run);
+}
+
+void look_up_names() {
+  Codecs::for_each([](auto each) {
+    int calls = 0;
+    Codecs::with(each.kName, [&](auto found) { calls += std::is_same_v<decltype(each), decltype(found)> ? 1 : 100; });
+    demand(calls == 1, "a name leads to its codec");
+  });
+  try {
+    Codecs::with("zip", [](auto) { demand(false, "an unknown name leads to no codec"); });
+    demand(false, "an unknown name is refused");
+  } catch (const std::runtime_error& error) {
+    const std::string expected = "routing_masks: unknown codec 'zip': the kernels know " + Codecs::names();
+    demand(error.what() == expected, "an unknown name is refused with those known");
   }
-  const uint64_t narrow = static_cast<uint64_t>(sets);
-  drive<N>(RankCode<KMax, uint64_t, Bisection<uint64_t>>{experts, top_k, width, narrow, Bisection<uint64_t>(experts)}, num_rows, num_layers);
-  drive<N>(RankCode<KMax, uint64_t, Guess>{experts, top_k, width, narrow, Guess::of(experts, top_k)}, num_rows, num_layers);
 }
 
 }  // namespace
 
 int main() {
+  look_up_names();
   const int geometries[][2] = {{1, 1}, {8, 2}, {8, 8}, {9, 8}, {60, 4}, {64, 8}, {65, 3}, {128, 1}, {128, 8}, {256, 8},
                                {384, 8}, {512, 8}, {1024, 8}, {1023, 5}};
   const int more[][2] = {{67, 33}, {64, 32}, {512, 10}, {512, 22}, {64, 64}, {1024, 64}, {66, 64}, {130, 16}};

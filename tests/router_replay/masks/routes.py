@@ -50,7 +50,7 @@ def field_bits(codec: str, geometry: RoutingGeometry) -> int:
 def expected_row(codec: str, token: list[list[int]], geometry: RoutingGeometry) -> bytes:
     """One token's row, `token[layer]` being its experts."""
     width = field_bits(codec, geometry)
-    row = sum(_field(codec, experts, geometry) << slot * width for slot, experts in enumerate(token))
+    row = sum(_field(codec, experts, geometry) << layer_index * width for layer_index, experts in enumerate(token))
     return row.to_bytes((len(token) * width + 7) // 8, "little")
 
 

@@ -52,9 +52,9 @@ def test_round_trip(coded, num_tokens, seed):
     assert torch.equal(unpacked, expected.int())
     mask = torch.zeros(num_tokens, geometry.num_moe_layers, geometry.num_experts, dtype=torch.bool)
     mask.scatter_(-1, indices, True)
-    for slot in range(geometry.num_moe_layers):
-        assert torch.equal(codec.unpack_layer(rows, geometry, slot), unpacked[:, slot])
-        assert torch.equal(codec.unpack_bitset(rows, geometry, slot), mask[:, slot])
+    for layer_index in range(geometry.num_moe_layers):
+        assert torch.equal(codec.unpack_layer(rows, geometry, layer_index), unpacked[:, layer_index])
+        assert torch.equal(codec.unpack_bitset(rows, geometry, layer_index), mask[:, layer_index])
     codec.check_rows(rows, geometry)
 
 
@@ -125,7 +125,7 @@ def test_auto_keeps_the_order_where_it_is_needed(geometry):
 def test_rank_refuses_what_does_not_fit_in_128_bits_and_auto_goes_elsewhere():
     fits, too_many = RoutingGeometry(2, (0, 1), 512, 22), RoutingGeometry(2, (0, 1), 512, 23)
     assert get_codec("rank").bits_per_layer(fits) == 128
-    with pytest.raises(UnsupportedError, match=r"'rank' .* 23 of 512 experts in 132 bits.*at most 128.*'bitset'"):
+    with pytest.raises(UnsupportedError, match=r"'rank' .*at most 128 bits.* 23 of 512 experts need 132.*'bitset'"):
         choose_codec("rank", too_many)
     with pytest.raises(UnsupportedError, match="'rank'"):
         get_codec("rank").pack(random_indices(too_many, 1, 0), too_many)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from router_replay.errors import InputError
 from router_replay.masks import CODEC_NAMES, NO_ROW, RoutingGeometry, get_codec
 from router_replay.masks.codecs import reference
+from router_replay.masks.codecs.registry import CODES
 from tests.router_replay.masks.routes import coded_geometries, geometries, legal_row, random_indices, seeds
 
 
@@ -88,9 +89,10 @@ def test_illegal_indices_become_a_field_that_is_found(name, num_experts, top_k, 
         return
     indices = random_indices(RoutingGeometry(1, (0,), num_experts, top_k), 3, seed=0)
     indices[1, 0, 0] = indices[1, 0, 1] if wrong == "twice" else wrong
-    width = reference.bits_per_layer(name, num_experts, top_k)
-    field = reference._encode(indices, num_experts, name, width)
-    assert reference._decode(field, num_experts, top_k, name)[1].tolist() == [[num_experts] * top_k]
+    code = CODES[name]
+    field = reference._encode(indices, num_experts, code)
+    assert field.shape == (3, 1, code.bits(num_experts, top_k))
+    assert reference._decode(field, num_experts, top_k, code)[1].tolist() == [[num_experts] * top_k]
 
 
 def test_an_expert_missing_from_a_bitset_is_located():

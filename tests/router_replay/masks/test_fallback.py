@@ -35,6 +35,17 @@ print(sorted(MISSING_KERNELS))
 """
 
 
+WITH_A_FOURTH_CODEC = """
+from router_replay.masks.codecs.registry import CODES
+from hypothetical import BytesCode
+CODES["bytes"] = BytesCode()
+codec = get_codec("bytes")
+rows = codec.pack(indices, geometry)
+assert rows.shape == (5, 3 * 4 * 2) and torch.equal(codec.unpack_indices(rows, geometry), indices.int())
+assert torch.equal(codec.unpack_layer(rows, geometry, 1), indices[:, 1].int())
+"""
+
+
 ON_ANOTHER_ACCELERATOR = """
 import torch
 torch.version.cuda = None
@@ -43,14 +54,14 @@ torch.accelerator.device_count = lambda: 1
 """
 
 
-def run(folder: Path, before: str = "") -> subprocess.CompletedProcess:
+def run(folder: Path, before: str = "", after: str = "", *, check: bool = True) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-c", before + PACKS_AND_SAYS_WHAT_IS_MISSING],
+        [sys.executable, "-c", before + PACKS_AND_SAYS_WHAT_IS_MISSING + after],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"},
         capture_output=True,
         text=True,
-        check=True,
+        check=check,
     )
 
 
@@ -72,6 +83,33 @@ def test_without_the_libraries(folder: Path) -> None:
     assert (
         "cpu: _kernels_cpu was not built when this package was installed, which needs a C++17 compiler" in done.stderr
     )
+
+
+def test_a_codec_without_kernels_works_where_there_are_none(folder: Path) -> None:
+    shutil.copy(Path(__file__).with_name("hypothetical.py"), folder)
+    assert "cpu" in run(folder, after=WITH_A_FOURTH_CODEC).stdout
+
+
+@pytest.mark.parametrize(
+    ("says", "found"),
+    [
+        ("", "what it does not say"),
+        ("codecs bitset, rank; up to 1024 experts, top-64, ranks of up to 128 bits", "codecs bitset, rank; up to 1024"),
+        (
+            "codecs bitset, rank, ordered; up to 512 experts, top-64, ranks of up to 128 bits",
+            "codecs bitset, rank, ordered; up to 512",
+        ),
+    ],
+)
+def test_a_library_of_other_sources_is_not_used(folder: Path, says: str, found: str) -> None:
+    library = folder / "router_replay" / "masks" / "codecs" / "_kernels_cpu.py"
+    library.write_text(f"__doc__ = {says!r}\n")
+    done = run(folder, check=False)
+    assert done.returncode != 0
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith(f"router_replay.errors.DataError: {library} was built from other sources, for {found}")
+    assert "this package is for codecs bitset, rank, ordered; up to 1024 experts, top-64, ranks of up to 128" in error
+    assert "Build it anew" in error
 
 
 def test_with_a_library_that_does_not_load(folder: Path) -> None:

@@ -139,9 +139,9 @@ def test_a_model_without_routed_layers_is_refused():
 
 def test_slots():
     geometry = RoutingGeometry(6, (1, 3, 4), 8, 2)
-    assert [geometry.slot_of(layer) for layer in geometry.moe_layers] == [0, 1, 2]
+    assert [geometry.index_of(layer) for layer in geometry.moe_layers] == [0, 1, 2]
     with pytest.raises(PairingError, match=r"decoder layer 2 .*\(1, 3, 4\)"):
-        geometry.slot_of(2)
+        geometry.index_of(2)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from router_replay.errors import InputError
 from router_replay.masks import CODEC_NAMES, RoutingGeometry, get_codec
 from router_replay.masks.codecs import reference
-from router_replay.masks.codecs.codec import check_indices
 from router_replay.masks.codecs.ops import MISSING_KERNELS, OPS
+from router_replay.masks.codecs.row_codec import check_indices
 from tests.router_replay.masks.routes import coded_geometries, random_indices, seeds
 from tests.router_replay.masks.test_ops import OP_NAMES, arguments_of, assert_same, strided, ways
 
@@ -42,10 +42,10 @@ def test_every_op_is_the_reference(coded, num_tokens, dtype, way, seed):
     wide[:, 1:-2] = rows
     for on_device in (rows, wide[:, 1:-2], strided(rows, way)):
         assert_same(OPS.unpack_indices(on_device, *arguments).cpu(), reference.unpack_indices(read, *arguments))
-    slot = seed % geometry.num_moe_layers
-    layer, mask = OPS.unpack_layer(rows, slot, *arguments), OPS.unpack_bitset(rows, slot, *arguments)
-    assert_same(layer.cpu(), reference.unpack_layer(read, slot, *arguments))
-    assert_same(mask.cpu(), reference.unpack_bitset(read, slot, *arguments))
+    layer_index = seed % geometry.num_moe_layers
+    layer, mask = OPS.unpack_layer(rows, layer_index, *arguments), OPS.unpack_bitset(rows, layer_index, *arguments)
+    assert_same(layer.cpu(), reference.unpack_layer(read, layer_index, *arguments))
+    assert_same(mask.cpu(), reference.unpack_bitset(read, layer_index, *arguments))
     get_codec(codec).check_rows(rows, geometry)
     check_indices(indices.cuda(), geometry)
 
@@ -59,13 +59,13 @@ def test_bytes_that_no_pack_wrote_are_found_and_read_as_no_expert(coded, num_tok
     rows = torch.randint(0, 256, (num_tokens, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     legal = OPS.legal_rows(rows.cuda(), *arguments).cpu()
     assert_same(legal, reference.legal_rows(rows, *arguments))
-    for slot in range(geometry.num_moe_layers):
+    for layer_index in range(geometry.num_moe_layers):
         # On the device the reference does not refuse either, and reads K times E from an illegal field.
-        found = OPS.unpack_layer(rows.cuda(), slot, *arguments)
-        assert_same(found, reference.unpack_layer(rows.cuda(), slot, *arguments))
+        found = OPS.unpack_layer(rows.cuda(), layer_index, *arguments)
+        assert_same(found, reference.unpack_layer(rows.cuda(), layer_index, *arguments))
     if not legal.all():
-        token, slot = (~legal).nonzero()[0].tolist()
-        with pytest.raises(InputError, match=f"token {token}, decoder layer {geometry.moe_layers[slot]}: "):
+        token, layer_index = (~legal).nonzero()[0].tolist()
+        with pytest.raises(InputError, match=f"token {token}, decoder layer {geometry.moe_layers[layer_index]}: "):
             get_codec(codec).check_rows(rows.cuda(), geometry)
 
 

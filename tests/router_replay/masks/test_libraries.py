@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 import router_replay.masks.codecs
+from router_replay.masks.codecs.registry import CODES
+from router_replay.masks.limits import MAX_EXPERTS, MAX_RANK_BITS, MAX_TOP_K
 
 LIBRARIES = {
     path.name.split(".")[0]: path for path in Path(router_replay.masks.codecs.__file__).parent.glob("_kernels_*.so")
@@ -44,6 +47,14 @@ def test_only_stable_interfaces_are_used(name: str) -> None:
     undefined = undefined_symbols(LIBRARIES[name])
     assert {"torch_library_impl", "PyModuleDef_Init"} <= set(undefined)
     assert [symbol for symbol in undefined if not ALLOWED.match(symbol)] == []
+
+
+@pytest.mark.parametrize("name", sorted(LIBRARIES))
+def test_a_library_says_which_codecs_and_limits_it_is_built_for(name: str) -> None:
+    docstring = importlib.import_module(f"router_replay.masks.codecs.{name}").__doc__
+    assert docstring is not None
+    assert f"codecs {', '.join(CODES)}; up to {MAX_EXPERTS} experts, top-{MAX_TOP_K}, " in docstring
+    assert docstring.endswith(f"ranks of up to {MAX_RANK_BITS} bits")
 
 
 @pytest.mark.parametrize("name", sorted(LIBRARIES))

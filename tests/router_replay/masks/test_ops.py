@@ -33,11 +33,11 @@ def strided(tensor: Tensor, way: str) -> Tensor:
     return tensor
 
 
-def refused_at_first_false(legal: Tensor, run: Callable[[], Tensor], slot: int | None = None) -> None:
-    """`run` refuses, by token and layer, the first False of `bool [T, L]`; of one layer, if `slot` says which."""
+def refused_at_first_false(legal: Tensor, run: Callable[[], Tensor], layer_index: int | None = None) -> None:
+    """`run` refuses, by token and layer, the first False of `bool [T, L]`; of one layer, if `layer_index` is given."""
     illegal = ~legal
-    if slot is not None:
-        illegal &= torch.arange(legal.shape[1]) == slot
+    if layer_index is not None:
+        illegal &= torch.arange(legal.shape[1]) == layer_index
     if not illegal.any():
         run()
         return
@@ -68,8 +68,8 @@ def test_every_op_is_the_reference(coded, leading, dtype, way, seed):
     assert rows.is_contiguous()
     read = strided(rows, way), num_layers, num_experts, top_k, codec
     assert_same(OPS.unpack_indices(*read), reference.unpack_indices(*read))
-    for slot in {0, num_layers // 2, num_layers - 1}:
-        of_layer = read[0], slot, *read[1:]
+    for layer_index in {0, num_layers // 2, num_layers - 1}:
+        of_layer = read[0], layer_index, *read[1:]
         assert_same(OPS.unpack_layer(*of_layer), reference.unpack_layer(*of_layer))
         assert_same(OPS.unpack_bitset(*of_layer), reference.unpack_bitset(*of_layer))
     assert bool(OPS.legal_rows(*read).all())
@@ -88,10 +88,10 @@ def test_illegal_rows_are_the_references(coded, num_tokens, way, seed):
     assert_same(legal, reference.legal_rows(rows, *arguments, codec))
     for implementation in (OPS, reference):
         refused_at_first_false(legal, lambda of=implementation: of.unpack_indices(rows, *arguments, codec))
-        for slot in range(geometry.num_moe_layers):
-            of_layer = rows, slot, *arguments, codec
-            refused_at_first_false(legal, lambda of=implementation, at=of_layer: of.unpack_layer(*at), slot)
-            refused_at_first_false(legal, lambda of=implementation, at=of_layer: of.unpack_bitset(*at), slot)
+        for layer_index in range(geometry.num_moe_layers):
+            of_layer = rows, layer_index, *arguments, codec
+            refused_at_first_false(legal, lambda of=implementation, at=of_layer: of.unpack_layer(*at), layer_index)
+            refused_at_first_false(legal, lambda of=implementation, at=of_layer: of.unpack_bitset(*at), layer_index)
 
 
 @given(geometries(max_experts=80), st.integers(1, 4), st.sampled_from(reference.INDEX_DTYPES[1:]), ways, seeds)
@@ -194,8 +194,16 @@ def test_a_compiled_function_packs_and_unpacks():
         ("pack", (torch.arange(23).expand(1, 1, 23), 512, "rank"), "128 bits.*23 of 512"),
         ("unpack_indices", (torch.zeros(2, 7, dtype=torch.uint8), 3, 24, 4, "bitset"), "7.*9"),
         ("unpack_indices", (torch.zeros(2, 9), 3, 24, 4, "bitset"), "uint8"),
-        ("unpack_layer", (torch.zeros(2, 9, dtype=torch.uint8), 3, 3, 24, 4, "bitset"), "slot 3 is none of the 3"),
-        ("unpack_bitset", (torch.zeros(2, 9, dtype=torch.uint8), -1, 3, 24, 4, "bitset"), "slot -1 is none of the 3"),
+        (
+            "unpack_layer",
+            (torch.zeros(2, 9, dtype=torch.uint8), 3, 3, 24, 4, "bitset"),
+            "layer_index 3 is none of the 3",
+        ),
+        (
+            "unpack_bitset",
+            (torch.zeros(2, 9, dtype=torch.uint8), -1, 3, 24, 4, "bitset"),
+            "layer_index -1 is none of the 3",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(implementation, op, arguments, words):

@@ -1,4 +1,4 @@
-"""Codecs: how the expert ids of one token become a row of fixed width, and back."""
+"""Codec: packs and reads rows of a geometry, with errors that name tokens and decoder layers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from router_replay.errors import InputError, PairingError, UnsupportedError
 from router_replay.masks.codecs import reference
+from router_replay.masks.codecs.layer_code import LayerCode
 from router_replay.masks.codecs.ops import OPS
+from router_replay.masks.codecs.registry import CODES
 from router_replay.masks.geometry import RoutingGeometry
-from router_replay.masks.limits import MAX_RANK_BITS
 
 NO_ROW = 0xFF
 """Byte that fills rows which hold no routes. Unlike zeros, which are the experts 0 to K - 1 to codec 'rank', a row of
@@ -24,30 +25,35 @@ used."""
 class Codec:
     """One way to write a token's routes. Rows have a fixed width, so that they can be sliced, gathered and tabled.
 
-    Shapes: L = `geometry.num_moe_layers`, K = `geometry.top_k`, E = `geometry.num_experts`; any leading shape, of which
-    a token is a place. `reference` says which bit means what, `torch.ops.routing_masks` does the work.
+    Shapes: L = `geometry.num_moe_layers`, K = `geometry.top_k`, E = `geometry.num_experts`; any leading shape
+    of tokens. `reference` says which bit means what, `torch.ops.routing_masks` does the work.
 
     Attributes:
-        name: 'bitset', 'rank' or 'ordered'.
-        keeps_order: the experts come back in the router's column order, else ascending.
+        code: how each layer's field is written.
     """
 
-    name: str
-    keeps_order: bool
+    code: LayerCode
+
+    @property
+    def name(self) -> str:
+        """One of `CODEC_NAMES`."""
+        return self.code.name
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether the experts come back in the router's column order, else ascending."""
+        return self.code.keeps_order
 
     def bits_per_layer(self, geometry: RoutingGeometry) -> int:
         """Bits that one layer of one token takes.
 
         Raises:
-            InputError: this codec cannot write such routes.
+            UnsupportedError: this codec cannot write such routes.
         """
-        bits = reference.bits_per_layer(self.name, geometry.num_experts, geometry.top_k)
-        if self.name == "rank" and bits > MAX_RANK_BITS:
-            raise UnsupportedError(
-                f"codec 'rank' numbers the sets of {geometry.top_k} of {geometry.num_experts} experts in {bits} bits,"
-                f" but its ranks have at most {MAX_RANK_BITS}: choose 'auto', 'bitset' or 'ordered'"
-            )
-        return bits
+        refusal = self.code.refusal(geometry.num_experts, geometry.top_k)
+        if refusal is not None:
+            raise UnsupportedError(refusal)
+        return self.code.bits(geometry.num_experts, geometry.top_k)
 
     def row_bytes(self, geometry: RoutingGeometry) -> int:
         """Bytes of one token's row: its layers bit-tight, rounded up once."""
@@ -56,11 +62,7 @@ class Codec:
 
     def can_write(self, geometry: RoutingGeometry) -> bool:
         """Whether this codec has a row for every choice of experts of this geometry."""
-        try:
-            self.bits_per_layer(geometry)
-        except UnsupportedError:
-            return False
-        return True
+        return self.code.refusal(geometry.num_experts, geometry.top_k) is None
 
     def pack(self, indices: Tensor, geometry: RoutingGeometry) -> Tensor:
         """Expert indices `[..., L, K]` (uint8, int16, uint16, int32, int64; any strides) -> `uint8 [..., row_bytes]`.
@@ -91,16 +93,16 @@ class Codec:
         """
         return self._checked(OPS.unpack_indices, rows, geometry)
 
-    def unpack_layer(self, rows: Tensor, geometry: RoutingGeometry, slot: int) -> Tensor:
+    def unpack_layer(self, rows: Tensor, geometry: RoutingGeometry, layer_index: int) -> Tensor:
         """One stored layer of the rows as expert indices `int32 [..., K]`; as `unpack_indices` in all else."""
-        return self._checked(OPS.unpack_layer, rows, geometry, slot)
+        return self._checked(OPS.unpack_layer, rows, geometry, layer_index)
 
-    def unpack_bitset(self, rows: Tensor, geometry: RoutingGeometry, slot: int) -> Tensor:
+    def unpack_bitset(self, rows: Tensor, geometry: RoutingGeometry, layer_index: int) -> Tensor:
         """One stored layer of the rows as a mask `bool [..., E]`: the routing map that dispatchers take.
 
         As `unpack_indices` in all else; a field that is not K different experts is all False.
         """
-        return self._checked(OPS.unpack_bitset, rows, geometry, slot)
+        return self._checked(OPS.unpack_bitset, rows, geometry, layer_index)
 
     def unpack_valid(self, rows: Tensor, valid: Tensor, geometry: RoutingGeometry) -> Tensor:
         """Rows `uint8 [T, row_bytes]` -> `int32 [T, L, K]`, -1 where `valid`, `bool [T]`, is False.
@@ -114,7 +116,7 @@ class Codec:
         try:
             indices[valid] = self.unpack_indices(rows[valid], geometry)
         except InputError:
-            # Names the token by its place among all rows.
+            # Names the token by its index among all rows.
             self.check_rows(rows, geometry, valid)
             raise
         return indices
@@ -147,36 +149,34 @@ class Codec:
         found = _first_illegal(OPS.legal_rows(rows, *_arguments(geometry), self.name))
         if found is None:
             return
-        token, slot = found
+        token, layer_index = found
         token = token if tokens is None else int(tokens[token])
         raise InputError(
-            f"token {token}, decoder layer {geometry.moe_layers[slot]}: the bits are not {geometry.top_k} different"
-            f" experts of {geometry.num_experts} as codec {self.name!r} writes them: corrupted rows"
+            f"token {token}, decoder layer {geometry.moe_layers[layer_index]}: the bits are not {geometry.top_k}"
+            f" different experts of {geometry.num_experts} as codec {self.name!r} writes them: corrupted rows"
         )
 
-    def _checked(self, op: Callable[..., Tensor], rows: Tensor, geometry: RoutingGeometry, *slot: int) -> Tensor:
+    def _checked(self, op: Callable[..., Tensor], rows: Tensor, geometry: RoutingGeometry, *layer_index: int) -> Tensor:
         self.require_row_bytes(rows, geometry)
         try:
-            return op(rows, *slot, *_arguments(geometry), self.name)
+            return op(rows, *layer_index, *_arguments(geometry), self.name)
         except RuntimeError:
             self.check_rows(rows, geometry)
             raise
 
 
-_CODECS = {codec.name: codec for codec in (Codec("bitset", False), Codec("rank", False), Codec("ordered", True))}
-CODEC_NAMES = tuple(_CODECS)
+CODEC_NAMES = tuple(CODES)
 
 
 def get_codec(name: str) -> Codec:
     """The codec of that name.
 
     Raises:
-        RouterReplayError: no such codec in this version.
+        InputError: no such codec in this version.
     """
-    try:
-        return _CODECS[name]
-    except KeyError:
-        raise InputError(f"unknown codec {name!r}: this version knows {', '.join(CODEC_NAMES)}") from None
+    if name not in CODES:
+        raise InputError(f"unknown codec {name!r}: this version knows {', '.join(CODES)}")
+    return Codec(CODES[name])
 
 
 def choose_codec(name: str, geometry: RoutingGeometry, *, order: bool = False) -> Codec:
@@ -186,15 +186,16 @@ def choose_codec(name: str, geometry: RoutingGeometry, *, order: bool = False) -
         order: the router's column order is needed: codecs that do not keep it are left out.
 
     Raises:
-        RouterReplayError: no such codec, or one that does not keep the order although it is needed.
-        InputError: a codec that cannot write the routes of this geometry.
+        InputError: no such codec, or one that does not keep the order although it is needed.
+        UnsupportedError: a codec that cannot write the routes of this geometry.
     """
     if name == "auto":
-        able = [codec for codec in _CODECS.values() if codec.can_write(geometry) and (codec.keeps_order or not order)]
+        able = [codec for codec in map(Codec, CODES.values()) if codec.can_write(geometry)]
+        able = [codec for codec in able if codec.keeps_order or not order]
         return min(able, key=lambda codec: codec.row_bytes(geometry))
     codec = get_codec(name)
     if order and not codec.keeps_order:
-        keeping = [other.name for other in _CODECS.values() if other.keeps_order]
+        keeping = [other.name for other in CODES.values() if other.keeps_order]
         raise InputError(
             f"codec {name!r} does not keep the top-k column order, which is needed here: choose 'auto' or"
             f" {' or '.join(map(repr, keeping))}"
@@ -214,19 +215,20 @@ def check_indices(indices: Tensor, geometry: RoutingGeometry) -> None:
     illegal = _first_illegal(OPS.legal_indices(indices, geometry.num_experts))
     if illegal is None:
         return
-    token, slot = illegal
-    found = indices.reshape(-1, *indices.shape[-2:])[token, slot].tolist()
+    token, layer_index = illegal
+    found = indices.reshape(-1, *indices.shape[-2:])[token, layer_index].tolist()
     outside = any(not 0 <= index < geometry.num_experts for index in found)
     problem = f"are not all in [0, {geometry.num_experts})" if outside else "name an expert twice"
-    raise InputError(f"token {token}, decoder layer {geometry.moe_layers[slot]}: expert indices {found} {problem}")
+    layer = geometry.moe_layers[layer_index]
+    raise InputError(f"token {token}, decoder layer {layer}: expert indices {found} {problem}")
 
 
 def _first_illegal(legal: Tensor) -> tuple[int, int] | None:
-    """Token and slot of the first False of `bool [..., L]`."""
+    """Token and layer index of the first False of `bool [..., L]`."""
     if bool(legal.all()):
         return None
-    token, slot = (~legal.reshape(-1, legal.shape[-1])).nonzero()[0].tolist()
-    return token, slot
+    token, layer_index = (~legal.reshape(-1, legal.shape[-1])).nonzero()[0].tolist()
+    return token, layer_index
 
 
 def _require_shape(indices: Tensor, geometry: RoutingGeometry) -> None:

@@ -16,8 +16,10 @@ namespace routing_masks {
 template <class Rank>
 class Bisection {
  public:
-  explicit Bisection(int num_experts) {
-    while (2 * first_step_ < num_experts) first_step_ *= 2;
+  static Bisection of(int num_experts, int) {
+    Bisection search;
+    while (2 * search.first_step_ < num_experts) search.first_step_ *= 2;
+    return search;
   }
 
   ROUTING_MASKS_FN Rank coefficient(int i, int c) const { return binomial<Rank>(i, c); }
@@ -45,7 +47,7 @@ ROUTING_MASKS_FN void rank_lanes(const Search& search, const Experts<KMax, N>& s
   }
 }
 
-// Calls visit(n, k, expert) for every lane and place k; `rank` is used up.
+// Calls visit(n, k, expert) for every lane and k < K; `rank` is used up.
 template <class Rank, class Search, int N, class Visit>
 ROUTING_MASKS_FN void unrank_lanes(const Search& search, int top_k, Rank (&rank)[N], const Visit& visit) {
   for (int i = top_k; i > 1; --i) {
