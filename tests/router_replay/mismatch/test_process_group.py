@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 
 from router_replay.errors import InputError
 from router_replay.mismatch import Responses, diagnose, self_normalized_weights
+from tests.router_replay.mismatch.pairs import log_ratios
 
 SEQUENCES, WIDTH, LAYERS = 7, 9, 3
 TAUS = (1.1, 2.0, 10.0)
@@ -41,13 +42,12 @@ def _joined() -> dict[str, torch.Tensor]:
 
 
 def _figures(part: dict[str, torch.Tensor], process_group: dist.ProcessGroup | None) -> dict[str, Any]:
-    batch = {name: tensor for name, tensor in part.items() if name != "mask"}
-    found = diagnose(responses=Responses.padded(part["mask"]), taus=TAUS, process_group=process_group, **batch)
+    routes = {name: tensor for name, tensor in part.items() if "routes" in name}
+    given = log_ratios(part["trainer"], part["rollout"], Responses.padded(part["mask"]))
+    found = diagnose(given, taus=TAUS, process_group=process_group, **routes)
     weights = {
         level: self_normalized_weights(
-            part["trainer"],
-            part["rollout"],
-            Responses.padded(part["mask"]),
+            log_ratios(part["trainer"], part["rollout"], Responses.padded(part["mask"])),
             level=level,
             over="batch",
             process_group=process_group,
@@ -88,4 +88,4 @@ def test_two_ranks_equal_one(split: int, tmp_path: Path):
 def test_groups_of_prompts_are_not_split_over_ranks():
     responses = Responses.padded(torch.ones(1, 1))
     with pytest.raises(InputError, match="every prompt's group is on one rank"):
-        self_normalized_weights(-torch.ones(1, 1), -torch.ones(1, 1), responses, process_group=object())
+        self_normalized_weights(log_ratios(-torch.ones(1, 1), -torch.ones(1, 1), responses), process_group=object())
