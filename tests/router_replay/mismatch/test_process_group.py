@@ -12,7 +12,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from router_replay.errors import InputError
-from router_replay.mismatch import Responses, diagnose, self_normalized_weights
+from router_replay.mismatch import (
+    Responses,
+    diagnose,
+    grpo_loss,
+    self_normalized_weights,
+    truncated_importance_weights,
+)
 from tests.router_replay.mismatch.pairs import log_ratios
 
 SEQUENCES, WIDTH, LAYERS = 7, 9, 3
@@ -54,7 +60,15 @@ def _figures(part: dict[str, torch.Tensor], process_group: dist.ProcessGroup | N
         )
         for level in ("token", "sequence")
     }
-    return {"diagnostics": found, "weights": weights}
+    _, metrics = grpo_loss(
+        current=part["trainer"],
+        old=part["rollout"],
+        advantages=part["rollout"] + 2,
+        responses=given.responses,
+        weights=truncated_importance_weights(given),
+    )
+    metrics = metrics if process_group is None else metrics.all_reduce(process_group)
+    return {"diagnostics": found, "weights": weights, "metrics": metrics.flat()}
 
 
 def _rank(rank: int, folder: str, split: int) -> None:
@@ -79,6 +93,10 @@ def test_two_ranks_equal_one(split: int, tmp_path: Path):
         assert getattr(found, name) == getattr(expected, name), name
     assert found.routes == expected.routes
     assert found.flat() == pytest.approx(expected.flat(), rel=1e-6, abs=0)
+    assert first["metrics"] == second["metrics"]
+    # Sums of float64 numbers in another order.
+    assert first["metrics"] == pytest.approx(one["metrics"], rel=1e-12, abs=0)
+    assert min(first["metrics"].values()) > 0
     for level, expected_weights in one["weights"].items():
         joined = torch.cat([first["weights"][level], second["weights"][level]])
         # Float64 inside, rounded to float32 at the end: one unit in the last place at most.
