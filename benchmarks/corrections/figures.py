@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks.machine import hardware, versions, write_json
 from router_replay import mismatch
-from router_replay.mismatch import Responses
+from router_replay.mismatch import LogRatios, Responses
 
 VOCABULARY, GROUP_SIZE = 8, 16
 GROUPS, GROUPS_AT_ONCE = 8, 256
@@ -54,25 +54,17 @@ SCENARIOS = (
 )
 
 
-def _group_normalized(trainer: Tensor, rollout: Tensor, responses: Responses) -> Tensor:
-    return mismatch.self_normalized_weights(trainer, rollout, responses, over="group")
-
-
-def _metropolis(trainer: Tensor, rollout: Tensor, responses: Responses) -> Tensor:
-    return mismatch.metropolis_chain(trainer, rollout, responses).multiplicity
-
-
-CORRECTIONS: dict[str, Callable[[Tensor, Tensor, Responses], Tensor]] = {
-    "none": lambda trainer, rollout, responses: responses.mask.float(),
-    "token IS": lambda *policies: mismatch.truncated_importance_weights(*policies, cap=math.inf),
+CORRECTIONS: dict[str, Callable[[LogRatios], Tensor]] = {
+    "none": lambda ratios: ratios.responses.mask.float(),
+    "token IS": lambda ratios: mismatch.truncated_importance_weights(ratios, cap=math.inf),
     "token TIS, 2": mismatch.truncated_importance_weights,
     "IcePop, 0.5 to 5": mismatch.icepop_weights,
     "token MIS, 0.5 to 2": mismatch.masked_importance_weights,
-    "trust region mask, 0.1, 0.01": lambda *policies: mismatch.trust_region_mask(*policies).float(),
-    "sequence IS": lambda *policies: mismatch.truncated_importance_weights(*policies, level="sequence", cap=math.inf),
-    "sequence TIS, 2": lambda *policies: mismatch.truncated_importance_weights(*policies, level="sequence"),
-    "sequence SNIS, group": _group_normalized,
-    "sequence Metropolis": _metropolis,
+    "trust region mask, 0.1, 0.01": lambda ratios: mismatch.trust_region_mask(ratios).float(),
+    "sequence IS": lambda ratios: mismatch.truncated_importance_weights(ratios, level="sequence", cap=math.inf),
+    "sequence TIS, 2": lambda ratios: mismatch.truncated_importance_weights(ratios, level="sequence"),
+    "sequence SNIS, group": lambda ratios: mismatch.self_normalized_weights(ratios, over="group"),
+    "sequence Metropolis": lambda ratios: mismatch.metropolis_chain(ratios).multiplicity,
 }
 
 
@@ -127,22 +119,25 @@ class Task:
         trainer, rollout = (
             logits.log_softmax(-1).gather(-1, tokens.T).T for logits in (self.logits, self.rollout_logits)
         )
-        return mismatch.diagnose(trainer, rollout, responses)
+        return mismatch.diagnose(LogRatios.of(trainer=trainer, rollout=rollout, responses=responses))
 
-    def estimate(self, weigh: Callable[..., Tensor], batch: tuple[Tensor, Responses, Tensor]) -> tuple[Tensor, float]:
+    def estimate(
+        self, weigh: Callable[[LogRatios], Tensor], batch: tuple[Tensor, Responses, Tensor]
+    ) -> tuple[Tensor, float]:
         """The gradient `[T, V]` that a loss with these weights has, and the effective share of its samples."""
         tokens, responses, advantages = batch
         logits = self.logits.clone().requires_grad_()
         index = tokens.T
         current = logits.log_softmax(-1).gather(-1, index).T
         rollout = self.rollout_logits.log_softmax(-1).gather(-1, index).T
-        weights = weigh(current.detach(), rollout, responses)
-        loss = mismatch.grpo_loss(current, current.detach(), advantages, responses, weights=weights)
+        weights = weigh(LogRatios.of(trainer=current, rollout=rollout, responses=responses))
+        loss, metrics = mismatch.grpo_loss(
+            current=current, old=current.detach(), advantages=advantages, responses=responses, weights=weights
+        )
         # The mean over tokens is 1 / T of the sum that the score of a response is.
         (-loss * tokens.shape[-1]).backward()
         assert logits.grad is not None
-        ess = float(weights.sum() ** 2 / (weights.numel() * weights.square().sum().clamp(min=1e-30)))
-        return logits.grad.double(), ess
+        return logits.grad.double(), float(metrics.weight_ess)
 
 
 def errors_of(scenario: Scenario, batches: int, seed: int) -> dict[str, dict[str, float]]:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from examples.multi_turn_replay.rollout import Conversation
 from router_replay.masks import RouteAgreement, RoutingGeometry, get_codec
-from router_replay.mismatch import Diagnostics, Responses, diagnose
+from router_replay.mismatch import Diagnostics, LogRatios, Responses, diagnose
 
 REPORTED_TAUS = (1.01, 1.1, 1.5, 2.0)
 
@@ -73,15 +73,15 @@ def compare(
     responses = Responses.packed(sampled, bounds)
     return Comparison(
         native=diagnose(
-            torch.cat(list(native_logprobs)),
-            rollout,
-            responses,
+            LogRatios.of(trainer=torch.cat(list(native_logprobs)), rollout=rollout, responses=responses),
             taus=taus,
             trainer_routes=own,
             rollout_routes=recorded,
             routes_valid=valid,
         ),
-        replay=diagnose(torch.cat(list(replay_logprobs)), rollout, responses, taus=taus),
+        replay=diagnose(
+            LogRatios.of(trainer=torch.cat(list(replay_logprobs)), rollout=rollout, responses=responses), taus=taus
+        ),
         moe_layers=conversations[0].masks.geometry.moe_layers,
     )
 

@@ -10,6 +10,7 @@ import torch
 
 from examples.multi_turn_replay.replay_report import OWN_ROUTES, REPLAYED
 from examples.multi_turn_replay.rollout import Conversation
+from router_replay.mismatch import Responses
 from router_replay.report.page import write_report
 from router_replay.report.summary import summarize
 from router_replay.run import RunStep, read_run, write_step
@@ -46,14 +47,16 @@ def write_steps(
             folder,
             RunStep.of(
                 step,
-                torch.cat([torch.tensor(each.rollout_logprobs) for each in conversations[begin:end]]),
-                {
+                rollout_logprobs=torch.cat([torch.tensor(each.rollout_logprobs) for each in conversations[begin:end]]),
+                trainer_logprobs={
                     OWN_ROUTES: torch.cat(list(native_logprobs[begin:end])),
                     REPLAYED: torch.cat(list(replay_logprobs[begin:end])),
                 },
-                torch.cat([torch.tensor(each.sampled) for each in conversations[begin:end]]),
-                [0, *itertools.accumulate(len(each.token_ids) for each in conversations[begin:end])],
-                group_ids=[conversation // group_size for conversation in range(begin, end)],
+                responses=Responses.packed(
+                    torch.cat([torch.tensor(each.sampled) for each in conversations[begin:end]]),
+                    [0, *itertools.accumulate(len(each.token_ids) for each in conversations[begin:end])],
+                    [conversation // group_size for conversation in range(begin, end)],
+                ),
                 rollout_masks=[each.masks for each in conversations[begin:end]],
                 trainer_routes=torch.cat(list(native_routes[begin:end])),
             ),

@@ -92,7 +92,7 @@ def _forward(
 def _require_recorded_routes(batch: Sequence[Conversation], routes: Sequence[Tensor]) -> None:
     for conversation, taken in zip(batch, routes, strict=True):
         masks = conversation.masks
-        agreement = compare_routes(taken[: masks.num_tokens], masks.indices(), masks.valid)
+        agreement = compare_routes(trainer=taken[: masks.num_tokens], rollout=masks.indices(), valid=masks.valid)
         if agreement.differing_routes > 0:
             raise ReplayedRoutesError(
                 f"under replay, {agreement.differing_routes:.1%} of the trainer's (token, layer) routes are not those "

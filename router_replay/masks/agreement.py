@@ -50,8 +50,14 @@ class RouteTally:
     shared: Tensor
 
     @classmethod
-    def of(cls, trainer: Tensor, rollout: Tensor, valid: Tensor | None = None) -> RouteTally:
-        """Compare expert sets; see `compare_routes`."""
+    def of(cls, *, trainer: Tensor, rollout: Tensor, valid: Tensor | None = None) -> RouteTally:
+        """Compare expert sets; arguments and errors as of `compare_routes`, but that there may be no token."""
+        for name, routes in (("trainer", trainer), ("rollout", rollout)):
+            if not isinstance(routes, Tensor):
+                raise InputError(
+                    f"the {name}'s routes must be a torch.Tensor [T, L, K], got {type(routes).__name__}:"
+                    " torch.as_tensor(...) makes one of an array or a list"
+                )
         if trainer.shape != rollout.shape or trainer.dim() < 3:
             raise InputError(
                 f"trainer routes {list(trainer.shape)} and rollout routes {list(rollout.shape)} must both be"
@@ -126,7 +132,7 @@ class RouteTally:
         return RouteTally(self.top_k, *counts.split([1, 1, layers, layers]))
 
 
-def compare_routes(trainer: Tensor, rollout: Tensor, valid: Tensor | None = None) -> RouteAgreement:
+def compare_routes(*, trainer: Tensor, rollout: Tensor, valid: Tensor | None = None) -> RouteAgreement:
     """Compare expert sets; the order of a token's experts does not count.
 
     Args:
@@ -136,4 +142,4 @@ def compare_routes(trainer: Tensor, rollout: Tensor, valid: Tensor | None = None
     Raises:
         InputError: shapes differ, experts below 0 or twice, or no token is left to compare.
     """
-    return RouteTally.of(trainer, rollout, valid).agreement()
+    return RouteTally.of(trainer=trainer, rollout=rollout, valid=valid).agreement()

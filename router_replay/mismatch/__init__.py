@@ -3,10 +3,12 @@
 Plain torch, no engine: log-probabilities in, figures, weights, masks, advantages and losses out.
 
     responses = Responses.padded(response_mask, group_ids)      # or Responses.packed(mask, cu_seqlens, group_ids)
-    print(diagnose(old_logprobs, rollout_logprobs, responses))
-    weights = truncated_importance_weights(old_logprobs, rollout_logprobs, responses)
-    keep = catastrophic_token_veto(old_logprobs, rollout_logprobs, responses)
-    loss = grpo_loss(logprobs, old_logprobs, advantages, responses, weights=weights * keep)
+    ratios = LogRatios.of(trainer=old_logprobs, rollout=rollout_logprobs, responses=responses)
+    logger.log(diagnose(ratios).flat())
+    weights = truncated_importance_weights(ratios) * catastrophic_token_veto(ratios)
+    loss, metrics = grpo_loss(
+        current=logprobs, old=old_logprobs, advantages=advantages, responses=responses, weights=weights
+    )
 """
 
 from router_replay.mismatch.advantages import (
@@ -23,7 +25,7 @@ from router_replay.mismatch.corrections.rejection import (
     trust_region_mask,
 )
 from router_replay.mismatch.corrections.self_normalized import self_normalized_weights
-from router_replay.mismatch.corrections.truncated_sampling import apply_sampling_mask, sampling_mask
+from router_replay.mismatch.corrections.truncated_sampling import apply_sampling_mask, kept_token_ids
 from router_replay.mismatch.corrections.weights import (
     balance_heuristic_weights,
     icepop_weights,
@@ -32,13 +34,16 @@ from router_replay.mismatch.corrections.weights import (
 )
 from router_replay.mismatch.figures.diagnostics import Diagnostics, diagnose
 from router_replay.mismatch.figures.tally import Tally
-from router_replay.mismatch.log_ratios import log_ratio
+from router_replay.mismatch.log_ratios import LogRatios, log_ratio
+from router_replay.mismatch.loss_metrics import LossMetrics
 from router_replay.mismatch.losses import aggregate, decoupled_loss, grpo_loss, gspo_loss
 from router_replay.mismatch.responses import Responses
 
 __all__ = [
     "Diagnostics",
     "DoublyRobust",
+    "LogRatios",
+    "LossMetrics",
     "MetropolisChain",
     "Responses",
     "Tally",
@@ -54,12 +59,12 @@ __all__ = [
     "grpo_loss",
     "gspo_loss",
     "icepop_weights",
+    "kept_token_ids",
     "log_ratio",
     "masked_importance_weights",
     "metropolis_chain",
     "off_policy_sequence_mask",
     "optimal_token_baseline_advantages",
-    "sampling_mask",
     "self_normalized_weights",
     "truncated_importance_weights",
     "trust_region_mask",

@@ -8,23 +8,27 @@ import torch
 from torch import Tensor
 
 from router_replay.errors import InputError
-from router_replay.mismatch.responses import Responses
+from router_replay.mismatch.responses import Responses, require_responses, require_tensors
 
 
 def group_relative_advantages(rewards: Tensor, responses: Responses, *, divide_by_std: bool = True) -> Tensor:
     """GRPO: A_i = (R_i - mean(R)) / (std(R) + 1e-6) over the responses to one prompt.
 
     Source: DeepSeekMath (arXiv 2402.03300), section 4.1.2. Without the division: Dr. GRPO (arXiv 2503.20783), which
-    shows that it favours prompts whose rewards hardly differ. Implementations: the standard deviation is the sample's
-    (n - 1) in verl and TRL, as here; the 1e-6 is verl's. A group of one has advantage 0 here, its reward in verl.
-    Responses without a response token count in their group's mean, here and in verl.
+    shows that it favours prompts whose rewards hardly differ. The standard deviation is the sample's (n - 1). A group
+    of one has advantage 0. Responses without a response token count in their group's mean.
 
     Args:
         rewards: one per response, `[S]`.
 
     Returns:
         `[S]`, at least float32; 0 where all of a group's rewards are equal.
+
+    Raises:
+        InputError: rewards of another shape, or responses whose prompts are not known.
     """
+    require_responses(responses)
+    require_tensors(rewards=rewards)
     if rewards.shape != (responses.num_sequences,):
         raise InputError(f"rewards {list(rewards.shape)} must be [{responses.num_sequences}], one for each sequence")
     rewards = rewards.to(responses.mask.device)
@@ -32,14 +36,14 @@ def group_relative_advantages(rewards: Tensor, responses: Responses, *, divide_b
     groups = responses.prompts
     count = groups.spread(torch.ones_like(rewards, dtype=dtype)).sum(-1)
     mean = groups.spread(rewards.to(dtype)).sum(-1) / count
-    centred = rewards.to(dtype) - mean[groups.row]
+    centred = rewards.to(dtype) - mean[groups.segment]
     if not divide_by_std:
         return centred
     # Of equal rewards rounding leaves differences of its own, and a deviation of their size to divide them by.
     lowest, highest = (groups.spread(sign * rewards.to(dtype), -torch.inf).amax(-1) for sign in (-1, 1))
-    centred = centred.masked_fill((highest == -lowest)[groups.row], 0)
+    centred = centred.masked_fill((highest == -lowest)[groups.segment], 0)
     std = (groups.spread(centred.square()).sum(-1) / (count - 1).clamp(min=1)).sqrt()
-    return centred / (std[groups.row] + 1e-6)
+    return centred / (std[groups.segment] + 1e-6)
 
 
 def optimal_token_baseline_advantages(
@@ -57,11 +61,9 @@ def optimal_token_baseline_advantages(
     forward pass knows. With that proxy B_t has the least variance among baselines that depend on the prompt and
     on t. Source: Li et al., "The optimal token baseline: variance reduction for long-horizon LLM-RL" (PMLR 306, 2026).
 
-    Implementations: verl 0.9.1 (`optimal_token_baseline`) has the same but for 1e-8 in the denominator, with two
-    additions that we share: a group of one has baseline 0, and so have the places that only the group's longest
-    response reaches, where the baseline would be that response's own return and the advantage 0. It numbers t by the
-    place in the padded row; we count response tokens, which is the same for responses without tokens of others in
-    between.
+    t counts response tokens, tokens of others in between do not. A group of one has baseline 0, and so have the tokens
+    that only the group's longest response reaches, where the baseline would be that response's own return and the
+    advantage 0.
 
     Args:
         rewards: per token, tokens' shape, or per response `[S]` (given at its last token).
@@ -71,7 +73,11 @@ def optimal_token_baseline_advantages(
 
     Returns:
         Detached, tokens' shape, at least float32.
+
+    Raises:
+        InputError: shapes that differ, or responses whose prompts are not known.
     """
+    require_responses(responses)
     responses.require(logprobs=logprobs, sum_squared_probs=sum_squared_probs)
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
     token_rewards = per_token_rewards(rewards, responses).detach().to(dtype)
@@ -89,8 +95,8 @@ def optimal_token_baseline_advantages(
     mask = responses.rectangle(responses.mask)
     number = mask.long().cumsum(-1) - 1
     width = mask.shape[-1]
-    cell = (responses.prompts.row[:, None] * width + number)[mask]
-    sums = returns.new_zeros(3, responses.prompts.num_rows * width)
+    cell = (responses.prompts.segment[:, None] * width + number)[mask]
+    sums = returns.new_zeros(3, responses.prompts.num_segments * width)
     sums[0].index_add_(0, cell, (gathered * returns)[mask])
     sums[1].index_add_(0, cell, gathered[mask])
     sums[2].index_add_(0, cell, torch.ones_like(returns)[mask])
@@ -135,9 +141,6 @@ def doubly_robust_advantages(
     first of the two protections only, and is what a critic of contexts can give. Truncated weights bias the
     correction towards V, not towards 0, which is what makes this better than truncated weights on returns.
 
-    Implementations: none in verl 0.9.1; V-trace truncates the ratio of this step and those of later steps by bounds of
-    their own, here one `weights` serves as both.
-
     Args:
         rewards: per token, tokens' shape, or per response `[S]` (given at its last token).
         values: V, tokens' shape.
@@ -148,6 +151,7 @@ def doubly_robust_advantages(
     Raises:
         InputError: shapes that differ.
     """
+    require_responses(responses)
     action_values = values if action_values is None else action_values
     responses.require(values=values, weights=weights, action_values=action_values)
     dtype = torch.promote_types(values.dtype, torch.float32)

@@ -17,43 +17,44 @@ GroupIds = Sequence[Hashable] | Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
-    """Items of a flat tensor, each with its place in a rectangle.
+class Segments:
+    """Items of a flat tensor that belong to segments, such as tokens to sequences, and sequences to prompts.
 
     Attributes:
-        row, column: int64 `[n]`, the place of each item; no place twice.
-        counts: int64 `[num_rows]`, items of each row.
-        width: the rectangle's, the largest count. Places without an item are filled.
+        segment: int64 `[n]`, the segment of each item.
+        offset: int64 `[n]`, the place of each item in its segment; no two items of a segment share one.
+        counts: int64 `[num_segments]`, items of each segment.
+        width: the largest count, which is the width of a rectangle of one row a segment.
     """
 
-    row: Tensor
-    column: Tensor
+    segment: Tensor
+    offset: Tensor
     counts: Tensor
     width: int
 
     @property
-    def num_rows(self) -> int:
-        """The rectangle's height."""
+    def num_segments(self) -> int:
+        """Number of segments, empty ones included."""
         return len(self.counts)
 
     @classmethod
-    def of(cls, row: Tensor, num_rows: int) -> Rows:
-        """Items of the rows `row`, int64 `[n]`, in columns by the order in which they come."""
-        counts = torch.bincount(row, minlength=num_rows)
-        order = torch.argsort(row, stable=True)
+    def of(cls, segment: Tensor, num_segments: int) -> Segments:
+        """Items of the segments `segment`, int64 `[n]`, with offsets by the order in which they come."""
+        counts = torch.bincount(segment, minlength=num_segments)
+        order = torch.argsort(segment, stable=True)
         begins = counts.cumsum(0) - counts
-        column = torch.empty_like(row)
-        column[order] = torch.arange(len(row), device=row.device) - begins[row[order]]
-        return cls(row, column, counts, int(counts.max()) if num_rows else 0)
+        offset = torch.empty_like(segment)
+        offset[order] = torch.arange(len(segment), device=segment.device) - begins[segment[order]]
+        return cls(segment, offset, counts, int(counts.max()) if num_segments else 0)
 
     def spread(self, items: Tensor, fill: float = 0.0) -> Tensor:
-        """`[n]` to `[num_rows, width]`; gradients flow back."""
-        rectangle = torch.full((self.num_rows, self.width), fill, dtype=items.dtype, device=items.device)
-        return rectangle.index_put((self.row, self.column), items)
+        """`[n]` to `[num_segments, width]`, `fill` where there is no item; gradients flow back."""
+        rectangle = torch.full((self.num_segments, self.width), fill, dtype=items.dtype, device=items.device)
+        return rectangle.index_put((self.segment, self.offset), items)
 
     def gather(self, rectangle: Tensor) -> Tensor:
-        """`[num_rows, width]` back to `[n]`."""
-        return rectangle[self.row, self.column]
+        """`[num_segments, width]` back to `[n]`."""
+        return rectangle[self.segment, self.offset]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,13 +70,15 @@ class Responses:
 
     Attributes:
         mask: bool, in the tokens' shape, True for tokens that the rollout sampled.
-        tokens: places of all tokens in a rectangle of one row per sequence; flat, they follow each other row by row.
-        groups: places of the sequences in a rectangle of one row per prompt, or None where prompts are not known.
+        tokens: all tokens as items of their sequences, which follow each other.
+        groups: sequences as items of their prompts, or None where prompts are not known.
+        group_ids: `[S]` ids of the prompts as they were given, or None.
     """
 
     mask: Tensor
-    tokens: Rows
-    groups: Rows | None
+    tokens: Segments
+    groups: Segments | None
+    group_ids: tuple[Hashable, ...] | None = None
 
     @classmethod
     def padded(cls, mask: Tensor, group_ids: GroupIds | None = None) -> Responses:
@@ -93,8 +96,9 @@ class Responses:
         batch, width = mask.shape
         places = torch.arange(batch * width, device=mask.device)
         counts = torch.full((batch,), width, device=mask.device)
-        tokens = Rows(places // max(width, 1), places % max(width, 1), counts, width)
-        return cls(_boolean(mask), tokens, _groups(group_ids, batch, mask.device))
+        tokens = Segments(places // max(width, 1), places % max(width, 1), counts, width)
+        ids = _ids(group_ids, batch)
+        return cls(_boolean(mask), tokens, _groups(ids, mask.device), ids)
 
     @classmethod
     def packed(cls, mask: Tensor, cu_seqlens: Sequence[int] | Tensor, group_ids: GroupIds | None = None) -> Responses:
@@ -117,16 +121,17 @@ class Responses:
                 f"cu_seqlens must rise from 0 to the mask's {len(mask)} tokens, got {bounds[:8]}"
                 f"{'...' if len(bounds) > 8 else ''} up to {bounds[-1] if bounds else 'nothing'}"
             )
-        row = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(mask.device)
-        return cls(_boolean(mask), Rows.of(row, len(lengths)), _groups(group_ids, len(lengths), mask.device))
+        sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(mask.device)
+        ids = _ids(group_ids, len(lengths))
+        return cls(_boolean(mask), Segments.of(sequence, len(lengths)), _groups(ids, mask.device), ids)
 
     @property
     def num_sequences(self) -> int:
         """Number of sequences, those without a response token included."""
-        return self.tokens.num_rows
+        return self.tokens.num_segments
 
     @property
-    def prompts(self) -> Rows:
+    def prompts(self) -> Segments:
         """`groups`, for a function that compares the responses to one prompt.
 
         Raises:
@@ -142,17 +147,24 @@ class Responses:
     @cached_property
     def lengths(self) -> Tensor:
         """Response tokens of each sequence, int64 `[S]`."""
-        return torch.bincount(self.tokens.row[self.mask.flatten()], minlength=self.num_sequences)
+        none = torch.zeros(self.num_sequences, dtype=torch.int64, device=self.mask.device)
+        return none.index_add_(0, self.tokens.segment, self.mask.flatten().long())
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """Bounds of the sequences among all tokens, int64 `[S + 1]`, from 0 to the number of tokens."""
+        return torch.nn.functional.pad(self.tokens.counts.cumsum(0), (1, 0))
 
     def keep(self, mask: Tensor) -> Responses:
         """Only response tokens where `mask` (bool or 0/1, tokens' shape) holds: the others leave all denominators."""
         self.require(mask=mask)
-        return Responses(self.mask & _boolean(mask), self.tokens, self.groups)
+        return Responses(self.mask & _boolean(mask), self.tokens, self.groups, self.group_ids)
 
     def require(self, **tensors: Tensor) -> None:
         """Raise InputError unless every tensor has the tokens' shape and the mask's device."""
+        require_tensors(**tensors)
         for name, tensor in tensors.items():
-            self._require_tensor(name, tensor)
+            self._require_device(name, tensor)
             if tensor.shape != self.mask.shape:
                 raise InputError(
                     f"{name} {list(tensor.shape)} and the response mask {list(self.mask.shape)} must have one shape"
@@ -165,7 +177,8 @@ class Responses:
             InputError: it is neither, or it could be both and they differ: as many packed tokens as sequences.
         """
         ((name, values),) = named.items()
-        self._require_tensor(name, values)
+        require_tensors(**named)
+        self._require_device(name, values)
         if values.shape != (self.num_sequences,):
             if values.shape != self.mask.shape:
                 raise InputError(
@@ -175,7 +188,7 @@ class Responses:
             return False
         if self.mask.shape != values.shape:
             return True
-        if bool((self.tokens.row != torch.arange(self.num_sequences, device=self.mask.device)).any()):
+        if bool((self.tokens.segment != torch.arange(self.num_sequences, device=self.mask.device)).any()):
             raise InputError(
                 f"{name} {list(values.shape)} may be one for each of {self.num_sequences} sequences or one for each of"
                 f" {self.num_sequences} packed tokens: pad the batch, whose tokens then have two dimensions"
@@ -203,22 +216,42 @@ class Responses:
 
     def expand(self, per_sequence: Tensor) -> Tensor:
         """`[S]` to the tokens' shape, 0 (False) for all but response tokens."""
-        return per_sequence[self.tokens.row].view(self.mask.shape).masked_fill(~self.mask, 0)
+        return per_sequence[self.tokens.segment].view(self.mask.shape).masked_fill(~self.mask, 0)
 
     def _reduce(self, values: Tensor, reduction: str, initial: float) -> Tensor:
         flat = values.masked_fill(~self.mask, initial).flatten()
         # Counts that sum to the number of tokens are what `unsafe` leaves unchecked, for a transfer from the device.
         return torch.segment_reduce(flat, reduction, lengths=self.tokens.counts, unsafe=True, initial=initial)
 
-    def _require_tensor(self, name: str, tensor: Tensor) -> None:
-        if not isinstance(tensor, Tensor):
-            raise InputError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    def _require_device(self, name: str, tensor: Tensor) -> None:
         if tensor.device != self.mask.device:
             raise InputError(f"{name} is on {tensor.device}, the response mask on {self.mask.device}: move one")
 
 
+def require_tensors(**tensors: object) -> None:
+    """Raise InputError for the first that is no tensor, by its name."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise InputError(
+                f"{name} must be a torch.Tensor, got {_described(tensor)}: torch.as_tensor(...) makes one of an array"
+                " or a list of numbers"
+            )
+
+
+def require_responses(responses: object) -> None:
+    """Raise InputError unless it is a `Responses`: a mask alone does not say which tokens are of one sequence."""
+    if not isinstance(responses, Responses):
+        raise InputError(
+            f"responses must be a Responses, got {'a tensor ' * isinstance(responses, Tensor)}{_described(responses)}:"
+            " make one with Responses.padded(mask) or Responses.packed(mask, cu_seqlens)"
+        )
+
+
 def _described(value: object) -> str:
-    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+    if isinstance(value, Tensor):
+        return str(list(value.shape))
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
 
 
 def _boolean(mask: Tensor) -> Tensor:
@@ -229,14 +262,20 @@ def _boolean(mask: Tensor) -> Tensor:
     return mask == 1
 
 
-def _groups(group_ids: GroupIds | None, num_sequences: int, device: torch.device) -> Rows | None:
+def _ids(group_ids: GroupIds | None, num_sequences: int) -> tuple[Hashable, ...] | None:
     if group_ids is None:
         return None
-    ids = group_ids.tolist() if isinstance(group_ids, Tensor) else list(group_ids)
+    ids = tuple(group_ids.tolist() if isinstance(group_ids, Tensor) else group_ids)
     if len(ids) != num_sequences:
         raise InputError(f"{len(ids)} group ids are given for {num_sequences} sequences: one for each")
+    return ids
+
+
+def _groups(ids: tuple[Hashable, ...] | None, device: torch.device) -> Segments | None:
+    if ids is None:
+        return None
     try:
         numbers = {group: number for number, group in enumerate(dict.fromkeys(ids))}
     except TypeError as error:
         raise InputError(f"group ids must be one number or name for each sequence ({error})") from error
-    return Rows.of(torch.tensor([numbers[group] for group in ids], dtype=torch.int64, device=device), len(numbers))
+    return Segments.of(torch.tensor([numbers[group] for group in ids], dtype=torch.int64, device=device), len(numbers))

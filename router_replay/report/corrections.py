@@ -15,18 +15,17 @@ from router_replay.mismatch.corrections.weights import (
     masked_importance_weights,
     truncated_importance_weights,
 )
-from router_replay.mismatch.log_ratios import Level
-from router_replay.mismatch.responses import Responses
+from router_replay.mismatch.log_ratios import Level, LogRatios
 
-Weigh = Callable[[Tensor, Tensor, Responses], Tensor]
+Weigh = Callable[[LogRatios], Tensor]
 
 
 @dataclass(frozen=True)
 class Correction:
-    """A correction that the report compares with the others.
+    """A correction with its settings, under the name that the page shows.
 
     Attributes:
-        weigh: (trainer, rollout, responses) to weights in the tokens' shape.
+        weigh: log-ratios of trainer and rollout to weights in the tokens' shape.
         needs_groups: it compares the responses to one prompt, and refuses responses whose groups are not known.
     """
 
@@ -36,21 +35,17 @@ class Correction:
 
 
 def _truncated(level: Level) -> Weigh:
-    return lambda trainer, rollout, responses: truncated_importance_weights(
-        trainer, rollout, responses, level=level, cap=2.0
-    )
+    return lambda ratios: truncated_importance_weights(ratios, level=level, cap=2.0)
 
 
 def _masked(level: Level, lower: float, upper: float) -> Weigh:
-    return lambda trainer, rollout, responses: masked_importance_weights(
-        trainer, rollout, responses, level=level, lower=lower, upper=upper
-    )
+    return lambda ratios: masked_importance_weights(ratios, level=level, lower=lower, upper=upper)
 
 
-def _metropolis(trainer: Tensor, rollout: Tensor, responses: Responses) -> Tensor:
+def _metropolis(ratios: LogRatios) -> Tensor:
     # The same page from the same files, whatever was drawn before.
     generator = torch.Generator().manual_seed(0)
-    return metropolis_chain(trainer, rollout, responses, level="sequence", generator=generator).multiplicity
+    return metropolis_chain(ratios, level="sequence", generator=generator).multiplicity
 
 
 CORRECTIONS = (
@@ -58,10 +53,10 @@ CORRECTIONS = (
     Correction("sequence TIS, cap 2", _truncated("sequence")),
     Correction("token MIS, 0.5 to 2", _masked("token", 0.5, 2.0)),
     Correction("geometric MIS, 0.999 to 1.001", _masked("geometric", 0.999, 1.001)),
-    Correction("IcePop, 0.5 to 5", lambda *arguments: icepop_weights(*arguments, lower=0.5, upper=5.0)),
+    Correction("IcePop, 0.5 to 5", lambda ratios: icepop_weights(ratios, lower=0.5, upper=5.0)),
     Correction(
         "SNIS over prompts' groups",
-        lambda *arguments: self_normalized_weights(*arguments, level="sequence", over="group"),
+        lambda ratios: self_normalized_weights(ratios, level="sequence", over="group"),
         needs_groups=True,
     ),
     Correction("Metropolis, sequences", _metropolis, needs_groups=True),

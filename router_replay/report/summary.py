@@ -6,14 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from router_replay.errors import DataError, InputError
 from router_replay.masks.agreement import RouteAgreement, RouteTally
 from router_replay.mismatch.figures.diagnostics import DEFAULT_TAUS, Diagnostics
 from router_replay.mismatch.figures.tally import Tally
-from router_replay.mismatch.log_ratios import log_ratio
+from router_replay.mismatch.log_ratios import LogRatios
 from router_replay.report.corrections import CORRECTIONS
 from router_replay.report.token_sample import TokenSample
 from router_replay.report.weight_figures import WeightFigures
@@ -121,7 +120,7 @@ class _Gathered:
 
     def add(self, step: RunStep, only: Sequence[str]) -> None:
         self.seen |= dict.fromkeys(step.trainer_logprobs)
-        if not bool(step.response_mask.any()):
+        if not bool(step.responses.mask.any()):
             self.empty.append(step.step)
             return
         names = [name for name in step.trainer_logprobs if not only or name in only]
@@ -152,15 +151,14 @@ class _Gathered:
         self.steps.append(StepFigures(step.step, found, routes))
 
     def _add_pass(self, name: str, step: RunStep, measured: _Measured) -> Diagnostics:
-        trainer, rollout, responses = step.trainer_logprobs[name], step.rollout_logprobs, step.responses
+        ratios, mask = measured.ratios, step.responses.mask
         self.tallies[name] = self.tallies[name] + measured.tally if name in self.tallies else measured.tally
-        self.samples.setdefault(name, TokenSample()).add(rollout[responses.mask], measured.log_ratio)
+        self.samples.setdefault(name, TokenSample()).add(ratios.rollout[mask], ratios.double[mask])
         figures = self.corrections.setdefault(name, {})
         for each in CORRECTIONS:
             if each.needs_groups and self.ungrouped:
                 continue
-            weights = each.weigh(trainer, rollout, responses)
-            figures.setdefault(each.name, WeightFigures()).add(weights[responses.mask], step.step)
+            figures.setdefault(each.name, WeightFigures()).add(each.weigh(ratios)[mask], step.step)
         # The whole curve of every step would be most of what is kept of a long run.
         tails = measured.diagnostics.ratio_tails
         return replace(measured.diagnostics, ratio_tails={tau: tails[tau] for tau in self.taus})
@@ -203,25 +201,24 @@ class _Gathered:
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """Of one pass of one step: its sums, what follows from them, and float64 log r of the response tokens."""
+    """Of one pass of one step: its log-ratios, their sums, and what follows from these."""
 
+    ratios: LogRatios
     tally: Tally
     diagnostics: Diagnostics
-    log_ratio: Tensor
 
 
 def _measure(name: str, step: RunStep, taus: tuple[float, ...]) -> _Measured:
-    trainer, rollout, responses = step.trainer_logprobs[name], step.rollout_logprobs, step.responses
     try:
-        tally = Tally.of(trainer, rollout, responses, taus)
-        ratio = log_ratio(trainer, rollout, responses, at_least=torch.float64)[responses.mask]
-        return _Measured(tally, Diagnostics.of(tally), ratio)
+        ratios = step.log_ratios(name)
+        tally = Tally.of(ratios, taus)
+        return _Measured(ratios, tally, Diagnostics.of(tally))
     except InputError as error:
         raise InputError(f"trainer pass {name!r}: {error}") from error
 
 
 def _applied(name: str, step: RunStep) -> Tensor:
-    given = step.weights[name][step.response_mask]
+    given = step.weights[name][step.responses.mask]
     if not bool((given.isfinite() & (given >= 0)).all()):
         raise InputError(f"weights.{name} of response tokens must be finite and not below 0")
     return given

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from router_replay.mismatch.figures.diagnostics import Diagnostics
-from router_replay.mismatch.figures.tally import SATURATION
+from router_replay.mismatch.log_ratios import SATURATION
 from router_replay.report.corrections import CORRECTIONS
 from router_replay.report.summary import RunSummary
 
@@ -109,7 +109,8 @@ def warnings(summary: RunSummary) -> list[str]:
         absent = " and ".join(f"“{each.name}”" for each in CORRECTIONS if each.needs_groups)
         found.append(
             f"Which responses are to one prompt is not known of {listed_steps(summary.ungrouped_steps)}: {absent} are"
-            " not shown, because they compare those. Give group_ids to RunStep.of, or the key group in JSON lines."
+            " not shown, because they compare those. Give group_ids to Responses.packed, or the key group in JSON"
+            " lines."
         )
     if summary.empty_steps:
         found.append(f"Left out, because no token of theirs was sampled: {listed_steps(summary.empty_steps)}.")

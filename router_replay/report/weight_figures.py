@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from router_replay.mismatch.figures.tally import WeightSums
+from router_replay.mismatch.figures.weight_sums import WeightSums
 
 LADDER = (1.002, 1.005, 1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, 5.0, 10.0, 100.0)
 """Ratios r of a histogram that goes from 1/r to r, from which the smallest that fits is drawn."""
@@ -45,16 +45,15 @@ class WeightFigures:
         self.tokens += len(weights)
         self.kept += len(positive)
         sums = WeightSums.of(logs)
-        highest = torch.maximum(sums.highest, self.sums.highest)
-        self.sums = WeightSums(highest, sums.relative_to(highest) + self.sums.relative_to(highest))
-        share = sums.effective_share(len(weights))
+        self.sums = self.sums + sums
+        share = float(sums.effective_share(len(weights)))
         if self.lowest[1] < 0 or share < self.lowest[0]:
             self.lowest = (share, step)
 
     @property
     def effective_share(self) -> float:
         """Share (sum w)^2 / (tokens * sum w^2) of all response tokens that is effective; 0 if every weight is 0."""
-        return self.sums.effective_share(self.tokens)
+        return float(self.sums.effective_share(self.tokens))
 
     @property
     def reach(self) -> float:

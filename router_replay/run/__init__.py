@@ -2,7 +2,12 @@
 
 In the trainer, after its log-probability pass; needs torch and safetensors alone:
 
-    write_step(folder, RunStep.of(step, rollout_logprobs, {"old": old_logprobs}, response_mask, cu_seqlens))
+    responses = Responses.packed(response_mask, cu_seqlens, group_ids)
+    passes = {"old": old_logprobs}
+    write_step(
+        folder,
+        RunStep.of(step, rollout_logprobs=rollout_logprobs, trainer_logprobs=passes, responses=responses),
+    )
 """
 
 from router_replay.run.reading import find_files, read_run

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from router_replay.errors import DataError, InputError
 from router_replay.masks import RoutingMasks, load
+from router_replay.mismatch.responses import Responses
 from router_replay.run.recorded_routes import recorded_routes
 from router_replay.run.step import RunStep
 
@@ -63,7 +64,7 @@ def read_json_lines(path: Path) -> list[RunStep]:
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             # Errors of this project are ValueErrors; the others are of numbers that no tensor can hold.
             raise DataError(f"{where}: {error}") from error
-        has_group = record.group_ids is not None
+        has_group = record.responses.group_ids is not None
         if grouped.setdefault(record.step, has_group) != has_group:
             raise DataError(
                 f"{where}: some lines of step {record.step} have the key 'group' and others not: all or none"
@@ -136,11 +137,9 @@ def _sequence(line: Any, where: str) -> RunStep:
     passes, weights = line["trainer_logprobs"], line.get("weights", {})
     return RunStep.of(
         line["step"],
-        _numbers(line["rollout_logprobs"], f"{where}: 'rollout_logprobs'"),
-        _named(passes if isinstance(passes, dict) else {"trainer": passes}, where, "trainer_logprobs"),
-        mask,
-        [0, count],
-        group_ids=[_group(line["group"], where)] if "group" in line else None,
+        rollout_logprobs=_numbers(line["rollout_logprobs"], f"{where}: 'rollout_logprobs'"),
+        trainer_logprobs=_named(passes if isinstance(passes, dict) else {"trainer": passes}, where, "trainer_logprobs"),
+        responses=Responses.packed(mask, [0, count], [_group(line["group"], where)] if "group" in line else None),
         rollout_routes=recorded,
         trainer_routes=own,
         routes_valid=valid,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,7 +12,8 @@ from torch import Tensor
 from router_replay.errors import InputError
 from router_replay.masks import RoutingMasks
 from router_replay.masks.agreement import RouteTally
-from router_replay.mismatch.responses import Responses
+from router_replay.mismatch.log_ratios import LogRatios
+from router_replay.mismatch.responses import Responses, require_responses, require_tensors
 from router_replay.run.groups import group_numbers
 from router_replay.run.recorded_routes import recorded_routes
 
@@ -26,10 +26,9 @@ class RunStep:
         step: number of the step, 0 or more; what a step is, is the run's own affair.
         rollout_logprobs: float `[N]`, log-probabilities in nats of the tokens when they were sampled.
         trainer_logprobs: float `[N]` by the name of a trainer's pass, such as "old", or "own routes" and "replayed".
-        response_mask: bool `[N]`, True for tokens that the rollout sampled; what others hold does not matter.
-        cu_seqlens: int64 `[S + 1]`, bounds of the sequences.
-        group_ids: int64 `[S]`, equal for the responses to one prompt, in whichever part of the step; None where that
-            is not known.
+        responses: packed, of S sequences: which tokens the rollout sampled (what others hold does not matter), of
+            which sequence, of which prompt. Ids of prompts are 64-bit integers, equal for the responses to one prompt
+            in whichever part of the step, or not known.
         routes: how the trainer's own routes differ from the rollout's, or None where one of the two is not known.
         moe_layers: decoder layers (0-based) of the routes, in their order, or None where that is not known.
         weights: float `[N]` by name: importance weights that the trainer applied.
@@ -38,9 +37,7 @@ class RunStep:
     step: int
     rollout_logprobs: Tensor
     trainer_logprobs: Mapping[str, Tensor]
-    response_mask: Tensor
-    cu_seqlens: Tensor
-    group_ids: Tensor | None = None
+    responses: Responses
     routes: RouteTally | None = None
     moe_layers: tuple[int, ...] | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
@@ -50,6 +47,7 @@ class RunStep:
             raise InputError(f"a step's number is 0 or more, got {self.step}")
         if not self.trainer_logprobs:
             raise InputError("no log-probabilities of the trainer: give those of at least one pass")
+        _require_packed(self.responses)
         named = {"rollout_logprobs": self.rollout_logprobs}
         named |= {f"trainer_logprobs.{name}": values for name, values in self.trainer_logprobs.items()}
         named |= {f"weights.{name}": values for name, values in self.weights.items()}
@@ -62,21 +60,24 @@ class RunStep:
                 f"moe_layers names {len(self.moe_layers)} decoder layers, the routes have {len(self.routes.shared)}"
             )
 
-    @cached_property
-    def responses(self) -> Responses:
-        """The sequences as the functions of the mismatch package take them."""
-        return Responses.packed(self.response_mask, self.cu_seqlens, self.group_ids)
+    def log_ratios(self, name: str) -> LogRatios:
+        """Of one of the trainer's passes over the rollout.
+
+        Raises:
+            InputError: log-probabilities that `LogRatios.of` refuses.
+        """
+        return LogRatios.of(
+            trainer=self.trainer_logprobs[name], rollout=self.rollout_logprobs, responses=self.responses
+        )
 
     @classmethod
     def of(
         cls,
         step: int,
+        *,
         rollout_logprobs: Tensor,
         trainer_logprobs: Tensor | Mapping[str, Tensor],
-        response_mask: Tensor,
-        cu_seqlens: Sequence[int] | Tensor,
-        *,
-        group_ids: Sequence[int | str] | Tensor | None = None,
+        responses: Responses,
         rollout_masks: Sequence[RoutingMasks] | None = None,
         rollout_routes: Tensor | None = None,
         trainer_routes: Tensor | None = None,
@@ -88,9 +89,9 @@ class RunStep:
 
         Args:
             trainer_logprobs: as the attribute; a tensor alone is a pass named "trainer".
-            group_ids: `[S]` integers or names. Equal ids are one prompt in all parts of a step, whichever
-                data-parallel rank wrote them: number prompts over the whole batch, not over a rank's. Without them,
-                what compares the responses to one prompt is left out of the report.
+            responses: packed, with group ids that are integers or names. Equal ids are one prompt in all parts of a
+                step, whichever data-parallel rank wrote them: number prompts over the whole batch, not over a rank's.
+                Without them, what compares the responses to one prompt is left out of the report.
             rollout_masks: one for each sequence, as the rollout recorded them: they also say which layers route.
             rollout_routes: in their place int `[N, L, K]`, the experts that the rollout took.
             trainer_routes: int `[N, L, K]`, those that the trainer took by itself; with the rollout's, or neither.
@@ -105,10 +106,16 @@ class RunStep:
             raise InputError("the rollout's routes are given twice: pass rollout_masks or rollout_routes")
         if routes_valid is not None and rollout_routes is None:
             raise InputError("routes_valid is of rollout_routes, which are not given")
-        response_mask = response_mask.detach().cpu()
-        bounds = torch.as_tensor(cu_seqlens).detach().cpu().long()
-        groups = None if group_ids is None else group_numbers(group_ids)
-        responses = Responses.packed(response_mask, bounds, groups)
+        _require_packed(responses)
+        passes = trainer_logprobs if isinstance(trainer_logprobs, Mapping) else {"trainer": trainer_logprobs}
+        require_tensors(
+            rollout_logprobs=rollout_logprobs,
+            **{f"trainer_logprobs.{name}": values for name, values in passes.items()},
+            **{f"weights.{name}": values for name, values in (weights or {}).items()},
+        )
+        groups = None if responses.group_ids is None else group_numbers(responses.group_ids)
+        bounds = responses.cu_seqlens.tolist()
+        responses = Responses.packed(responses.mask.cpu(), bounds, groups)
         if rollout_masks is not None:
             if len(rollout_masks) != responses.num_sequences:
                 raise InputError(
@@ -118,7 +125,7 @@ class RunStep:
                 rollout_masks[0].geometry.require_same(masks.geometry, "sequence 0", f"sequence {number}")
             recorded = [
                 recorded_routes([masks], end - begin)
-                for masks, (begin, end) in zip(rollout_masks, itertools.pairwise(bounds.tolist()), strict=True)
+                for masks, (begin, end) in zip(rollout_masks, itertools.pairwise(bounds), strict=True)
             ]
             rollout_routes = torch.cat([routes for routes, _ in recorded])
             routes_valid = torch.cat([valid for _, valid in recorded])
@@ -130,21 +137,19 @@ class RunStep:
             )
         routes = None
         if rollout_routes is not None and trainer_routes is not None:
-            if len(trainer_routes) != len(response_mask):
+            if len(trainer_routes) != len(responses.mask):
                 raise InputError(
                     f"trainer_routes {list(trainer_routes.shape)} must have one row for each of the"
-                    f" {len(response_mask)} tokens of the response mask"
+                    f" {len(responses.mask)} tokens of the response mask"
                 )
             valid = None if routes_valid is None else routes_valid.detach().cpu().bool()
-            routes = RouteTally.of(trainer_routes.detach().cpu().int(), rollout_routes.detach().cpu().int(), valid)
-        passes = {"trainer": trainer_logprobs} if isinstance(trainer_logprobs, Tensor) else trainer_logprobs
+            own, recorded_by_token = trainer_routes.detach().cpu().int(), rollout_routes.detach().cpu().int()
+            routes = RouteTally.of(trainer=own, rollout=recorded_by_token, valid=valid)
         return cls(
             step=step,
             rollout_logprobs=rollout_logprobs.detach().cpu(),
             trainer_logprobs={name: values.detach().cpu() for name, values in passes.items()},
-            response_mask=responses.mask,
-            cu_seqlens=bounds,
-            group_ids=groups,
+            responses=responses,
             routes=routes,
             moe_layers=None if routes is None or moe_layers is None else tuple(int(layer) for layer in moe_layers),
             weights={name: values.detach().cpu() for name, values in (weights or {}).items()},
@@ -167,7 +172,7 @@ class RunStep:
                 ("step", first.step, part.step),
                 ("trainer_logprobs", sorted(first.trainer_logprobs), sorted(part.trainer_logprobs)),
                 ("weights", sorted(first.weights), sorted(part.weights)),
-                ("group ids", _whether(first.group_ids), _whether(part.group_ids)),
+                ("group ids", _whether(first.responses), _whether(part.responses)),
             ):
                 if here != there:
                     raise InputError(f"parts of step {first.step} do not fit: one has {what} {here}, another {there}")
@@ -177,9 +182,6 @@ class RunStep:
                     f"parts of step {first.step} route in different decoder layers: {with_routes[0].moe_layers} and"
                     f" {part.moe_layers}"
                 )
-        offsets = [0, *itertools.accumulate(int(part.cu_seqlens[-1]) for part in parts)]
-        bounds = [part.cu_seqlens[:-1] + offset for part, offset in zip(parts, offsets, strict=False)]
-        groups = [part.group_ids for part in parts if part.group_ids is not None]
         routes = None
         for part in with_routes:
             assert part.routes is not None
@@ -190,14 +192,31 @@ class RunStep:
             trainer_logprobs={
                 name: torch.cat([part.trainer_logprobs[name] for part in parts]) for name in first.trainer_logprobs
             },
-            response_mask=torch.cat([part.response_mask for part in parts]),
-            cu_seqlens=torch.cat([*bounds, torch.tensor(offsets[-1:])]),
-            group_ids=torch.cat(groups) if groups else None,
+            responses=_joined([part.responses for part in parts]),
             routes=routes,
             moe_layers=with_routes[0].moe_layers if with_routes else None,
             weights={name: torch.cat([part.weights[name] for part in parts]) for name in first.weights},
         )
 
 
-def _whether(group_ids: Tensor | None) -> str:
-    return "not given" if group_ids is None else "for its sequences"
+def _require_packed(responses: Responses) -> None:
+    require_responses(responses)
+    if responses.mask.dim() != 1:
+        raise InputError(
+            f"responses of a step must be packed, got a padded mask {list(responses.mask.shape)}: leave the padding"
+            " out, and give Responses.packed(mask, cu_seqlens, group_ids)"
+        )
+
+
+def _whether(responses: Responses) -> str:
+    return "not given" if responses.group_ids is None else "for its sequences"
+
+
+def _joined(parts: Sequence[Responses]) -> Responses:
+    lengths = torch.cat([part.tokens.counts for part in parts])
+    ids = [part.group_ids for part in parts if part.group_ids is not None]
+    return Responses.packed(
+        torch.cat([part.mask for part in parts]),
+        [0, *itertools.accumulate(lengths.tolist())],
+        list(itertools.chain.from_iterable(ids)) if ids else None,
+    )

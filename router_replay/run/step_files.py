@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from router_replay.errors import DataError, InputError
 from router_replay.files import write_whole
 from router_replay.masks.agreement import RouteTally
+from router_replay.mismatch.responses import Responses
+from router_replay.run.groups import group_numbers
 from router_replay.run.step import RunStep
 
 FORMAT = "r3_run_step"
@@ -46,13 +49,13 @@ def write_step(folder: Path, record: RunStep, *, part: int = 0) -> Path:
         raise InputError(f"a part's number is 0 or more, got {part}")
     tensors = {
         "rollout_logprobs": record.rollout_logprobs,
-        "response_mask": record.response_mask,
-        "cu_seqlens": record.cu_seqlens,
+        "response_mask": record.responses.mask,
+        "cu_seqlens": record.responses.cu_seqlens,
         **{_PASS + name: values for name, values in record.trainer_logprobs.items()},
         **{_WEIGHTS + name: values for name, values in record.weights.items()},
     }
-    if record.group_ids is not None:
-        tensors["group_ids"] = record.group_ids
+    if record.responses.group_ids is not None:
+        tensors["group_ids"] = group_numbers(record.responses.group_ids)
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "step": str(record.step), "part": str(part)}
     # The file's own order is the alphabet's.
     metadata["passes"] = json.dumps(list(record.trainer_logprobs))
@@ -97,7 +100,7 @@ def read_step(path: Path) -> RunStep:
     if missing or not passes:
         raise DataError(
             f"{path}: lacks {', '.join(missing) or 'trainer_logprobs.NAME of any pass'}; it has {sorted(tensors)}."
-            " Write the file with router_replay.report.write_step"
+            " Write the file with router_replay.run.write_step"
         )
     known = {*_REQUIRED, *_OPTIONAL, *(_COUNT + name for name in _COUNTS)}
     unknown = [name for name in tensors if name not in known and not name.startswith((_PASS, _WEIGHTS))]
@@ -110,11 +113,9 @@ def read_step(path: Path) -> RunStep:
         order = [name for name in json.loads(metadata.get("passes", "[]")) if name in passes]
         record = RunStep.of(
             step,
-            tensors["rollout_logprobs"],
-            {name: passes[name] for name in dict.fromkeys([*order, *passes])},
-            tensors["response_mask"],
-            tensors["cu_seqlens"],
-            group_ids=tensors.get("group_ids"),
+            rollout_logprobs=tensors["rollout_logprobs"],
+            trainer_logprobs={name: passes[name] for name in dict.fromkeys([*order, *passes])},
+            responses=Responses.packed(tensors["response_mask"], tensors["cu_seqlens"], tensors.get("group_ids")),
             rollout_routes=tensors.get("rollout_routes"),
             trainer_routes=tensors.get("trainer_routes"),
             routes_valid=tensors.get("routes_valid"),
@@ -143,17 +144,8 @@ def _with_counts(record: RunStep, metadata: dict[str, str], tensors: dict[str, T
     if shapes != [(1,), (1,), (num_layers,), (num_layers,)]:
         raise InputError(f"counts of routes must be [1], [1], [L] and [L], got {shapes}")
     routes = RouteTally(int(metadata["top_k"]), **{name: values.long() for name, values in counts.items()})
-    return RunStep(
-        record.step,
-        record.rollout_logprobs,
-        record.trainer_logprobs,
-        record.response_mask,
-        record.cu_seqlens,
-        record.group_ids,
-        routes,
-        None if layers is None else tuple(int(layer) for layer in layers),
-        record.weights,
-    )
+    moe_layers = None if layers is None else tuple(int(layer) for layer in layers)
+    return replace(record, routes=routes, moe_layers=moe_layers)
 
 
 def _open(path: Path, *, read: bool = False) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -166,7 +158,7 @@ def _open(path: Path, *, read: bool = False) -> tuple[dict[str, str], dict[str, 
     if metadata.get("format") != FORMAT:
         raise DataError(
             f"{path}: a safetensors file of format {metadata.get('format')!r}, not {FORMAT!r}: write a run's steps with"
-            " router_replay.report.write_step"
+            " router_replay.run.write_step"
         )
     if metadata.get("format_version") != FORMAT_VERSION:
         raise DataError(

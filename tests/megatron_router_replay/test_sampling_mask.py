@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-from router_replay.mismatch import apply_sampling_mask, sampling_mask
+from router_replay.mismatch import apply_sampling_mask, kept_token_ids
 
 
 def test_vocabulary_parallel_cross_entropy_is_that_of_the_truncated_distribution():
     torch.manual_seed(0)
     logits = torch.randn(4, 2, 12, requires_grad=True)
-    kept = sampling_mask(logits, top_p=0.6)
+    kept = kept_token_ids(logits, top_p=0.6)
     sampled = kept[..., 0]
     losses = vocab_parallel_cross_entropy(apply_sampling_mask(logits, kept, sampled), sampled)
     losses.sum().backward()

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from router_replay.errors import InputError
-from router_replay.mismatch.log_ratios import log_ratio
-from router_replay.mismatch.responses import Responses
+from router_replay.mismatch.log_ratios import LogRatios
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +28,7 @@ class MetropolisChain:
 
 
 def metropolis_chain(
-    trainer: Tensor,
-    rollout: Tensor,
-    responses: Responses,
+    ratios: LogRatios,
     *,
     level: Literal["token", "sequence"] = "sequence",
     generator: torch.Generator | None = None,
@@ -56,8 +53,6 @@ def metropolis_chain(
     rollout's contexts with the trainer's choice of token, which is also what token-level importance weights correct
     to. Tokens of one response are not independent draws of that pair, so the chain is exact only in its transitions.
 
-    Implementations: none in verl 0.9.1; its rejection by a bound of the ratio is masked importance sampling.
-
     Args:
         generator: of the uniform numbers, on the tensors' device. Ranks that share a batch (tensor, context and
             pipeline parallel) must draw the same: seed it the same, or pass `uniforms`.
@@ -67,12 +62,11 @@ def metropolis_chain(
         The chain. Proposals come in the order of the batch, so another order gives another chain of the same law.
 
     Raises:
-        InputError: see `router_replay.mismatch.log_ratios.log_ratio`; unknown level, or uniforms of
-            another shape or range.
+        InputError: unknown level, uniforms of another shape or range, or responses whose prompts are not known.
     """
     if level not in ("token", "sequence"):
         raise InputError(f"level must be 'token' or 'sequence', got {level!r}")
-    ratio = log_ratio(trainer.detach(), rollout.detach(), responses)
+    responses, ratio = ratios.responses, ratios.token
     shape = (responses.num_sequences,) if level == "sequence" else tuple(ratio.shape)
     if uniforms is None:
         uniforms = torch.rand(shape, generator=generator, device=ratio.device)
@@ -87,12 +81,14 @@ def metropolis_chain(
     if level == "sequence":
         # A response without tokens is no proposal.
         proposed = responses.lengths > 0
-        chain_of = responses.prompts.row[proposed]
-        steps = _run_chains(responses.sum(ratio)[proposed], uniforms[proposed], chain_of, responses.prompts.num_rows)
+        chain_of = responses.prompts.segment[proposed]
+        num_chains = responses.prompts.num_segments
+        steps = _run_chains(ratios.sequence[proposed], uniforms[proposed], chain_of, num_chains)
         multiplicity = responses.expand(torch.zeros(shape, device=ratio.device).masked_scatter(proposed, steps))
     else:
-        group = responses.prompts.row[responses.tokens.row].view(shape)[responses.mask]
-        steps = _run_chains(ratio[responses.mask], uniforms[responses.mask], group, responses.prompts.num_rows)
+        chain_of = responses.prompts.segment[responses.tokens.segment].view(shape)[responses.mask]
+        num_chains = responses.prompts.num_segments
+        steps = _run_chains(ratio[responses.mask], uniforms[responses.mask], chain_of, num_chains)
         multiplicity = torch.zeros(shape, device=ratio.device).masked_scatter(responses.mask, steps)
     return MetropolisChain(multiplicity > 0, multiplicity)
 

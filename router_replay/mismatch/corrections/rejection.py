@@ -2,9 +2,8 @@
 
 Every function returns a detached bool tensor in the tokens' shape: True for response tokens to keep, False for the
 others and for all that is no response token. Combine them with `&`; `responses.keep(mask)` also takes what is
-dropped out of a loss's denominator, `weights * mask` leaves it there. verl does the former (its rejection rewrites
-`response_mask`), IcePop and TRL the latter; after the former the loss is a mean over what is left, after the latter a
-batch with many rejections takes a smaller step.
+dropped out of a loss's denominator, `weights * mask` leaves it there. After the former the loss is a mean over what is
+left, after the latter a batch with many rejections takes a smaller step.
 """
 
 from __future__ import annotations
@@ -15,85 +14,71 @@ import torch
 from torch import Tensor
 
 from router_replay.errors import InputError
-from router_replay.mismatch.log_ratios import log_ratio
-from router_replay.mismatch.responses import Responses
+from router_replay.mismatch.log_ratios import LogRatios
+from router_replay.mismatch.responses import Responses, require_responses, require_tensors
 
 
-def catastrophic_token_veto(
-    trainer: Tensor, rollout: Tensor, responses: Responses, *, threshold: float = 1e-4
-) -> Tensor:
+def catastrophic_token_veto(ratios: LogRatios, *, threshold: float = 1e-4) -> Tensor:
     """Drop every sequence that has a token with pi / mu below `threshold`.
 
     One token that the trainer would almost never take shows that the two engines computed different things from there
-    on, and the rest of the sequence hangs on it. Source: Liu, Li et al., "When speed kills stability" (2025,
-    richardli.xyz/rl-collapse), token veto; 1e-4 is what runs with verl set, where it was off by default.
-    Implementations: verl later looked at |log r|, both
-    directions, and 0.9.1 has `seq_max_k2` instead, which is `trust_region_mask`. A large ratio alone is not
-    catastrophic: weights are capped, and small ones are not.
+    on, and the rest of the sequence hangs on it. A large ratio alone is not catastrophic: weights are capped, and small
+    ones are not. Source: Liu, Li et al., "When speed kills stability" (2025, richardli.xyz/rl-collapse), token veto.
 
     Args:
-        threshold: in (0, 1).
+        threshold: in (0, 1); a ratio that equals it is kept.
 
     Raises:
-        InputError: see `router_replay.mismatch.log_ratios.log_ratio`; another threshold.
+        InputError: another threshold.
     """
     if not 0 < threshold < 1:
         raise InputError(f"the veto's threshold is a ratio in (0, 1), got {threshold}")
-    ratio = log_ratio(trainer.detach(), rollout.detach(), responses)
-    return responses.expand(responses.max(-ratio) <= -math.log(threshold))
+    responses = ratios.responses
+    return responses.expand(responses.max(-ratios.token) <= -math.log(threshold))
 
 
-def off_policy_sequence_mask(
-    current: Tensor, rollout: Tensor, advantages: Tensor, responses: Responses, *, max_kl: float = 0.1
-) -> Tensor:
+def off_policy_sequence_mask(ratios: LogRatios, advantages: Tensor, *, max_kl: float = 0.1) -> Tensor:
     """Off-policy sequence masking: M_it = 0 if A_it < 0 and (1/T_i) sum_t log(mu / pi_theta) > delta, else 1.
 
     What the model did badly while it was another model teaches nothing and destabilises; what it did well may stay.
     Source: DeepSeek-V3.2 (arXiv 2512.02556), eq. 9; mu is what the inference engine returned, so that the KL has
-    staleness and engine mismatch in one. The report gives no delta. Implementations: slime's default is 1e-4, TRL's
-    documentation uses 0.5, experiments in Trinity-RFT favour 0.05 to 0.2, from which our default is taken. The mask is
-    per token where advantages are, as in the equation; with one advantage per sequence it drops whole sequences.
+    staleness and engine mismatch in one. The report gives no delta; that of other projects is in docs/corrections.md.
+    The mask is per token where advantages are, as in the equation; with one advantage per sequence it drops whole
+    sequences.
 
     Args:
-        current: log-probabilities under the policy that is being optimised.
+        ratios: of the policy that is being optimised: `LogRatios.of(trainer=current, ...)`.
         advantages: tokens' shape, or `[S]`.
         max_kl: delta, nats per token.
 
     Raises:
-        InputError: see `router_replay.mismatch.log_ratios.log_ratio`; advantages of another shape.
+        InputError: advantages of another shape.
     """
+    responses = ratios.responses
     if responses.is_per_sequence(advantages=advantages):
         advantages = responses.expand(advantages)
-    kl = responses.mean(-log_ratio(current.detach(), rollout.detach(), responses))
+    kl = responses.mean(-ratios.token)
     return responses.mask & ~((advantages.detach() < 0) & responses.expand(kl > max_kl))
 
 
-def trust_region_mask(
-    trainer: Tensor,
-    rollout: Tensor,
-    responses: Responses,
-    *,
-    max_k2: float | None = 0.1,
-    mean_k3: float | None = 0.01,
-) -> Tensor:
+def trust_region_mask(ratios: LogRatios, *, max_k2: float | None = 0.1, mean_k3: float | None = 0.01) -> Tensor:
     """Trust region masking by sampled tokens: keep a sequence if max_t k2_t and mean_t k3_t are within bounds.
 
     k2 = (log r)^2 / 2 sees both directions and bounds the worst token; k3 = r - 1 - log r is an unbiased estimate of
     KL(mu || pi), so that its mean estimates the sequence's mean KL. Source: Li et al., "Trust region masking for
     long-horizon LLM reinforcement learning" (arXiv 2512.23075), sample-based criteria; the bound on the surrogate's
-    error holds for the exact maximum (`exact_trust_region_mask`), of which these are stand-ins. Implementations:
-    verl 0.9.1 has both as `seq_max_k2` and `seq_mean_k3` without defaults; ours let the worst token have a ratio up
-    to exp(sqrt(2 * 0.1)) = 1.56 in either direction.
+    error holds for the exact maximum (`exact_trust_region_mask`), of which these are stand-ins. By default the worst
+    token may have a ratio up to exp(sqrt(2 * 0.1)) = 1.56 in either direction.
 
     Args:
         max_k2: bound of the largest k2, or None for no such bound.
         mean_k3: bound of the mean k3, nats per token, or None.
 
     Raises:
-        InputError: see `router_replay.mismatch.log_ratios.log_ratio`; no bound, or a negative one.
+        InputError: no bound, or a negative one.
     """
     _require_bounds(max_k2=max_k2, mean_k3=mean_k3)
-    ratio = log_ratio(trainer.detach(), rollout.detach(), responses)
+    responses, ratio = ratios.responses, ratios.token
     keep = torch.ones(responses.num_sequences, dtype=torch.bool, device=ratio.device)
     if max_k2 is not None:
         keep &= responses.max(ratio.square() / 2) <= max_k2
@@ -103,10 +88,10 @@ def trust_region_mask(
 
 
 def exact_trust_region_mask(
+    *,
     trainer_logits: Tensor,
     rollout_logits: Tensor,
     responses: Responses,
-    *,
     max_kl: float | None = 0.1,
     mean_kl: float | None = 0.01,
     chunk_tokens: int = 1024,
@@ -116,7 +101,6 @@ def exact_trust_region_mask(
     KL(mu || pi) = sum_v mu_v (log mu_v - log pi_v), exact for every token's context. Source: arXiv 2512.23075, of
     whose bounds D_KL^tok,max, the maximum over a sequence, is the factor that masking controls; the paper's threshold
     depends on the horizon, so set it for your length of responses.
-    Implementations: verl 0.9.1 has the sampled criteria only, which need no distributions.
 
     Args:
         trainer_logits, rollout_logits: logits or log-probabilities over the whole vocabulary (gathered, where it is
@@ -129,6 +113,8 @@ def exact_trust_region_mask(
         InputError: shapes differ, no bound or a negative one, or a response token without a distribution.
     """
     _require_bounds(max_kl=max_kl, mean_kl=mean_kl)
+    require_responses(responses)
+    require_tensors(trainer_logits=trainer_logits, rollout_logits=rollout_logits)
     if trainer_logits.shape != rollout_logits.shape or trainer_logits.shape[:-1] != responses.mask.shape:
         raise InputError(
             f"trainer logits {list(trainer_logits.shape)} and rollout logits {list(rollout_logits.shape)} must both be"

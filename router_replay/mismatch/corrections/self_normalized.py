@@ -9,14 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from router_replay.errors import InputError
-from router_replay.mismatch.log_ratios import log_ratio
-from router_replay.mismatch.responses import Responses
+from router_replay.mismatch.log_ratios import LogRatios
 
 
 def self_normalized_weights(
-    trainer: Tensor,
-    rollout: Tensor,
-    responses: Responses,
+    ratios: LogRatios,
     *,
     level: Literal["token", "sequence"] = "sequence",
     over: Literal["batch", "group"] = "group",
@@ -27,11 +24,8 @@ def self_normalized_weights(
     The weights of a set have mean 1, whatever the scale of the ratios; no weight exceeds n. The estimate
     mean(w f) is biased by O(1/n) and consistent, and invariant to a constant factor in the ratios, such as an unknown
     normalising constant of a masked policy. Source: Owen, "Monte Carlo theory, methods and examples" (2013),
-    section 9.2.
-
-    Implementations: verl's `rollout_is_batch_normalize` divides *truncated* weights by their mean over the batch and,
-    for sequences, weighs every sequence the same, as we do; in a mean over tokens long sequences count more, there as
-    here. Truncating first and then normalising is `w / mean` of TIS and not done here.
+    section 9.2. Every sequence of a set weighs the same; in a mean over tokens long sequences count more. Truncating
+    first and then normalising is `w / mean` of TIS and not done here.
 
     Args:
         level: samples are response tokens, or sequences that have a response token.
@@ -42,25 +36,24 @@ def self_normalized_weights(
         Detached weights, tokens' shape. A set whose every ratio is 0 gets weights 0.
 
     Raises:
-        InputError: see `router_replay.mismatch.log_ratios.log_ratio`; unknown level or set, or a
-            process group with `over="group"`.
+        InputError: unknown level or set, a process group with `over="group"`, or responses whose prompts are not
+            known.
     """
     if level not in ("token", "sequence") or over not in ("batch", "group"):
         raise InputError(f"level must be 'token' or 'sequence' and over 'batch' or 'group': {level!r}, {over!r}")
     if over == "group" and process_group is not None:
         raise InputError("a process group joins batches: with over='group' every prompt's group is on one rank")
-    dtype = torch.promote_types(torch.promote_types(trainer.dtype, rollout.dtype), torch.float32)
     # In float64: of a logarithm of some tens, few digits would be left for the weight. No weight is above n.
-    ratio = log_ratio(trainer.detach(), rollout.detach(), responses, at_least=torch.float64)
+    responses, ratio = ratios.responses, ratios.double
     if level == "token":
         counted = responses.mask.flatten()
-        sets = responses.prompts.row[responses.tokens.row] if over == "group" else None
+        sets = responses.prompts.segment[responses.tokens.segment] if over == "group" else None
         weights = _normalized(ratio.flatten(), counted, sets, process_group).view(ratio.shape)
     else:
         counted = responses.lengths > 0
-        sets = responses.prompts.row if over == "group" else None
+        sets = responses.prompts.segment if over == "group" else None
         weights = responses.expand(_normalized(responses.sum(ratio), counted, sets, process_group))
-    return weights.to(dtype)
+    return weights.to(ratios.token.dtype)
 
 
 def _normalized(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from router_replay.errors import InputError
+from router_replay.mismatch.responses import require_tensors
 
 
 def apply_sampling_mask(
@@ -28,8 +29,8 @@ def apply_sampling_mask(
     Args:
         logits: float `[..., V]`; of one tensor-parallel rank, `[..., V / TP]` with its `vocab_start` and the whole
             `vocab_size`, for Megatron's vocabulary-parallel cross entropy. A bool of this shape is made beside them.
-        kept_ids: int `[..., K]`, ids of the whole vocabulary, filled up with -1; a row of nothing but -1 was not
-            truncated and keeps all.
+        kept_ids: int `[..., K]`, ids of the whole vocabulary, filled up with -1, from the engine or from
+            `kept_token_ids`; where there is nothing but -1, nothing was cut off and all are kept.
         sampled_ids: int `[...]`; if given, each has to be among its row's kept ids.
         vocab_start: id of the first column of `logits`.
         vocab_size: of the whole vocabulary; by default `logits` hold all of it.
@@ -40,6 +41,7 @@ def apply_sampling_mask(
     Raises:
         InputError: shapes that do not fit, or a sampled token that its own mask excludes.
     """
+    require_tensors(logits=logits, kept_ids=kept_ids)
     if kept_ids.shape[:-1] != logits.shape[:-1]:
         raise InputError(f"kept ids {list(kept_ids.shape)} must be {list(logits.shape[:-1])} and a list of ids")
     vocab_size = logits.shape[-1] if vocab_size is None else vocab_size
@@ -50,6 +52,7 @@ def apply_sampling_mask(
         )
     truncated = (kept_ids >= 0).any(-1)
     if sampled_ids is not None:
+        require_tensors(sampled_ids=sampled_ids)
         if sampled_ids.shape != logits.shape[:-1]:
             raise InputError(f"sampled ids {list(sampled_ids.shape)} must be {list(logits.shape[:-1])}")
         missing = truncated & ~(kept_ids == sampled_ids[..., None]).any(-1)
@@ -69,7 +72,7 @@ def apply_sampling_mask(
     return logits.masked_fill(cut, -torch.inf)
 
 
-def sampling_mask(logits: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+def kept_token_ids(logits: Tensor, *, top_k: int | None = None, top_p: float | None = None) -> Tensor:
     """Ids that top-k and then top-p keep, as a sampler would: for engines that return logits and no mask.
 
     top-p keeps the most probable tokens up to and including the one with which their probability, renormalised over

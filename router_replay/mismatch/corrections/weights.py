@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from router_replay.errors import InputError
-from router_replay.mismatch.log_ratios import Level, at_level, exponential, log_ratio
-from router_replay.mismatch.responses import Responses
+from router_replay.mismatch.log_ratios import Level, LogRatios, difference, exponential, require_log_probabilities
+from router_replay.mismatch.responses import Responses, require_responses, require_tensors
 
 
-def truncated_importance_weights(
-    trainer: Tensor, rollout: Tensor, responses: Responses, *, level: Level = "token", cap: float = 2.0
-) -> Tensor:
+def truncated_importance_weights(ratios: LogRatios, *, level: Level = "token", cap: float = 2.0) -> Tensor:
     """Truncated importance sampling, TIS: w = min(rho, cap), rho = r_t, prod_t r_t or (prod_t r_t)^(1/T) by `level`.
 
     Token weights have little variance and leave the rollout's distribution of prefixes; the sequence weight is
@@ -29,71 +27,60 @@ def truncated_importance_weights(
     depend on the length and is no importance weight of anything, only bounded.
 
     Source: Ionides, "Truncated importance sampling", J. Comp. Graph. Stat. 17 (2008); for this use Yao et al., "Your
-    efficient RL framework secretly brings you off-policy RL training" (2025, fengyao.notion.site/off-policy-rl).
-    Implementations: the cap is 2 in verl and slime, 2 or 3 in TRL by release. slime may clamp from below, too
-    (`--tis-clip-low`, 0 by default); verl 0.9.1 first limits the logarithm to +-20, so that a weight is never below
-    exp(-20), which is 2e-9. We do neither: a token that the trainer would never take gets weight 0.
+    efficient RL framework secretly brings you off-policy RL training" (2025, fengyao.notion.site/off-policy-rl). There
+    is no bound from below: a token that the trainer would never take gets weight 0.
 
     Args:
-        trainer, rollout: log-probabilities of the sampled tokens, tokens' shape.
         cap: largest weight, above 0; `math.inf` for plain importance sampling, saturating at the dtype's range.
 
     Raises:
-        InputError: see `router_replay.mismatch.log_ratios.log_ratio`; a cap that is not above 0.
+        InputError: another level, or a cap that is not above 0.
     """
     if not cap > 0:
         raise InputError(f"a cap of weights must be above 0, got {cap}")
-    ratio = at_level(log_ratio(trainer.detach(), rollout.detach(), responses), responses, level)
     # The cap's logarithm, exponentiated, may round to more than the cap.
-    return exponential(ratio.clamp(max=math.log(cap)), responses).clamp(max=cap)
+    return exponential(ratios.at(level).clamp(max=math.log(cap)), ratios.responses).clamp(max=cap)
 
 
 def masked_importance_weights(
-    trainer: Tensor,
-    rollout: Tensor,
-    responses: Responses,
-    *,
-    level: Level = "token",
-    lower: float = 0.5,
-    upper: float = 2.0,
+    ratios: LogRatios, *, level: Level = "token", lower: float = 0.5, upper: float = 2.0
 ) -> Tensor:
     """Masked importance sampling, MIS: w = rho if lower <= rho <= upper, else 0; rho by `level` as in TIS.
 
     Source: Liu, Li et al., "When speed kills stability: demystifying RL collapse from the training-inference mismatch"
-    (2025, richardli.xyz/rl-collapse). Implementations: for sequences only an upper bound is common (`lower=0`), 2 in
-    verl, 2 or 3 in TRL, whose default this is ("sequence_mask"); a geometric mean needs bounds next to 1 (verl speaks
-    of about 1.001). verl's `token_k1` and `seq_*_k1` compare -log r with [log lower, log upper] and therefore keep
-    r in [1/upper, 1/lower]; its `rollout_is_threshold="lower_upper"` keeps r in [lower, upper] as we do. For the
-    geometric level verl masks by the mean and weighs by token or sequence, slime has it as a level of both; here the
-    mean is the weight, and `geometric > 0` is the mask alone.
+    (2025, richardli.xyz/rl-collapse). A geometric mean needs bounds next to 1; it is the weight, too, and
+    `geometric > 0` is the mask alone.
 
     Args:
         lower, upper: bounds of rho, both inclusive, compared as logarithms; 0 <= lower <= upper.
 
     Raises:
-        InputError: see `router_replay.mismatch.log_ratios.log_ratio`; bounds out of order.
+        InputError: another level, or bounds out of order.
     """
     if not 0 <= lower <= upper or upper == 0:
         raise InputError(f"bounds must satisfy 0 <= lower <= upper and upper > 0, got {lower} and {upper}")
-    ratio = at_level(log_ratio(trainer.detach(), rollout.detach(), responses), responses, level)
+    ratio = ratios.at(level)
     lowest = math.log(lower) if lower > 0 else -math.inf
     kept = (ratio >= lowest) & (ratio <= math.log(upper))
-    return exponential(ratio, responses).masked_fill(~kept, 0)
+    return exponential(ratio, ratios.responses).masked_fill(~kept, 0)
 
 
-def icepop_weights(
-    trainer: Tensor, rollout: Tensor, responses: Responses, *, lower: float = 0.5, upper: float = 5.0
-) -> Tensor:
+def icepop_weights(ratios: LogRatios, *, lower: float = 0.5, upper: float = 5.0) -> Tensor:
     """IcePop: M(r_t) = r_t if alpha <= r_t <= beta, else 0; masked importance sampling of tokens with its own bounds.
 
-    Source: Ring-1T, "Every step evolves" (arXiv 2510.18855), with alpha = 0.5 and beta = 5. Ports
-    differ in beta: a port to NeMo-RL has 2.
+    Source: Ring-1T, "Every step evolves" (arXiv 2510.18855), with alpha = 0.5 and beta = 5.
+
+    Args:
+        lower, upper: alpha and beta, as of `masked_importance_weights`.
+
+    Raises:
+        InputError: bounds out of order.
     """
-    return masked_importance_weights(trainer, rollout, responses, level="token", lower=lower, upper=upper)
+    return masked_importance_weights(ratios, level="token", lower=lower, upper=upper)
 
 
 def balance_heuristic_weights(
-    trainer: Tensor, behaviours: Tensor, shares: Tensor, responses: Responses, *, level: Level = "sequence"
+    *, trainer: Tensor, behaviours: Tensor, shares: Tensor, responses: Responses, level: Level = "sequence"
 ) -> Tensor:
     """Multiple importance sampling with the balance heuristic: w(y) = pi(y) / sum_m c_m mu_m(y).
 
@@ -106,10 +93,8 @@ def balance_heuristic_weights(
     Use it where a batch holds rollouts of several weight versions, or of several masks: `behaviours[m]` is what policy
     m gives to *all* samples' tokens, -inf for tokens that its mask excludes. The behaviours must not depend on the
     samples. A top-p mask, or routes, that follow from a sample's own tokens are part of one policy, the truncated or
-    routed one: its own log-probability is the denominator (see
-    `apply_sampling_mask`), and a mixture of such masks is biased.
-
-    Implementations: none in verl 0.9.1, which divides by the log-probabilities that come with the sample.
+    routed one: its own log-probability is the denominator (see `apply_sampling_mask`), and a mixture of such masks is
+    biased.
 
     Args:
         trainer: log-probabilities of the sampled tokens, tokens' shape.
@@ -123,6 +108,8 @@ def balance_heuristic_weights(
     """
     if level not in ("token", "sequence"):
         raise InputError(f"level must be 'token' or 'sequence' for a mixture of policies, got {level!r}")
+    require_responses(responses)
+    require_tensors(trainer=trainer, behaviours=behaviours, shares=shares)
     if behaviours.shape[1:] != responses.mask.shape or not len(behaviours):
         raise InputError(
             f"behaviours {list(behaviours.shape)} must be [M, ...] over the response mask {list(responses.mask.shape)}"
@@ -150,8 +137,11 @@ def balance_heuristic_weights(
     if level == "token":
         per_token = torch.stack([responses.expand(each) for each in log_shares])
         mixture = torch.logsumexp(behaviours + per_token, 0)
-        return exponential(log_ratio(trainer, mixture, responses).to(dtype), responses)
-    pi = responses.sum(log_ratio(trainer, torch.zeros_like(trainer), responses))
+        require_log_probabilities(trainer, mixture, responses, ("trainer", "the mixture of behaviours"))
+        return exponential(difference(trainer, mixture, responses).to(dtype), responses)
+    certain = torch.zeros_like(trainer)
+    require_log_probabilities(trainer, certain, responses, ("trainer", "the certain policy"))
+    pi = responses.sum(difference(trainer, certain, responses))
     mixture = torch.logsumexp(torch.stack([responses.sum(each) for each in behaviours]) + log_shares, 0)
     if not bool(mixture.isfinite().all()):
         raise InputError(

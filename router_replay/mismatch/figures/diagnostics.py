@@ -11,8 +11,8 @@ from torch import Tensor
 
 from router_replay.errors import InputError
 from router_replay.masks.agreement import RouteAgreement, RouteTally
-from router_replay.mismatch.figures.tally import SATURATION, SUMS, Tally
-from router_replay.mismatch.responses import Responses
+from router_replay.mismatch.figures.tally import SUMS, Tally
+from router_replay.mismatch.log_ratios import SATURATION, LogRatios
 
 DEFAULT_TAUS = (1.01, 1.1, 1.5, 2.0)
 
@@ -32,14 +32,12 @@ class Diagnostics:
         k1: mean of -log r: unbiased for KL(mu || pi) in nats per token, noisy, may be negative.
         k2: mean of (log r)^2 / 2: biased, of the same order, low variance.
         k3: mean of r - 1 - log r: unbiased for KL(mu || pi), never negative, less noisy. All three: Schulman,
-            "Approximating KL divergence" (2020, joschu.net/blog/kl-approx.html), his r. verl's `kl` and `k3_kl`
-            are k1 and k3; some code names KL(pi || mu), which these are not: that would need samples of pi.
+            "Approximating KL divergence" (2020, joschu.net/blog/kl-approx.html), his r. They are not KL(pi || mu),
+            which would need samples of pi.
         chi2_token, chi2_sequence: mean of (rho - 1)^2, rho = r_t or prod_t r_t: chi-squared of pi from mu, the variance
-            of the importance weights. verl has mean(rho^2) - 1, which differs by 2 (mean(rho) - 1), has the same
-            expectation, more noise, and may be negative; it also limits log rho to +-20.
+            of the importance weights.
         perplexity_rollout, perplexity_trainer, perplexity_ratio: means over sequences of exp(-mean_t log mu),
-            exp(-mean_t log pi) and exp(mean_t(log mu - log pi)), as in verl but for sequences without response tokens,
-            which verl counts as 1.
+            exp(-mean_t log pi) and exp(mean_t(log mu - log pi)).
         ess_token, ess_sequence: effective sample size (sum w)^2 / sum w^2 of the weights rho, as a share of tokens or
             sequences, in (0, 1]; 1 if all weights are equal (Kong, Tech. Rep. 348, Univ. of Chicago, 1992).
         ratio_tails: F(tau) by tau: share of tokens with max(r, 1/r) > tau (arXiv 2510.11370).
@@ -98,8 +96,8 @@ class Diagnostics:
             perplexity_rollout=sums["perplexity_rollout"] / sequences,
             perplexity_trainer=_mean_perplexity(sums["perplexity_trainer"], possible_sequences),
             perplexity_ratio=_mean_perplexity(sums["perplexity_ratio"], possible_sequences),
-            ess_token=tally.token_weights.effective_share(tokens),
-            ess_sequence=tally.sequence_weights.effective_share(sequences),
+            ess_token=float(tally.token_weights.effective_share(tokens)),
+            ess_sequence=float(tally.sequence_weights.effective_share(sequences)),
             ratio_tails={tau: count / tokens for tau, count in zip(tally.taus, beyond, strict=True)},
             max_ratio=_ratio(highest),
             min_ratio=_ratio(-lowest) if zeros == 0 else 0.0,
@@ -126,9 +124,7 @@ class Diagnostics:
 
 
 def diagnose(
-    trainer: Tensor,
-    rollout: Tensor,
-    responses: Responses,
+    ratios: LogRatios,
     *,
     taus: Sequence[float] = DEFAULT_TAUS,
     trainer_routes: Tensor | None = None,
@@ -141,7 +137,6 @@ def diagnose(
     To gather micro-batches first, add up `Tally.of(...)` of each, `all_reduce` it, and take `Diagnostics.of`.
 
     Args:
-        trainer, rollout: log-probabilities of the sampled tokens in nats, tokens' shape.
         taus: thresholds of F(tau), above 1.
         trainer_routes, rollout_routes: int `[T, L, K]` or `[B, T, L, K]`, the experts of any tokens (prompt tokens
             have routes, too); both or neither.
@@ -154,15 +149,14 @@ def diagnose(
         The same figures on every rank.
 
     Raises:
-        InputError: see `router_replay.mismatch.log_ratios.log_ratio`; taus not above 1; routes of
-            one side only; nothing to compare.
+        InputError: taus not above 1; routes of one side only; nothing to compare.
     """
     if (trainer_routes is None) != (rollout_routes is None):
         raise InputError("routes of one side only: give both trainer_routes and rollout_routes, or neither")
     routes = None
     if trainer_routes is not None and rollout_routes is not None:
-        routes = RouteTally.of(trainer_routes, rollout_routes, routes_valid)
-    tally = Tally.of(trainer, rollout, responses, tuple(taus), routes)
+        routes = RouteTally.of(trainer=trainer_routes, rollout=rollout_routes, valid=routes_valid)
+    tally = Tally.of(ratios, tuple(taus), routes)
     return Diagnostics.of(tally if process_group is None else tally.all_reduce(process_group))
 
 

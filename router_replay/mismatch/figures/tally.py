@@ -11,11 +11,8 @@ from torch import Tensor
 
 from router_replay.errors import InputError
 from router_replay.masks.agreement import RouteTally
-from router_replay.mismatch.log_ratios import log_ratio
-from router_replay.mismatch.responses import Responses
-
-SATURATION = 300.0
-"""Ratios beyond exp(+-300) count as that: far beyond any use, and their squares still add up in float64."""
+from router_replay.mismatch.figures.weight_sums import WeightSums
+from router_replay.mismatch.log_ratios import SATURATION, LogRatios
 
 SUMS = (
     "log_ratio",
@@ -34,37 +31,6 @@ SUMS = (
     "xy",
 )
 """Names of a tally's sums, in their order; x and y are the log-probabilities of rollout and trainer."""
-
-
-@dataclass(frozen=True, eq=False)
-class WeightSums:
-    """Sums of w and of w^2, of weights known by their logarithms, relative to the largest: nothing over- or underflows.
-
-    Attributes:
-        highest: float64 `[1]`, the largest log w; -inf if there is none above 0.
-        sums: float64 `[2]`: sum exp(log w - highest) and sum exp(2 (log w - highest)).
-    """
-
-    highest: Tensor
-    sums: Tensor
-
-    @classmethod
-    def of(cls, log_weights: Tensor) -> WeightSums:
-        """Of float64 `[n]`; -inf is a weight of 0."""
-        # The item that is appended stands for no weight at all.
-        highest = torch.cat([log_weights, log_weights.new_full((1,), -torch.inf)]).max()[None]
-        scaled = (log_weights - _finite(highest)).exp()
-        return cls(highest, torch.stack([scaled.sum(), scaled.square().sum()]))
-
-    def relative_to(self, highest: Tensor) -> Tensor:
-        """The sums as they are relative to another, larger, log w."""
-        factor = (self.highest - _finite(highest)).exp()
-        return self.sums * torch.cat([factor, factor.square()])
-
-    def effective_share(self, count: int) -> float:
-        """Effective sample size over the samples' count, (sum w)^2 / (count * sum w^2); 0 if every weight is 0."""
-        first, second = self.sums.tolist()
-        return first * first / (count * second) if second > 0 else 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,19 +56,12 @@ class Tally:
     routes: RouteTally | None = None
 
     @classmethod
-    def of(
-        cls,
-        trainer: Tensor,
-        rollout: Tensor,
-        responses: Responses,
-        taus: tuple[float, ...],
-        routes: RouteTally | None = None,
-    ) -> Tally:
+    def of(cls, ratios: LogRatios, taus: tuple[float, ...], routes: RouteTally | None = None) -> Tally:
         """Of one batch; arguments as of `router_replay.mismatch.figures.diagnostics.diagnose`."""
         if min(taus, default=2.0) <= 1:
             raise InputError(f"taus must be above 1, got {list(taus)}: max(r, 1/r) is never below 1")
-        full = log_ratio(trainer.detach(), rollout.detach(), responses, at_least=torch.float64)
-        trainer, rollout = trainer.detach().double(), rollout.detach().double()
+        responses, full = ratios.responses, ratios.double
+        trainer, rollout = ratios.trainer.double(), ratios.rollout.double()
         ratio = full[responses.mask]
         possible = ratio > -torch.inf
         finite = ratio[possible].clamp(-SATURATION, SATURATION)
@@ -189,7 +148,3 @@ def _beyond(ratio: Tensor, taus: tuple[float, ...]) -> Tensor:
 
 def _perplexity(mean_log: Tensor) -> Tensor:
     return (-mean_log).clamp(-SATURATION, SATURATION).exp()
-
-
-def _finite(highest: Tensor) -> Tensor:
-    return highest.masked_fill(highest == -torch.inf, 0)

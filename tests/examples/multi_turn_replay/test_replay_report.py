@@ -112,7 +112,7 @@ def test_the_runs_files_say_what_the_comparison_says(tmp_path: Path):
 
 def test_groups_are_whole_in_every_step(tmp_path: Path):
     files = write_steps([_conversation() for _ in range(10)], *_scores(10), tmp_path, group_size=4, num_steps=2)
-    assert [step.group_ids.tolist() for step in read_run(files)] == [[0] * 4, [1] * 4 + [2] * 2]
+    assert [step.responses.group_ids for step in read_run(files)] == [(0,) * 4, (1,) * 4 + (2,) * 2]
 
 
 def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path):

@@ -13,7 +13,7 @@ ROLLOUT = torch.tensor([[[1, 0], [3, 2]], [[0, 2], [2, 3]], [[0, 1], [4, 5]], [[
 
 
 def test_routes_are_compared_as_sets():
-    found = compare_routes(TRAINER, ROLLOUT, valid=torch.tensor([True, True, True, False]))
+    found = compare_routes(trainer=TRAINER, rollout=ROLLOUT, valid=torch.tensor([True, True, True, False]))
     # Token 0 differs in order only, token 1 in one expert of layer 0, token 2 in both of layer 1.
     assert found.num_tokens == 3
     assert found.differing_routes == pytest.approx(2 / 6)
@@ -23,8 +23,8 @@ def test_routes_are_compared_as_sets():
 
 
 def test_all_tokens_count_by_default():
-    assert compare_routes(TRAINER, TRAINER).overlap == (1.0, 1.0)
-    assert compare_routes(TRAINER, TRAINER).num_tokens == 4
+    assert compare_routes(trainer=TRAINER, rollout=TRAINER).overlap == (1.0, 1.0)
+    assert compare_routes(trainer=TRAINER, rollout=TRAINER).num_tokens == 4
 
 
 @pytest.mark.parametrize(
@@ -35,31 +35,34 @@ def test_all_tokens_count_by_default():
         ((TRAINER, ROLLOUT, torch.zeros(4, dtype=torch.bool)), "no token has routes on both sides"),
         ((TRAINER, ROLLOUT), "the rollout's routes have experts below 0, .* leave those tokens out by `valid`"),
         ((TRAINER // 2, TRAINER), "the trainer's routes have an expert twice in one layer"),
+        ((TRAINER.tolist(), ROLLOUT), r"the trainer's routes must be a torch.Tensor \[T, L, K\], got list"),
+        ((TRAINER, ROLLOUT.numpy()), "the rollout's routes must be a torch.Tensor .*, got ndarray"),
     ],
 )
 def test_compare_routes_refuses(arguments, message):
     with pytest.raises(InputError, match=message):
-        compare_routes(*arguments)
+        compare_routes(**dict(zip(("trainer", "rollout", "valid"), arguments, strict=False)))
 
 
 def test_tallies_of_parts_add_up_to_that_of_the_whole():
     valid = torch.tensor([True, True, True, False])
-    parts = [RouteTally.of(TRAINER[at : at + 2], ROLLOUT[at : at + 2], valid[at : at + 2]) for at in (0, 2)]
-    assert (parts[0] + parts[1]).agreement() == compare_routes(TRAINER, ROLLOUT, valid)
-    nothing = RouteTally.of(TRAINER[:0], ROLLOUT[:0])
-    assert (nothing + RouteTally.of(TRAINER, ROLLOUT, valid)).agreement() == compare_routes(TRAINER, ROLLOUT, valid)
-    padded = (each.unflatten(0, (2, 2)) for each in (TRAINER, ROLLOUT, valid))
-    assert compare_routes(*padded) == compare_routes(TRAINER, ROLLOUT, valid)
+    given = {"trainer": TRAINER, "rollout": ROLLOUT, "valid": valid}
+    parts = [RouteTally.of(**{name: each[at : at + 2] for name, each in given.items()}) for at in (0, 2)]
+    assert (parts[0] + parts[1]).agreement() == compare_routes(**given)
+    nothing = RouteTally.of(trainer=TRAINER[:0], rollout=ROLLOUT[:0])
+    assert (nothing + RouteTally.of(**given)).agreement() == compare_routes(**given)
+    padded = {name: each.unflatten(0, (2, 2)) for name, each in given.items()}
+    assert compare_routes(**padded) == compare_routes(**given)
     with pytest.raises(InputError, match="2 layers and top-2 do not add up with routes of 1 layers"):
-        nothing + RouteTally.of(TRAINER[:, :1], TRAINER[:, :1])
+        nothing + RouteTally.of(trainer=TRAINER[:, :1], rollout=TRAINER[:, :1])
 
 
 def test_many_tokens_are_compared_part_by_part(monkeypatch):
     torch.manual_seed(0)
     ours, theirs = (torch.rand(50, 3, 16).topk(4).indices for _ in range(2))
-    whole = compare_routes(ours, theirs)
+    whole = compare_routes(trainer=ours, rollout=theirs)
     monkeypatch.setattr("router_replay.masks.agreement.CHUNK_TOKENS", 7)
-    assert compare_routes(ours, theirs) == whole
+    assert compare_routes(trainer=ours, rollout=theirs) == whole
     sets = [
         [(set(a) & set(b)) for a, b in zip(*row, strict=True)]
         for row in zip(ours.tolist(), theirs.tolist(), strict=True)

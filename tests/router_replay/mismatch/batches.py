@@ -10,6 +10,7 @@ from torch import Tensor
 
 from router_replay import mismatch
 from router_replay.mismatch import Responses
+from tests.router_replay.mismatch.pairs import log_ratios
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,7 @@ def permute(batch: Batch, order: Tensor, group_ids: Tensor) -> Batch:
 
 
 def _pair(function: Callable[..., Tensor], **options: object) -> Callable[[Batch], Tensor]:
-    return lambda batch: function(batch.trainer, batch.rollout, batch.responses, **options)
+    return lambda batch: function(log_ratios(batch.trainer, batch.rollout, batch.responses), **options)
 
 
 def _gradient(loss: Callable[[Batch, Tensor], Tensor]) -> Callable[[Batch], Tensor]:
@@ -93,11 +94,13 @@ def _value(loss: Callable[[Batch, Tensor], Tensor]) -> Callable[[Batch], dict[st
 def _balance(batch: Batch, level: str) -> Tensor:
     behaviours = torch.stack([batch.rollout, batch.current])
     shares = torch.tensor([0.25, 0.75])
-    return mismatch.balance_heuristic_weights(batch.trainer, behaviours, shares, batch.responses, level=level)
+    return mismatch.balance_heuristic_weights(
+        trainer=batch.trainer, behaviours=behaviours, shares=shares, responses=batch.responses, level=level
+    )
 
 
 def _doubly_robust(batch: Batch) -> Tensor:
-    weights = mismatch.truncated_importance_weights(batch.trainer, batch.rollout, batch.responses)
+    weights = mismatch.truncated_importance_weights(log_ratios(batch.trainer, batch.rollout, batch.responses))
     found = mismatch.doubly_robust_advantages(batch.rewards, batch.values, weights, batch.responses)
     return found.advantages + 3 * found.values
 
@@ -108,20 +111,33 @@ def _logits(batch: Batch, seed: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Callable[[Batch, Tensor], Tensor]] = {
-    "grpo": lambda batch, current: mismatch.grpo_loss(current, batch.trainer, batch.rewards, batch.responses),
+    "grpo": lambda batch, current: mismatch.grpo_loss(
+        current=current, old=batch.trainer, advantages=batch.rewards, responses=batch.responses
+    )[0],
     "grpo, token mean": lambda batch, current: mismatch.grpo_loss(
-        current, batch.trainer, batch.rewards, batch.responses, aggregation="token-mean"
-    ),
+        current=current,
+        old=batch.trainer,
+        advantages=batch.rewards,
+        responses=batch.responses,
+        aggregation="token-mean",
+    )[0],
     "gspo": lambda batch, current: mismatch.gspo_loss(
-        current, batch.trainer, batch.rewards, batch.responses, clip_low=0.3, clip_high=0.3
-    ),
+        current=current,
+        old=batch.trainer,
+        advantages=batch.rewards,
+        responses=batch.responses,
+        clip_low=0.3,
+        clip_high=0.3,
+    )[0],
     "decoupled": lambda batch, current: mismatch.decoupled_loss(
-        current, batch.trainer, batch.rollout, batch.rewards, batch.responses
-    ),
+        log_ratios(batch.trainer, batch.rollout, batch.responses), current=current, advantages=batch.rewards
+    )[0],
 }
 
 PER_TOKEN: dict[str, Callable[[Batch], Tensor]] = {
-    "log ratio": _pair(mismatch.log_ratio),
+    "log ratio": lambda batch: mismatch.log_ratio(current=batch.trainer, old=batch.rollout, responses=batch.responses),
+    "log ratio, detached": _pair(lambda given: given.token),
+    "log ratio, double": _pair(lambda given: given.double),
     "TIS, token": _pair(mismatch.truncated_importance_weights),
     "TIS, sequence": _pair(mismatch.truncated_importance_weights, level="sequence"),
     "TIS, geometric": _pair(mismatch.truncated_importance_weights, level="geometric"),
@@ -139,13 +155,19 @@ PER_TOKEN: dict[str, Callable[[Batch], Tensor]] = {
     "veto": _pair(mismatch.catastrophic_token_veto, threshold=0.3),
     "trust region": _pair(mismatch.trust_region_mask, max_k2=0.5, mean_k3=0.1),
     "exact trust region": lambda batch: mismatch.exact_trust_region_mask(
-        _logits(batch, batch.trainer), _logits(batch, batch.rollout), batch.responses, max_kl=0.02, mean_kl=0.01
+        trainer_logits=_logits(batch, batch.trainer),
+        rollout_logits=_logits(batch, batch.rollout),
+        responses=batch.responses,
+        max_kl=0.02,
+        mean_kl=0.01,
     ),
     "off-policy sequences": lambda batch: mismatch.off_policy_sequence_mask(
-        batch.current, batch.rollout, batch.rewards, batch.responses, max_kl=0.05
+        log_ratios(batch.current, batch.rollout, batch.responses), batch.rewards, max_kl=0.05
     ),
     "metropolis": lambda batch: (
-        mismatch.metropolis_chain(batch.trainer, batch.rollout, batch.responses, uniforms=batch.uniforms).multiplicity
+        mismatch.metropolis_chain(
+            log_ratios(batch.trainer, batch.rollout, batch.responses), uniforms=batch.uniforms
+        ).multiplicity
     ),
     "optimal token baseline": lambda batch: mismatch.optimal_token_baseline_advantages(
         batch.rewards, batch.trainer, (batch.trainer.exp() + 1) / 2, batch.responses
@@ -159,6 +181,6 @@ PER_SEQUENCE: dict[str, Callable[[Batch], Tensor]] = {
 }
 
 SCALARS: dict[str, Callable[[Batch], dict[str, float]]] = {
-    "diagnostics": lambda batch: mismatch.diagnose(batch.trainer, batch.rollout, batch.responses).flat(),
+    "diagnostics": lambda batch: mismatch.diagnose(log_ratios(batch.trainer, batch.rollout, batch.responses)).flat(),
     **{name: _value(loss) for name, loss in LOSSES.items()},
 }

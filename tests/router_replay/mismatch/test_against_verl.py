@@ -25,6 +25,7 @@ from router_replay.mismatch import (
     truncated_importance_weights,
     trust_region_mask,
 )
+from tests.router_replay.mismatch.pairs import log_ratios
 from tests.router_replay.mismatch.verl_batches import Batch, random_batch
 
 BATCHES = [
@@ -72,13 +73,15 @@ def _bounds_between(statistics: list[float]) -> list[float]:
 @pytest.mark.parametrize("cap", [0.7, 1.0, 2.0, 3.0, 1e6])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_truncated_weights(batch, level, cap):
-    found = truncated_importance_weights(batch.trainer, batch.rollout, batch.responses, level=level, cap=cap)
+    found = truncated_importance_weights(
+        log_ratios(batch.trainer, batch.rollout, batch.responses), level=level, cap=cap
+    )
     _close(found, _weights(batch, level, cap))
 
 
 def test_the_default_cap_is_verls():
     batch = random_batch(0)
-    ours = truncated_importance_weights(batch.trainer, batch.rollout, batch.responses)
+    ours = truncated_importance_weights(log_ratios(batch.trainer, batch.rollout, batch.responses))
     _close(ours, compute_rollout_correction_weights(batch.trainer - batch.rollout, batch.mask)[0])
     assert (ours == 2).any()
 
@@ -90,15 +93,15 @@ def test_masked_weights_are_verls_with_two_thresholds(batch, level, lower, upper
     raw = _weights(batch, level, 1e9)
     assert all(((raw / bound - 1).abs() > 1e-5).all() for bound in (lower, upper))
     given = (batch.trainer, batch.rollout, batch.responses)
-    _close(masked_importance_weights(*given, level=level, lower=lower, upper=upper), expected)
+    _close(masked_importance_weights(log_ratios(*given), level=level, lower=lower, upper=upper), expected)
     if level == "token":
-        _close(icepop_weights(*given, lower=lower, upper=upper), expected)
+        _close(icepop_weights(log_ratios(*given), lower=lower, upper=upper), expected)
 
 
 @pytest.mark.parametrize(("lower", "upper"), [(0.8, 1.25), (0.95, 1.5), (0.999, 1.001)])
 def test_the_geometric_mask_is_verls_with_bounds_of_the_inverse(batch, lower, upper):
     ours = masked_importance_weights(
-        batch.trainer, batch.rollout, batch.responses, level="geometric", lower=lower, upper=upper
+        log_ratios(batch.trainer, batch.rollout, batch.responses), level="geometric", lower=lower, upper=upper
     )
     means = _statistics(batch, lambda ratio: ratio, lambda row: math.fsum(row) / len(row))
     assert all(abs(mean - math.log(bound)) > 1e-5 for mean in means for bound in (lower, upper))
@@ -112,14 +115,14 @@ def test_the_trust_region_is_verls(batch):
     k3 = _statistics(batch, lambda ratio: math.exp(ratio) - 1 - ratio, lambda row: math.fsum(row) / len(row))
     shares = set()
     for max_k2 in _bounds_between(k2):
-        ours = trust_region_mask(*given, max_k2=max_k2, mean_k3=None)
+        ours = trust_region_mask(log_ratios(*given), max_k2=max_k2, mean_k3=None)
         assert ours.equal(_kept(batch, "seq_max_k2", max_k2))
         shares.add(ours.sum().item())
         for mean_k3 in _bounds_between(k3):
-            both = trust_region_mask(*given, max_k2=max_k2, mean_k3=mean_k3)
+            both = trust_region_mask(log_ratios(*given), max_k2=max_k2, mean_k3=mean_k3)
             assert both.equal(_kept(batch, "seq_max_k2,seq_mean_k3", f"{max_k2},{mean_k3}"))
     for mean_k3 in _bounds_between(k3):
-        ours = trust_region_mask(*given, max_k2=None, mean_k3=mean_k3)
+        ours = trust_region_mask(log_ratios(*given), max_k2=None, mean_k3=mean_k3)
         assert ours.equal(_kept(batch, "seq_mean_k3", mean_k3))
     assert len(shares) >= min(4, len(k2) + 1)
 
@@ -127,11 +130,11 @@ def test_the_trust_region_is_verls(batch):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_self_normalized_weights_are_verls_without_truncation(batch, level):
     given = (batch.trainer, batch.rollout, batch.responses)
-    ours = self_normalized_weights(*given, level=level, over="batch")
+    ours = self_normalized_weights(log_ratios(*given), level=level, over="batch")
     # Float32: the mean is one more sum, of at most 80 weights.
     _close(ours, _weights(batch, level, 1e8, normalize=True))
     # With a cap verl truncates first: its weights are TIS over its mean, which the docstring tells apart from SNIS.
-    tis = truncated_importance_weights(*given, level=level, cap=1.2)
+    tis = truncated_importance_weights(log_ratios(*given), level=level, cap=1.2)
     samples = tis[batch.mask.bool()] if level == "token" else tis.amax(-1)[batch.mask.any(-1)]
     _close(tis / samples.mean(), _weights(batch, level, 1.2, normalize=True))
 
@@ -141,7 +144,7 @@ def test_figures_are_verls(options):
     """Float32 batches: verl's sums and exponentials are float32, ours float64."""
     batch = random_batch(**options)
     verl = compute_offpolicy_metrics(batch.trainer, batch.rollout, batch.mask)
-    ours = diagnose(batch.trainer, batch.rollout, batch.responses)
+    ours = diagnose(log_ratios(batch.trainer, batch.rollout, batch.responses))
     eps = torch.finfo(batch.trainer.dtype).eps
     # Absolute: k1 is a difference of sums of size 5, k3 takes 1 from numbers near 1 and chi-squared from mean(rho^2).
     assert ours.k1 == pytest.approx(verl["kl"], abs=64 * eps)

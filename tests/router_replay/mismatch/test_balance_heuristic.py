@@ -39,10 +39,10 @@ FULL = [random_policy(seed, LONGEST) for seed in (8, 9, 10)]
 
 def _weights(rows: list, behaviours: list[Policy], shares: list[float], level: str) -> torch.Tensor:
     return balance_heuristic_weights(
-        table(PI, rows, LONGEST),
-        torch.stack([table(behaviour, rows, LONGEST) for behaviour in behaviours]),
-        torch.tensor(shares, dtype=torch.float64),
-        batch(rows, LONGEST),
+        trainer=table(PI, rows, LONGEST),
+        behaviours=torch.stack([table(behaviour, rows, LONGEST) for behaviour in behaviours]),
+        shares=torch.tensor(shares, dtype=torch.float64),
+        responses=batch(rows, LONGEST),
         level=level,
     )
 
@@ -167,10 +167,14 @@ def test_shares_may_differ_by_sequence():
     responses = batch([(0,) * 5, (0,) * 2, (), (0,) * 3], 5, [0, 0, 1, 1])
     shares = torch.tensor([[0.5, 0.25, 1.0, 0.0], [0.5, 0.75, 0.0, 1.0]], dtype=torch.float64)
     for level in ("token", "sequence"):
-        together = balance_heuristic_weights(log[0], log[1:], shares, responses, level=level)
+        together = balance_heuristic_weights(
+            trainer=log[0], behaviours=log[1:], shares=shares, responses=responses, level=level
+        )
         for row in range(4):
             alone = batch([(0,) * int(responses.lengths[row])], 5)
-            one = balance_heuristic_weights(log[0, [row]], log[1:, [row]], shares[:, row], alone, level=level)
+            one = balance_heuristic_weights(
+                trainer=log[0, [row]], behaviours=log[1:, [row]], shares=shares[:, row], responses=alone, level=level
+            )
             assert together[row].equal(one[0])
         # A share of 1 is that behaviour's own ratio.
         ratio = log[0, 3, :3] - log[2, 3, :3]
@@ -185,10 +189,10 @@ def test_a_token_that_every_behaviour_takes_for_certain_has_weight_one():
     for level in ("sequence", "token"):
         for number in range(1, 20):
             weights = balance_heuristic_weights(
-                certain,
-                certain.expand(number, 1, 2),
-                torch.full((number,), 1 / number),
-                batch([(0, 0)], 2),
+                trainer=certain,
+                behaviours=certain.expand(number, 1, 2),
+                shares=torch.full((number,), 1 / number),
+                responses=batch([(0, 0)], 2),
                 level=level,
             )
             # Shares are off by an eps each, and so is their logarithm; two tokens.
@@ -211,7 +215,13 @@ def test_a_token_that_every_behaviour_takes_for_certain_has_weight_one():
 )
 def test_a_mixture_refuses(shares, behaviours, level, message):
     with pytest.raises(InputError, match=message):
-        balance_heuristic_weights(-torch.ones(1, 2), behaviours, torch.tensor(shares), batch([(0, 0)], 2), level=level)
+        balance_heuristic_weights(
+            trainer=-torch.ones(1, 2),
+            behaviours=behaviours,
+            shares=torch.tensor(shares),
+            responses=batch([(0, 0)], 2),
+            level=level,
+        )
 
 
 def test_masks_that_follow_from_a_samples_own_tokens_are_no_behaviours():
@@ -236,7 +246,9 @@ def test_masks_that_follow_from_a_samples_own_tokens_are_no_behaviours():
         own = torch.stack([masked[0, 0], masked[1, 1]])[None]
         half, one = torch.tensor([[0.5, 0.5], [1.0, 0.0]], dtype=torch.float64)
         for found, behaviours, shares in ((mixed, masked, half), (single, own, one[:1])):
-            weights = balance_heuristic_weights(trainer, behaviours, shares, batch([(0, 0)] * 2, 2))[:, 0]
+            weights = balance_heuristic_weights(
+                trainer=trainer, behaviours=behaviours, shares=shares, responses=batch([(0, 0)] * 2, 2)
+            )[:, 0]
             for y, weight in zip(pair, weights.tolist(), strict=True):
                 found[y] += covered[pair[0]] * covered[pair[1]] * weight / 2
     assert single == pytest.approx({(0, 0): 0.3, (0, 1): 0.3, (1, 0): 0.28}, abs=1e-13)
@@ -250,7 +262,9 @@ def test_long_responses_lose_no_digits():
     trainer = rollout + 1e-3 * torch.randn(1, 32768, generator=generator)
     trainer = trainer.clamp(max=0)
     responses = Responses.padded(torch.ones(1, 32768))
-    found = balance_heuristic_weights(trainer, rollout[None], torch.ones(1), responses)
+    found = balance_heuristic_weights(
+        trainer=trainer, behaviours=rollout[None], shares=torch.ones(1), responses=responses
+    )
     expected = (trainer.double() - rollout.double()).sum().exp()
     # One rounding to float32 of the logarithm, of size 1, and one of the weight.
     assert found[0, 0].item() == pytest.approx(expected.item(), rel=3e-7)

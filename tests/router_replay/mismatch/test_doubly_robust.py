@@ -14,6 +14,7 @@ from torch import Tensor
 
 from router_replay.errors import InputError
 from router_replay.mismatch import Responses, doubly_robust_advantages, truncated_importance_weights
+from tests.router_replay.mismatch.pairs import log_ratios
 from tests.router_replay.mismatch.tiny_policies import (
     Context,
     batch,
@@ -28,7 +29,9 @@ LONGEST = 3
 ROWS = responses_of(LONGEST)
 MU, PI = random_policy(11, LONGEST), random_policy(12, LONGEST)
 RESPONSES = batch(ROWS, LONGEST)
-CORRECT = truncated_importance_weights(table(PI, ROWS, LONGEST), table(MU, ROWS, LONGEST), RESPONSES, cap=math.inf)
+CORRECT = truncated_importance_weights(
+    log_ratios(table(PI, ROWS, LONGEST), table(MU, ROWS, LONGEST), RESPONSES), cap=math.inf
+)
 P_MU = torch.tensor([probability(MU, row) for row in ROWS], dtype=torch.float64)
 
 

@@ -18,6 +18,7 @@ from router_replay.mismatch import (
     masked_importance_weights,
     truncated_importance_weights,
 )
+from tests.router_replay.mismatch.pairs import log_ratios
 from tests.router_replay.mismatch.tiny_policies import batch, contexts, probability, random_policy, responses_of, table
 
 LONGEST = 3
@@ -74,7 +75,7 @@ def test_the_policies_are_distributions_over_all_responses():
 
 
 def test_importance_weights_of_sequences_are_unbiased():
-    weights = truncated_importance_weights(TRAINER, ROLLOUT, RESPONSES, level="sequence", cap=math.inf)
+    weights = truncated_importance_weights(log_ratios(TRAINER, ROLLOUT, RESPONSES), level="sequence", cap=math.inf)
     target = math.fsum(p * f for p, f in zip(P_PI, F, strict=True))
     assert _expectation(_of_responses(weights), F) == pytest.approx(target, abs=EXACT)
     assert _expectation(F) != pytest.approx(target, abs=0.01)
@@ -85,10 +86,18 @@ def test_the_weighted_policy_gradient_is_the_gradient_of_the_trainers_expectatio
     free = {x: torch.tensor(row, dtype=torch.float64).log().requires_grad_() for x, row in PI.items()}
     rows = [[free[row[:at]].log_softmax(-1)[token] for at, token in enumerate(row)] for row in ROWS]
     current = torch.stack([torch.stack(row + [row[0] * 0] * (LONGEST - len(row))) for row in rows])
-    weights = truncated_importance_weights(TRAINER, ROLLOUT, RESPONSES, level="sequence", cap=math.inf)
+    weights = truncated_importance_weights(log_ratios(TRAINER, ROLLOUT, RESPONSES), level="sequence", cap=math.inf)
     share = torch.tensor(P_MU, dtype=torch.float64)
     advantages = share * torch.tensor(F, dtype=torch.float64)
-    loss = grpo_loss(current, TRAINER, advantages, RESPONSES, weights=weights, aggregation="token-mean", denominator=1)
+    loss = grpo_loss(
+        current=current,
+        old=TRAINER,
+        advantages=advantages,
+        responses=RESPONSES,
+        weights=weights,
+        aggregation="token-mean",
+        denominator=1,
+    )[0]
     found = torch.autograd.grad(-loss, list(free.values()), retain_graph=True)
     value = sum(f * torch.stack(row).sum().exp() for f, row in zip(F, rows, strict=True))
     expected = torch.autograd.grad(value, list(free.values()))
@@ -97,7 +106,9 @@ def test_the_weighted_policy_gradient_is_the_gradient_of_the_trainers_expectatio
 
 @pytest.mark.parametrize("cap", [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 64.0])
 def test_truncated_weights_of_sequences_have_the_closed_forms_bias(cap):
-    weights = _of_responses(truncated_importance_weights(TRAINER, ROLLOUT, RESPONSES, level="sequence", cap=cap))
+    weights = _of_responses(
+        truncated_importance_weights(log_ratios(TRAINER, ROLLOUT, RESPONSES), level="sequence", cap=cap)
+    )
     truncated = math.fsum(mu * min(rho, cap) * f for mu, rho, f in zip(P_MU, RHO, F, strict=True))
     lost = math.fsum(max(pi - cap * mu, 0) * f for mu, pi, f in zip(P_MU, P_PI, F, strict=True))
     target = math.fsum(p * f for p, f in zip(P_PI, F, strict=True))
@@ -109,7 +120,7 @@ def test_truncated_weights_lose_their_bias_as_the_cap_grows():
     target = math.fsum(p * f for p, f in zip(P_PI, F, strict=True))
     biases = []
     for cap in (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 64.0):
-        weights = truncated_importance_weights(TRAINER, ROLLOUT, RESPONSES, level="sequence", cap=cap)
+        weights = truncated_importance_weights(log_ratios(TRAINER, ROLLOUT, RESPONSES), level="sequence", cap=cap)
         biases.append(target - _expectation(_of_responses(weights), F))
     # F is not negative: what the cap takes away is only ever added back.
     assert all(wider < narrower for narrower, wider in itertools.pairwise(biases[:5]))
@@ -118,20 +129,22 @@ def test_truncated_weights_lose_their_bias_as_the_cap_grows():
 
 @pytest.mark.parametrize("place", range(LONGEST))
 def test_weights_of_tokens_keep_the_rollouts_contexts(place):
-    weights = truncated_importance_weights(TRAINER, ROLLOUT, RESPONSES, cap=math.inf)
+    weights = truncated_importance_weights(log_ratios(TRAINER, ROLLOUT, RESPONSES), cap=math.inf)
     found = _at_place(weights, place)
     # Sum over contexts under mu, tokens under pi.
     assert found == pytest.approx(_over_contexts(place, MU), abs=EXACT)
     if place:
         assert found != pytest.approx(_over_contexts(place, PI), abs=1e-3)
-    capped = truncated_importance_weights(TRAINER, ROLLOUT, RESPONSES, cap=1.5)
+    capped = truncated_importance_weights(log_ratios(TRAINER, ROLLOUT, RESPONSES), cap=1.5)
     expected = _over_contexts(place, MU, lambda ratio: min(ratio, 1.5))
     assert _at_place(capped, place) == pytest.approx(expected, abs=EXACT)
 
 
 @pytest.mark.parametrize(("lower", "upper"), [(0.5, 2.0), (0.0, 1.0), (0.9, math.inf)])
 def test_masked_weights_are_the_sum_over_what_is_kept(lower, upper):
-    weights = masked_importance_weights(TRAINER, ROLLOUT, RESPONSES, level="sequence", lower=lower, upper=upper)
+    weights = masked_importance_weights(
+        log_ratios(TRAINER, ROLLOUT, RESPONSES), level="sequence", lower=lower, upper=upper
+    )
     kept = [lower <= rho <= upper for rho in RHO]
     assert 0 < sum(kept) < len(ROWS)
     expected = math.fsum(pi * f for pi, f, keep in zip(P_PI, F, kept, strict=True) if keep)
@@ -143,7 +156,7 @@ def test_masked_weights_are_the_sum_over_what_is_kept(lower, upper):
 def test_icepop_is_the_sum_over_kept_tokens_in_the_rollouts_contexts(place, bounds):
     low, high = bounds.get("lower", 0.5), bounds.get("upper", 5.0)
     expected = _over_contexts(place, MU, lambda ratio: ratio if low <= ratio <= high else 0.0)
-    found = _at_place(icepop_weights(TRAINER, ROLLOUT, RESPONSES, **bounds), place)
+    found = _at_place(icepop_weights(log_ratios(TRAINER, ROLLOUT, RESPONSES), **bounds), place)
     assert found == pytest.approx(expected, abs=EXACT)
 
 
@@ -153,24 +166,32 @@ def test_default_bounds_are_those_of_the_docstrings():
     rollout = torch.full_like(ratios, -3.0)
     given = (rollout + ratios.log(), rollout, batch([(0,) * 6], 6))
     # exp(log(x) - 3 + 3): a few eps of float64.
-    assert truncated_importance_weights(*given)[0].tolist() == pytest.approx([0.49, 0.51, 1.9, 2, 2, 2], rel=1e-14)
-    assert masked_importance_weights(*given)[0].tolist() == pytest.approx([0, 0.51, 1.9, 0, 0, 0], rel=1e-14)
-    assert icepop_weights(*given)[0].tolist() == pytest.approx([0, 0.51, 1.9, 2.1, 4.9, 0], rel=1e-14)
+    assert truncated_importance_weights(log_ratios(*given))[0].tolist() == pytest.approx(
+        [0.49, 0.51, 1.9, 2, 2, 2], rel=1e-14
+    )
+    assert masked_importance_weights(log_ratios(*given))[0].tolist() == pytest.approx(
+        [0, 0.51, 1.9, 0, 0, 0], rel=1e-14
+    )
+    assert icepop_weights(log_ratios(*given))[0].tolist() == pytest.approx([0, 0.51, 1.9, 2.1, 4.9, 0], rel=1e-14)
     on_bounds = torch.tensor([[math.log(0.5), math.log(2.0)]], dtype=torch.float64) - 1
     # The difference is exact: both bounds' logarithms minus 1 plus 1 are 1 ulp off at most, so compare with wider ones.
     one = (on_bounds, torch.full_like(on_bounds, -1.0), batch([(0, 0)], 2))
-    assert masked_importance_weights(*one, lower=0.5 * (1 - 1e-15), upper=2 * (1 + 1e-15)).count_nonzero() == 2
-    assert masked_importance_weights(*one, lower=0.5 * (1 + 1e-14), upper=2 * (1 - 1e-14)).count_nonzero() == 0
+    assert (
+        masked_importance_weights(log_ratios(*one), lower=0.5 * (1 - 1e-15), upper=2 * (1 + 1e-15)).count_nonzero() == 2
+    )
+    assert (
+        masked_importance_weights(log_ratios(*one), lower=0.5 * (1 + 1e-14), upper=2 * (1 - 1e-14)).count_nonzero() == 0
+    )
     exact = (torch.zeros(1, 1) - 1, torch.zeros(1, 1) - 1, batch([(0,)], 1))
-    assert masked_importance_weights(*exact, lower=1.0, upper=1.0).tolist() == [[1.0]]
+    assert masked_importance_weights(log_ratios(*exact), lower=1.0, upper=1.0).tolist() == [[1.0]]
 
 
 @pytest.mark.parametrize("cap", [1.25, math.inf])
 def test_geometric_weights_are_the_roots_of_the_ratios(cap):
     roots = [rho ** (1 / len(row)) for rho, row in zip(RHO, ROWS, strict=True)]
-    truncated = truncated_importance_weights(TRAINER, ROLLOUT, RESPONSES, level="geometric", cap=cap)
+    truncated = truncated_importance_weights(log_ratios(TRAINER, ROLLOUT, RESPONSES), level="geometric", cap=cap)
     expected = math.fsum(mu * min(root, cap) * f for mu, root, f in zip(P_MU, roots, F, strict=True))
     assert _expectation(_of_responses(truncated), F) == pytest.approx(expected, abs=EXACT)
-    masked = masked_importance_weights(TRAINER, ROLLOUT, RESPONSES, level="geometric", lower=0.8, upper=cap)
+    masked = masked_importance_weights(log_ratios(TRAINER, ROLLOUT, RESPONSES), level="geometric", lower=0.8, upper=cap)
     kept = math.fsum(mu * root * f for mu, root, f in zip(P_MU, roots, F, strict=True) if 0.8 <= root <= cap)
     assert _expectation(_of_responses(masked), F) == pytest.approx(kept, abs=EXACT)

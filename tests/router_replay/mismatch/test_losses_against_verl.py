@@ -27,6 +27,7 @@ from router_replay.mismatch import (
     gspo_loss,
     optimal_token_baseline_advantages,
 )
+from tests.router_replay.mismatch.pairs import log_ratios
 from tests.router_replay.mismatch.verl_batches import Batch, random_batch
 
 BATCHES = [
@@ -80,15 +81,15 @@ def test_the_clipped_loss_is_verls(batch, clip, aggregation, weighted):
     _same(
         batch,
         lambda current: grpo_loss(
-            current,
-            batch.trainer,
-            advantages,
-            batch.responses,
+            current=current,
+            old=batch.trainer,
+            advantages=advantages,
+            responses=batch.responses,
             clip_low=clip[0],
             clip_high=clip[1],
             weights=weights,
             aggregation=aggregation,
-        ),
+        )[0],
         lambda current: compute_policy_loss_vanilla(
             batch.trainer, current, advantages, batch.mask, MODES[aggregation], _config(*clip), weights
         )[0],
@@ -100,7 +101,9 @@ def test_the_defaults_are_a_clip_of_one_fifth_and_a_mean_over_sequences():
     advantages = _advantages(batch)
     _same(
         batch,
-        lambda current: grpo_loss(current, batch.trainer, advantages, batch.responses),
+        lambda current: grpo_loss(current=current, old=batch.trainer, advantages=advantages, responses=batch.responses)[
+            0
+        ],
         lambda current: compute_policy_loss_vanilla(
             batch.trainer,
             current,
@@ -120,7 +123,9 @@ def test_the_decoupled_loss_is_verls_clipped_loss_with_its_truncated_weights(bat
     options = {"aggregation": "token-mean"} | ({} if cap is None else {"cap": cap})
     _same(
         batch,
-        lambda current: decoupled_loss(current, batch.trainer, batch.rollout, advantages, batch.responses, **options),
+        lambda current: decoupled_loss(
+            log_ratios(batch.trainer, batch.rollout, batch.responses), current=current, advantages=advantages, **options
+        )[0],
         lambda current: compute_policy_loss_vanilla(
             batch.trainer, current, advantages, batch.mask, "token-mean", _config(0.2, 0.2), weights
         )[0],
@@ -136,8 +141,14 @@ def test_the_sequence_loss_is_verls(batch, clip, weighted):
     _same(
         batch,
         lambda current: gspo_loss(
-            current, batch.trainer, advantages, batch.responses, clip_low=clip[0], clip_high=clip[1], weights=weights
-        ),
+            current=current,
+            old=batch.trainer,
+            advantages=advantages,
+            responses=batch.responses,
+            clip_low=clip[0],
+            clip_high=clip[1],
+            weights=weights,
+        )[0],
         lambda current: compute_policy_loss_gspo(
             batch.trainer,
             current,
@@ -155,7 +166,9 @@ def test_the_sequence_losss_default_bounds_are_the_papers():
     batch = random_batch(14)
     for shift, advantage, expected in ((1.0, 1.0, -1.0004), (-1.0, -1.0, 0.9997)):
         advantages = torch.full((len(batch.mask),), advantage, dtype=torch.float64)
-        loss = gspo_loss(batch.trainer - 1 + shift, batch.trainer - 1, advantages, batch.responses)
+        loss = gspo_loss(
+            current=batch.trainer - 1 + shift, old=batch.trainer - 1, advantages=advantages, responses=batch.responses
+        )[0]
         assert loss.item() == pytest.approx(expected, abs=1e-13)
 
 

@@ -15,6 +15,7 @@ from router_replay.mismatch import (
     gspo_loss,
     truncated_importance_weights,
 )
+from tests.router_replay.mismatch.pairs import log_ratios
 
 ONE = Responses.padded(torch.ones(1, 1))
 TWO = Responses.padded(torch.tensor([[1, 1, 1], [1, 0, 0]]))
@@ -39,27 +40,43 @@ def _one(ratio: float) -> tuple[torch.Tensor, torch.Tensor]:
 )
 def test_clipping_stops_only_steps_that_lead_further_away(ratio, advantage, loss, moves):
     current, old = _one(ratio)
-    found = grpo_loss(current, old, torch.tensor([advantage], dtype=torch.float64), ONE)
+    found = grpo_loss(
+        current=current, old=old, advantages=torch.tensor([advantage], dtype=torch.float64), responses=ONE
+    )[0]
     found.backward()
     assert found.item() == pytest.approx(loss)
     # d/d log pi of -r A is -r A itself.
     assert current.grad.item() == pytest.approx(-ratio * advantage if moves else 0.0)
 
 
+def _grpo(current, old, advantages, **options) -> float:
+    return grpo_loss(current=current, old=old, advantages=advantages, responses=ONE, **options)[0].item()
+
+
 def test_ranges_may_differ_by_side():
     advantage = torch.ones(1, dtype=torch.float64)
-    assert grpo_loss(*_one(2.0), advantage, ONE, clip_high=0.28).item() == pytest.approx(-1.28)
-    assert grpo_loss(*_one(0.1), -advantage, ONE, clip_low=0.4).item() == pytest.approx(0.6)
+    assert _grpo(*_one(2.0), advantage, clip_high=0.28) == pytest.approx(-1.28)
+    assert _grpo(*_one(0.1), -advantage, clip_low=0.4) == pytest.approx(0.6)
 
 
 def test_a_weight_of_zero_stays_in_the_denominator_and_keep_takes_it_out():
     current = torch.full((2, 3), -1.0)
     kept = torch.tensor([[1, 0, 0], [1, 0, 0]]) > 0
     ones = torch.ones(2)
-    assert grpo_loss(current, current, ones, TWO, weights=kept.float(), aggregation="token-mean").item() == -0.5
-    assert grpo_loss(current, current, ones, TWO.keep(kept), aggregation="token-mean").item() == -1
+    assert (
+        grpo_loss(
+            current=current, old=current, advantages=ones, responses=TWO, weights=kept.float(), aggregation="token-mean"
+        )[0].item()
+        == -0.5
+    )
+    assert (
+        grpo_loss(current=current, old=current, advantages=ones, responses=TWO.keep(kept), aggregation="token-mean")[
+            0
+        ].item()
+        == -1
+    )
     nothing = TWO.keep(torch.zeros_like(kept))
-    assert grpo_loss(current, current, ones, nothing).item() == 0
+    assert grpo_loss(current=current, old=current, advantages=ones, responses=nothing)[0].item() == 0
 
 
 def test_gspo_moves_a_sequence_as_a_whole():
@@ -67,7 +84,9 @@ def test_gspo_moves_a_sequence_as_a_whole():
     current = old.clone()
     current[0] += torch.tensor([0.3, -0.2, 0.2])
     current.requires_grad_()
-    loss = gspo_loss(current, old, torch.tensor([1.0, 0.0]), TWO, clip_low=0.2, clip_high=0.2)
+    loss = gspo_loss(
+        current=current, old=old, advantages=torch.tensor([1.0, 0.0]), responses=TWO, clip_low=0.2, clip_high=0.2
+    )[0]
     loss.backward()
     ratio = math.exp(0.1)
     assert loss.item() == pytest.approx(-ratio / 2)
@@ -78,7 +97,7 @@ def test_gspo_moves_a_sequence_as_a_whole():
 
 def test_gspo_bounds_are_the_papers():
     current, old = _one(1.01)
-    loss = gspo_loss(current, old, torch.tensor([1.0], dtype=torch.float64), ONE)
+    loss = gspo_loss(current=current, old=old, advantages=torch.tensor([1.0], dtype=torch.float64), responses=ONE)[0]
     assert loss.item() == pytest.approx(-1.0004)
 
 
@@ -86,12 +105,16 @@ def test_decoupled_loss_is_the_proximal_weight_times_the_clipped_ratio():
     current, proximal = _one(1.5)
     rollout = proximal - math.log(1.7)
     advantages = torch.tensor([2.0], dtype=torch.float64)
-    assert decoupled_loss(current, proximal, rollout, advantages, ONE).item() == pytest.approx(-1.7 * 1.2 * 2)
-    capped = decoupled_loss(current, proximal, proximal - math.log(3), advantages, ONE, cap=2.5)
+    assert decoupled_loss(log_ratios(proximal, rollout, ONE), current=current, advantages=advantages)[
+        0
+    ].item() == pytest.approx(-1.7 * 1.2 * 2)
+    capped = decoupled_loss(
+        log_ratios(proximal, proximal - math.log(3), ONE), current=current, advantages=advantages, cap=2.5
+    )[0]
     assert capped.item() == pytest.approx(-2.5 * 1.2 * 2)
     # With the rollout as proximal policy it is GRPO on the rollout's ratio.
-    same = decoupled_loss(current, rollout, rollout, advantages, ONE)
-    assert same.item() == grpo_loss(current, rollout, advantages, ONE).item()
+    same = decoupled_loss(log_ratios(rollout, rollout, ONE), current=current, advantages=advantages)[0]
+    assert same.item() == grpo_loss(current=current, old=rollout, advantages=advantages, responses=ONE)[0].item()
 
 
 def test_decoupled_loss_with_a_far_range_has_the_off_policy_gradient():
@@ -102,8 +125,14 @@ def test_decoupled_loss_with_a_far_range_has_the_off_policy_gradient():
     proximal = rollout + 0.3 * torch.randn(2, 3, dtype=torch.float64)
     advantages = torch.randn(2, 3, dtype=torch.float64)
     decoupled_loss(
-        current, proximal, rollout, advantages, TWO, clip_low=1, clip_high=1e9, cap=math.inf, aggregation="token-mean"
-    ).backward()
+        log_ratios(proximal, rollout, TWO),
+        current=current,
+        advantages=advantages,
+        clip_low=1,
+        clip_high=1e9,
+        cap=math.inf,
+        aggregation="token-mean",
+    )[0].backward()
     expected = -(current - rollout).exp() * advantages * TWO.mask / 4
     torch.testing.assert_close(current.grad, expected.detach())
 
@@ -113,12 +142,20 @@ def test_losses_take_the_weights_of_this_package():
     current = torch.tensor([[-1.0, -1.0]])
     rollout = torch.tensor([[-1.0, -9.0]])
     responses = Responses.padded(torch.ones(1, 2))
-    weights = truncated_importance_weights(current, rollout, responses)
-    assert grpo_loss(current, current, torch.ones(1), responses, weights=weights).item() == pytest.approx(-1.5)
+    weights = truncated_importance_weights(log_ratios(current, rollout, responses))
+    assert grpo_loss(current=current, old=current, advantages=torch.ones(1), responses=responses, weights=weights)[
+        0
+    ].item() == pytest.approx(-1.5)
 
 
 def test_tensors_of_other_shapes_are_refused():
     with pytest.raises(InputError, match=r"advantages \[3\] must be \[1\], one for each sequence, or .* \[1, 1\]"):
-        grpo_loss(-torch.ones(1, 1), -torch.ones(1, 1), torch.ones(3), ONE)
+        grpo_loss(current=-torch.ones(1, 1), old=-torch.ones(1, 1), advantages=torch.ones(3), responses=ONE)[0]
     with pytest.raises(InputError, match=r"weights \[1\] and the response mask \[1, 1\]"):
-        grpo_loss(-torch.ones(1, 1), -torch.ones(1, 1), torch.ones(1), ONE, weights=torch.ones(1))
+        grpo_loss(
+            current=-torch.ones(1, 1),
+            old=-torch.ones(1, 1),
+            advantages=torch.ones(1),
+            responses=ONE,
+            weights=torch.ones(1),
+        )[0]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from router_replay.errors import InputError
 from router_replay.mismatch import Responses, metropolis_chain
+from tests.router_replay.mismatch.pairs import log_ratios
 
 # The last state is one that the trainer never takes.
 MU = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
@@ -58,9 +59,9 @@ def _all_chains(size: int) -> tuple[Tensor, Tensor, Tensor]:
     chains = torch.arange(len(pairs)).repeat(size)
     tokens = proposed.T.flatten()
     found = metropolis_chain(
-        PI.log()[tokens, None],
-        MU.log()[tokens, None],
-        Responses.padded(torch.ones(len(tokens), 1), chains),
+        log_ratios(
+            PI.log()[tokens, None], MU.log()[tokens, None], Responses.padded(torch.ones(len(tokens), 1), chains)
+        ),
         uniforms=uniforms.T.flatten(),
     )
     assert found.accepted.equal(found.multiplicity > 0) and found.multiplicity.dtype == torch.float32
@@ -122,16 +123,21 @@ def test_acceptance_flips_at_the_ratio_of_ratios(old, new):
     given = (PI.log()[tokens, None], MU.log()[tokens, None], Responses.padded(torch.ones(2, 1), [0, 0]))
     # Logarithms of float32 numbers are off by an eps of 1.2e-7 or two: 1e-6 on either side is clear of it.
     below, above = threshold * (1 - 1e-6), threshold * (1 + 1e-6)
-    assert metropolis_chain(*given, uniforms=torch.tensor([0.0, below])).accepted.flatten().tolist() == [True, True]
+    assert metropolis_chain(log_ratios(*given), uniforms=torch.tensor([0.0, below])).accepted.flatten().tolist() == [
+        True,
+        True,
+    ]
     if threshold < 1:
-        found = metropolis_chain(*given, uniforms=torch.tensor([0.0, above]))
+        found = metropolis_chain(log_ratios(*given), uniforms=torch.tensor([0.0, above]))
         assert found.multiplicity.flatten().tolist() == [2.0, 0.0]
 
 
 def _one_chain(trainer: list[float], uniforms: list[float]) -> list[float]:
     given = torch.tensor(trainer)[:, None]
     responses = Responses.padded(torch.ones_like(given), [0] * len(given))
-    found = metropolis_chain(given, torch.full_like(given, -1.0), responses, uniforms=torch.tensor(uniforms))
+    found = metropolis_chain(
+        log_ratios(given, torch.full_like(given, -1.0), responses), uniforms=torch.tensor(uniforms)
+    )
     return found.multiplicity.flatten().tolist()
 
 
@@ -169,7 +175,7 @@ def test_every_prompt_has_a_chain_of_its_own_over_what_it_proposes(level):
     trainer, rollout, mask, groups = _interleaved()
     responses = Responses.padded(mask, groups)
     uniforms = torch.rand((10,) if level == "sequence" else (10, 5), generator=torch.Generator().manual_seed(1))
-    found = metropolis_chain(trainer, rollout, responses, level=level, uniforms=uniforms)
+    found = metropolis_chain(log_ratios(trainer, rollout, responses), level=level, uniforms=uniforms)
     ratio = (trainer - rollout).masked_fill(~mask, 0)
     expected = torch.zeros(10, 5)
     for group in set(groups):
@@ -187,9 +193,7 @@ def test_every_prompt_has_a_chain_of_its_own_over_what_it_proposes(level):
     # Another order of the groups, each with its own samples and numbers in their order: the same chains.
     order = sorted(range(10), key=lambda row: groups[row])
     permuted = metropolis_chain(
-        trainer[order],
-        rollout[order],
-        Responses.padded(mask[order], [groups[row] for row in order]),
+        log_ratios(trainer[order], rollout[order], Responses.padded(mask[order], [groups[row] for row in order])),
         level=level,
         uniforms=uniforms[order],
     )
@@ -199,7 +203,9 @@ def test_every_prompt_has_a_chain_of_its_own_over_what_it_proposes(level):
 def test_the_default_is_a_chain_of_sequences():
     trainer, rollout, mask, groups = _interleaved()
     found, explicit = (
-        metropolis_chain(trainer, rollout, Responses.padded(mask, groups), uniforms=torch.full((10,), 0.5), **level)
+        metropolis_chain(
+            log_ratios(trainer, rollout, Responses.padded(mask, groups)), uniforms=torch.full((10,), 0.5), **level
+        )
         for level in ({}, {"level": "sequence"})
     )
     assert found.multiplicity.equal(explicit.multiplicity)
@@ -211,7 +217,9 @@ def test_equal_seeds_give_equal_chains_and_others_do_not(level):
     generator = torch.Generator().manual_seed(2)
     trainer, rollout = (-2 * torch.rand(200, 2, generator=generator) for _ in range(2))
     first, again, other = (
-        metropolis_chain(trainer, rollout, responses, level=level, generator=torch.Generator().manual_seed(seed))
+        metropolis_chain(
+            log_ratios(trainer, rollout, responses), level=level, generator=torch.Generator().manual_seed(seed)
+        )
         for seed in (5, 5, 6)
     )
     assert first.multiplicity.equal(again.multiplicity) and not first.multiplicity.equal(other.multiplicity)
@@ -222,7 +230,9 @@ def test_equal_seeds_give_equal_chains_and_others_do_not(level):
 def test_uniform_numbers_of_any_float_type_will_do(level, dtype):
     uniforms = torch.full((2,) if level == "sequence" else (2, 1), 0.5, dtype=dtype)
     given = torch.full((2, 1), -1.0)
-    found = metropolis_chain(given, given, Responses.padded(torch.ones(2, 1), [0, 0]), level=level, uniforms=uniforms)
+    found = metropolis_chain(
+        log_ratios(given, given, Responses.padded(torch.ones(2, 1), [0, 0])), level=level, uniforms=uniforms
+    )
     assert found.multiplicity.dtype == torch.float32 and found.multiplicity.flatten().tolist() == [1, 1]
 
 
@@ -239,4 +249,6 @@ def test_uniform_numbers_of_any_float_type_will_do(level, dtype):
 )
 def test_a_chain_refuses(options, message):
     with pytest.raises(InputError, match=message):
-        metropolis_chain(-torch.ones(2, 3), -torch.ones(2, 3), Responses.padded(torch.ones(2, 3), [0, 0]), **options)
+        metropolis_chain(
+            log_ratios(-torch.ones(2, 3), -torch.ones(2, 3), Responses.padded(torch.ones(2, 3), [0, 0])), **options
+        )

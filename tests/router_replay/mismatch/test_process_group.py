@@ -12,7 +12,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from router_replay.errors import InputError
-from router_replay.mismatch import Responses, diagnose, self_normalized_weights
+from router_replay.mismatch import (
+    Responses,
+    diagnose,
+    grpo_loss,
+    self_normalized_weights,
+    truncated_importance_weights,
+)
+from tests.router_replay.mismatch.pairs import log_ratios
 
 SEQUENCES, WIDTH, LAYERS = 7, 9, 3
 TAUS = (1.1, 2.0, 10.0)
@@ -41,20 +48,27 @@ def _joined() -> dict[str, torch.Tensor]:
 
 
 def _figures(part: dict[str, torch.Tensor], process_group: dist.ProcessGroup | None) -> dict[str, Any]:
-    batch = {name: tensor for name, tensor in part.items() if name != "mask"}
-    found = diagnose(responses=Responses.padded(part["mask"]), taus=TAUS, process_group=process_group, **batch)
+    routes = {name: tensor for name, tensor in part.items() if "routes" in name}
+    given = log_ratios(part["trainer"], part["rollout"], Responses.padded(part["mask"]))
+    found = diagnose(given, taus=TAUS, process_group=process_group, **routes)
     weights = {
         level: self_normalized_weights(
-            part["trainer"],
-            part["rollout"],
-            Responses.padded(part["mask"]),
+            log_ratios(part["trainer"], part["rollout"], Responses.padded(part["mask"])),
             level=level,
             over="batch",
             process_group=process_group,
         )
         for level in ("token", "sequence")
     }
-    return {"diagnostics": found, "weights": weights}
+    _, metrics = grpo_loss(
+        current=part["trainer"],
+        old=part["rollout"],
+        advantages=part["rollout"] + 2,
+        responses=given.responses,
+        weights=truncated_importance_weights(given),
+    )
+    metrics = metrics if process_group is None else metrics.all_reduce(process_group)
+    return {"diagnostics": found, "weights": weights, "metrics": metrics.flat()}
 
 
 def _rank(rank: int, folder: str, split: int) -> None:
@@ -79,6 +93,10 @@ def test_two_ranks_equal_one(split: int, tmp_path: Path):
         assert getattr(found, name) == getattr(expected, name), name
     assert found.routes == expected.routes
     assert found.flat() == pytest.approx(expected.flat(), rel=1e-6, abs=0)
+    assert first["metrics"] == second["metrics"]
+    # Sums of float64 numbers in another order.
+    assert first["metrics"] == pytest.approx(one["metrics"], rel=1e-12, abs=0)
+    assert min(first["metrics"].values()) > 0
     for level, expected_weights in one["weights"].items():
         joined = torch.cat([first["weights"][level], second["weights"][level]])
         # Float64 inside, rounded to float32 at the end: one unit in the last place at most.
@@ -88,4 +106,4 @@ def test_two_ranks_equal_one(split: int, tmp_path: Path):
 def test_groups_of_prompts_are_not_split_over_ranks():
     responses = Responses.padded(torch.ones(1, 1))
     with pytest.raises(InputError, match="every prompt's group is on one rank"):
-        self_normalized_weights(-torch.ones(1, 1), -torch.ones(1, 1), responses, process_group=object())
+        self_normalized_weights(log_ratios(-torch.ones(1, 1), -torch.ones(1, 1), responses), process_group=object())

@@ -17,6 +17,7 @@ from router_replay.mismatch import (
     trust_region_mask,
 )
 from router_replay.mismatch.corrections import rejection as subject
+from tests.router_replay.mismatch.pairs import log_ratios
 from tests.router_replay.mismatch.tiny_policies import batch, contexts, random_policy, responses_of, table
 
 
@@ -39,18 +40,25 @@ def _rows(mask: Tensor, responses: Responses) -> list[bool]:
 def test_the_veto_looks_at_small_ratios_only():
     rows = [[1.0, 1.1e-4], [1.0, 0.9e-4, 1.0], [1e6, 1.0], [0.0], [], [0.5, 0.5]]
     given = _ratios(rows)
-    assert _rows(catastrophic_token_veto(*given), given[2]) == [True, False, True, False, False, True]
-    assert _rows(catastrophic_token_veto(*given, threshold=0.7), given[2]) == [False, False, True, False, False, False]
+    assert _rows(catastrophic_token_veto(log_ratios(*given)), given[2]) == [True, False, True, False, False, True]
+    assert _rows(catastrophic_token_veto(log_ratios(*given), threshold=0.7), given[2]) == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
     for threshold in (0.0, 1.0, -1.0, math.nan):
         with pytest.raises(InputError, match="threshold"):
-            catastrophic_token_veto(*given, threshold=threshold)
+            catastrophic_token_veto(log_ratios(*given), threshold=threshold)
 
 
 def test_a_ratio_on_the_vetos_threshold_is_kept():
     """2^-k and its logarithm in float64: log(1) - k log 2 against the threshold's own logarithm."""
     trainer = torch.tensor([[-math.log(8)]], dtype=torch.float64)
     one = Responses.padded(torch.ones(1, 1))
-    assert catastrophic_token_veto(trainer, torch.zeros(1, 1).double(), one, threshold=1 / 8).item()
+    assert catastrophic_token_veto(log_ratios(trainer, torch.zeros(1, 1).double(), one), threshold=1 / 8).item()
 
 
 def test_off_policy_sequences_are_dropped_where_the_advantage_is_negative():
@@ -58,12 +66,12 @@ def test_off_policy_sequences_are_dropped_where_the_advantage_is_negative():
     rows = [[math.exp(-0.02), math.exp(-0.2)], [math.exp(-0.09)], [math.e, math.e], [1.0, 0.0], []]
     given = _ratios(rows)
     for sign, kept in ((-1.0, [False, True, True, False, False]), (1.0, [True, True, True, True, False])):
-        mask = off_policy_sequence_mask(*given[:2], torch.full((5,), sign), given[2])
+        mask = off_policy_sequence_mask(log_ratios(*given[:2], given[2]), torch.full((5,), sign))
         assert _rows(mask, given[2]) == kept
     # An advantage of 0 has nothing to teach either way and stays.
-    mask = off_policy_sequence_mask(*given[:2], torch.zeros(5), given[2])
+    mask = off_policy_sequence_mask(log_ratios(*given[:2], given[2]), torch.zeros(5))
     assert _rows(mask, given[2]) == [True, True, True, True, False]
-    wider = off_policy_sequence_mask(*given[:2], -torch.ones(5), given[2], max_kl=0.12)
+    wider = off_policy_sequence_mask(log_ratios(*given[:2], given[2]), -torch.ones(5), max_kl=0.12)
     assert _rows(wider, given[2]) == [True, True, True, False, False]
 
 
@@ -71,10 +79,10 @@ def test_off_policy_masking_is_per_token_where_advantages_are():
     rows = [[math.exp(-0.1), math.exp(-0.3)], [math.exp(-0.05)], [1.0, 0.0]]
     trainer, rollout, responses = _ratios(rows)
     advantages = torch.tensor([[1.0, -1.0], [-1.0, math.nan], [-1.0, 1.0]])
-    mask = off_policy_sequence_mask(trainer, rollout, advantages, responses)
+    mask = off_policy_sequence_mask(log_ratios(trainer, rollout, responses), advantages)
     assert mask.tolist() == [[True, False], [True, False], [False, True]]
     with pytest.raises(InputError, match="advantages"):
-        off_policy_sequence_mask(trainer, rollout, torch.ones(2), responses)
+        off_policy_sequence_mask(log_ratios(trainer, rollout, responses), torch.ones(2))
 
 
 @pytest.mark.parametrize("bounds", [{}, {"max_k2": 0.02, "mean_k3": None}, {"max_k2": None, "mean_k3": 0.02}])
@@ -99,14 +107,18 @@ def test_the_sampled_trust_region_bounds_the_largest_k2_and_the_mean_k3(bounds):
         near = mean_k3 is None or sum(k3) / max(len(k3), 1) <= mean_k3
         expected.append(bool(row) and small and near)
     assert 0 < sum(expected) < len(rows) - 1
-    assert _rows(trust_region_mask(*given, **bounds), given[2]) == expected
+    assert _rows(trust_region_mask(log_ratios(*given), **bounds), given[2]) == expected
 
 
 def test_the_default_bound_lets_a_ratio_of_one_and_a_half_pass_and_more_than_1_56_not():
     rows = [[math.exp(math.sqrt(0.2)) * (1 + shift)] for shift in (-1e-6, 1e-6)]
     rows += [[math.exp(-math.sqrt(0.2)) * (1 + shift)] for shift in (-1e-6, 1e-6)]
     given = _ratios(rows)
-    assert _rows(trust_region_mask(*given, mean_k3=None), given[2]) == [True, False, False, True]
+    assert _rows(trust_region_mask(log_ratios(*given), mean_k3=None), given[2]) == [True, False, False, True]
+
+
+def _exact(trainer: Tensor, rollout: Tensor, responses: Responses, **options) -> Tensor:
+    return exact_trust_region_mask(trainer_logits=trainer, rollout_logits=rollout, responses=responses, **options)
 
 
 def _flips_at(bound: float, mask_of) -> None:
@@ -142,13 +154,17 @@ def test_the_exact_trust_region_bounds_the_divergence_of_whole_distributions(sca
             for at in mask[row].nonzero().flatten().tolist()
         ]
         if not each:
-            assert not exact_trust_region_mask(trainer, rollout, responses, chunk_tokens=chunk_tokens)[row].any()
+            assert not exact_trust_region_mask(
+                trainer_logits=trainer, rollout_logits=rollout, responses=responses, chunk_tokens=chunk_tokens
+            )[row].any()
             continue
         for name, other, bound in (("max_kl", "mean_kl", max(each)), ("mean_kl", "max_kl", sum(each) / len(each))):
 
             def kept(value, name=name, other=other, row=row):
                 bounds = {name: value, other: None, "chunk_tokens": chunk_tokens}
-                return exact_trust_region_mask(trainer, rollout, responses, **bounds)[row]
+                return exact_trust_region_mask(
+                    trainer_logits=trainer, rollout_logits=rollout, responses=responses, **bounds
+                )[row]
 
             _flips_at(bound, kept)
 
@@ -162,10 +178,22 @@ def test_a_token_that_only_the_trainer_excludes_drops_the_sequence():
     responses = Responses.padded(torch.ones(3, 2))
     # Row 2: KL = log(4/3) = 0.288 of one token, half of it in the mean.
     for bounds, kept in (({"max_kl": 0.28}, [False, True, False]), ({"max_kl": 0.29}, [False, True, True])):
-        assert _rows(exact_trust_region_mask(trainer, rollout, responses, mean_kl=None, **bounds), responses) == kept
-    means = exact_trust_region_mask(trainer, rollout, responses, max_kl=None, mean_kl=0.145)
+        assert (
+            _rows(
+                exact_trust_region_mask(
+                    trainer_logits=trainer, rollout_logits=rollout, responses=responses, mean_kl=None, **bounds
+                ),
+                responses,
+            )
+            == kept
+        )
+    means = exact_trust_region_mask(
+        trainer_logits=trainer, rollout_logits=rollout, responses=responses, max_kl=None, mean_kl=0.145
+    )
     assert _rows(means, responses) == [False, True, True]
-    assert _rows(exact_trust_region_mask(trainer, rollout, responses), responses) == [False, True, False]
+    assert _rows(
+        exact_trust_region_mask(trainer_logits=trainer, rollout_logits=rollout, responses=responses), responses
+    ) == [False, True, False]
 
 
 def test_default_bounds_of_the_exact_trust_region():
@@ -179,7 +207,11 @@ def test_default_bounds_of_the_exact_trust_region():
     for divergence, length, kept in ((0.099, 20, True), (0.101, 20, False), (0.0099, 1, True), (0.0101, 1, False)):
         trainer = torch.zeros(1, length, 2)
         trainer[0, 0] = logits(divergence)
-        found = exact_trust_region_mask(trainer, torch.zeros(1, length, 2), Responses.padded(torch.ones(1, length)))
+        found = exact_trust_region_mask(
+            trainer_logits=trainer,
+            rollout_logits=torch.zeros(1, length, 2),
+            responses=Responses.padded(torch.ones(1, length)),
+        )
         assert found.all().item() is kept and found.any().item() is kept
 
 
@@ -187,7 +219,9 @@ def test_distributions_are_taken_a_chunk_at_a_time(monkeypatch):
     seen, kl = [], subject._kl
     monkeypatch.setattr(subject, "_kl", lambda p, q: (seen.append(len(p)), kl(p, q))[1])
     logits = torch.randn(3, 4, 5)
-    exact_trust_region_mask(logits, logits, Responses.padded(torch.ones(3, 4)), chunk_tokens=5)
+    exact_trust_region_mask(
+        trainer_logits=logits, rollout_logits=logits, responses=Responses.padded(torch.ones(3, 4)), chunk_tokens=5
+    )
     assert seen == [5, 5, 2]
 
 
@@ -198,29 +232,33 @@ def test_what_is_no_distribution_is_refused(bad):
         given = [logits.clone(), logits.clone()]
         given[side][0, 1, 0] = bad
         with pytest.raises(InputError, match="no distribution"):
-            exact_trust_region_mask(*given, Responses.padded(torch.ones(1, 2)))
-        assert exact_trust_region_mask(*given, Responses.padded(torch.tensor([[1, 0]]))).tolist() == [[True, False]]
+            _exact(*given, Responses.padded(torch.ones(1, 2)))
+        assert _exact(*given, Responses.padded(torch.tensor([[1, 0]]))).tolist() == [[True, False]]
         given[side][0, 1] = -math.inf
         with pytest.raises(InputError, match="no distribution"):
-            exact_trust_region_mask(*given, Responses.padded(torch.ones(1, 2)))
+            _exact(*given, Responses.padded(torch.ones(1, 2)))
 
 
 @pytest.mark.parametrize("bounds", [(None, None), (-0.1, None), (None, -0.1)])
 def test_a_trust_region_needs_a_bound(bounds):
     responses, log, logits = Responses.padded(torch.ones(1, 2)), -torch.ones(1, 2), torch.ones(1, 2, 3)
     with pytest.raises(InputError, match="needs a bound"):
-        trust_region_mask(log, log, responses, max_k2=bounds[0], mean_k3=bounds[1])
+        trust_region_mask(log_ratios(log, log, responses), max_k2=bounds[0], mean_k3=bounds[1])
     with pytest.raises(InputError, match="needs a bound"):
-        exact_trust_region_mask(logits, logits, responses, max_kl=bounds[0], mean_kl=bounds[1])
+        exact_trust_region_mask(
+            trainer_logits=logits, rollout_logits=logits, responses=responses, max_kl=bounds[0], mean_kl=bounds[1]
+        )
 
 
 def test_what_lies_on_a_bound_is_kept():
     """Statistics without rounding: a log-ratio of +-1/2 or 0, equal distributions."""
     responses, log, logits = Responses.padded(torch.ones(1, 2)), torch.full((1, 2), -2.0), torch.ones(1, 2, 3)
-    assert off_policy_sequence_mask(log - 0.5, log, -torch.ones(1), responses, max_kl=0.5).all()
-    assert trust_region_mask(log - 0.5, log, responses, max_k2=0.125, mean_k3=None).all()
-    assert trust_region_mask(log, log, responses, max_k2=0.0, mean_k3=0.0).all()
-    assert exact_trust_region_mask(logits, logits, responses, max_kl=0.0, mean_kl=0.0).all()
+    assert off_policy_sequence_mask(log_ratios(log - 0.5, log, responses), -torch.ones(1), max_kl=0.5).all()
+    assert trust_region_mask(log_ratios(log - 0.5, log, responses), max_k2=0.125, mean_k3=None).all()
+    assert trust_region_mask(log_ratios(log, log, responses), max_k2=0.0, mean_k3=0.0).all()
+    assert exact_trust_region_mask(
+        trainer_logits=logits, rollout_logits=logits, responses=responses, max_kl=0.0, mean_kl=0.0
+    ).all()
 
 
 def test_k3_estimates_the_divergence_without_bias_in_every_context():
@@ -240,13 +278,11 @@ def test_k3_estimates_the_divergence_without_bias_in_every_context():
             # Halved until neighbours: the statistic to 100 / 2^48 = 4e-13.
             for _ in range(48):
                 middle = (low + high) / 2
-                kept = trust_region_mask(trainer, rollout, only, max_k2=None, mean_k3=middle).any()
+                kept = trust_region_mask(log_ratios(trainer, rollout, only), max_k2=None, mean_k3=middle).any()
                 low, high = (low, middle) if kept else (middle, high)
             expectation += mu[x][token] * high
         exact = _kl(list(mu[x]), list(pi[x]))
         assert expectation == pytest.approx(exact, abs=1e-12)
         distributions = [torch.tensor([[policy[x]]], dtype=torch.float64).log() for policy in (pi, mu)]
         one = Responses.padded(torch.ones(1, 1))
-        _flips_at(
-            exact, lambda bound, d=distributions, r=one: exact_trust_region_mask(*d, r, max_kl=bound, mean_kl=None)
-        )
+        _flips_at(exact, lambda bound, d=distributions, r=one: _exact(*d, r, max_kl=bound, mean_kl=None))

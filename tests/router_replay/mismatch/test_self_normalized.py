@@ -10,6 +10,7 @@ import torch
 
 from router_replay.errors import InputError
 from router_replay.mismatch import Responses, self_normalized_weights
+from tests.router_replay.mismatch.pairs import log_ratios
 from tests.router_replay.mismatch.tiny_policies import batch, probability, random_policy, responses_of, table
 
 LONGEST = 2
@@ -28,7 +29,7 @@ def _expectation_over_sets(size: int) -> float:
     rows = [ROWS[number] for each in tuples for number in each]
     groups = [at for at in range(len(tuples)) for _ in range(size)]
     weights = self_normalized_weights(
-        table(PI, rows, LONGEST), table(MU, rows, LONGEST), batch(rows, LONGEST, groups), over="group"
+        log_ratios(table(PI, rows, LONGEST), table(MU, rows, LONGEST), batch(rows, LONGEST, groups)), over="group"
     )
     first = weights[:, 0].reshape(len(tuples), size).tolist()
     return (
@@ -64,7 +65,7 @@ def test_the_bias_falls_as_one_over_n():
         tokens = torch.cat([torch.repeat_interleave(torch.arange(3), torch.tensor(each)) for each in counts])
         trainer, rollout = (torch.tensor(law, dtype=torch.float64).log()[tokens, None] for law in (pi, mu))
         responses = Responses.padded(torch.ones(len(tokens), 1), torch.arange(len(counts)).repeat_interleave(size))
-        weighted = self_normalized_weights(trainer, rollout, responses)[:, 0] * torch.tensor(f)[tokens]
+        weighted = self_normalized_weights(log_ratios(trainer, rollout, responses))[:, 0] * torch.tensor(f)[tokens]
         chance = [
             math.factorial(size) * math.prod(q**n / math.factorial(n) for q, n in zip(mu, each, strict=True))
             for each in counts
@@ -85,7 +86,7 @@ def test_exact_proportions_give_the_exact_expectation():
     mu = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64) / 8
     pi, f = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64), torch.tensor([3.0, -1.0, 7.0], dtype=torch.float64)
     weights = self_normalized_weights(
-        pi.log()[tokens, None], mu.log()[tokens, None], Responses.padded(torch.ones(8, 1)), over="batch"
+        log_ratios(pi.log()[tokens, None], mu.log()[tokens, None], Responses.padded(torch.ones(8, 1))), over="batch"
     )
     assert (weights[:, 0] * f[tokens]).mean().item() == pytest.approx((pi * f).sum().item(), abs=1e-14)
 
@@ -104,7 +105,7 @@ def _random(seed: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_every_set_has_mean_one_and_weights_in_proportion_to_the_ratios(level, over):
     trainer, rollout, responses, groups = _random(0)
-    weights = self_normalized_weights(trainer, rollout, responses, level=level, over=over)
+    weights = self_normalized_weights(log_ratios(trainer, rollout, responses), level=level, over=over)
     samples: dict[int, list[tuple[float, float]]] = {}
     for row, group in enumerate(groups):
         columns = responses.mask[row].nonzero().flatten().tolist()
@@ -126,8 +127,8 @@ def test_every_set_has_mean_one_and_weights_in_proportion_to_the_ratios(level, o
 
 def test_defaults_are_sequences_over_their_group():
     trainer, rollout, responses, _ = _random(1)
-    expected = self_normalized_weights(trainer, rollout, responses, level="sequence", over="group")
-    assert self_normalized_weights(trainer, rollout, responses).equal(expected)
+    expected = self_normalized_weights(log_ratios(trainer, rollout, responses), level="sequence", over="group")
+    assert self_normalized_weights(log_ratios(trainer, rollout, responses)).equal(expected)
 
 
 @pytest.mark.parametrize("over", ["batch", "group"])
@@ -135,8 +136,8 @@ def test_defaults_are_sequences_over_their_group():
 def test_a_constant_factor_in_the_ratios_changes_nothing(level, over):
     trainer, rollout, responses, _ = _random(2)
     one = responses.keep(responses.mask.cumsum(-1) == 1) if level == "sequence" else responses
-    before = self_normalized_weights(trainer, rollout, one, level=level, over=over)
-    after = self_normalized_weights(trainer - 700.25, rollout, one, level=level, over=over)
+    before = self_normalized_weights(log_ratios(trainer, rollout, one), level=level, over=over)
+    after = self_normalized_weights(log_ratios(trainer - 700.25, rollout, one), level=level, over=over)
     # A logarithm of 700 has an error of 1.1e-13.
     torch.testing.assert_close(after, before, rtol=1e-12, atol=0)
 
@@ -144,14 +145,14 @@ def test_a_constant_factor_in_the_ratios_changes_nothing(level, over):
 def test_a_set_without_any_weight_has_weights_of_zero_and_no_nan():
     trainer = torch.tensor([[-math.inf], [-math.inf], [-1.0]])
     rollout = torch.full_like(trainer, -2.0)
-    weights = self_normalized_weights(trainer, rollout, Responses.padded(torch.ones(3, 1), [0, 0, 1]))
+    weights = self_normalized_weights(log_ratios(trainer, rollout, Responses.padded(torch.ones(3, 1), [0, 0, 1])))
     assert weights.tolist() == [[0.0], [0.0], [1.0]]
 
 
 def test_no_weight_exceeds_the_size_of_its_set_however_far_ratios_lie_apart():
     trainer = torch.tensor([[-1.0], [-5000.0], [-9000.0]])
     weights = self_normalized_weights(
-        trainer, torch.full_like(trainer, -4000.0), Responses.padded(torch.ones(3, 1), [0] * 3)
+        log_ratios(trainer, torch.full_like(trainer, -4000.0), Responses.padded(torch.ones(3, 1), [0] * 3))
     )
     # log 3 in float64 and exp in float64, kept as float32: one rounding of 3.
     assert weights.flatten().tolist() == pytest.approx([3.0, 0.0, 0.0], rel=1.2e-7)
@@ -160,6 +161,6 @@ def test_no_weight_exceeds_the_size_of_its_set_however_far_ratios_lie_apart():
 def test_groups_may_not_be_joined_over_ranks():
     trainer, rollout, responses, _ = _random(3)
     with pytest.raises(InputError, match="every prompt's group is on one rank"):
-        self_normalized_weights(trainer, rollout, responses, over="group", process_group=object())
+        self_normalized_weights(log_ratios(trainer, rollout, responses), over="group", process_group=object())
     with pytest.raises(InputError, match="level must be"):
-        self_normalized_weights(trainer, rollout, responses, level="geometric")
+        self_normalized_weights(log_ratios(trainer, rollout, responses), level="geometric")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from router_replay.errors import InputError
-from router_replay.mismatch import apply_sampling_mask, sampling_mask
+from router_replay.mismatch import apply_sampling_mask, kept_token_ids
 
 PROBS = torch.tensor([0.1, 0.4, 0.2, 0.3])
 LOGITS = PROBS.log()
@@ -29,18 +29,18 @@ LOGITS = PROBS.log()
     ],
 )
 def test_top_k_and_top_p_keep_what_a_sampler_keeps(settings, kept):
-    assert sampling_mask(LOGITS[None], **settings).tolist() == [kept]
+    assert kept_token_ids(LOGITS[None], **settings).tolist() == [kept]
 
 
 def test_rows_of_different_lengths_are_filled_up():
     even = torch.zeros(4)
-    assert sampling_mask(torch.stack([LOGITS, even]), top_p=0.5).tolist() == [[1, 3], [0, 1]]
-    assert sampling_mask(torch.stack([LOGITS, even]), top_p=0.4 - 1e-6).tolist() == [[1, -1], [0, 1]]
+    assert kept_token_ids(torch.stack([LOGITS, even]), top_p=0.5).tolist() == [[1, 3], [0, 1]]
+    assert kept_token_ids(torch.stack([LOGITS, even]), top_p=0.4 - 1e-6).tolist() == [[1, -1], [0, 1]]
 
 
 def test_log_probabilities_are_those_of_the_truncated_distribution():
     logits = LOGITS[None].clone().requires_grad_()
-    kept = sampling_mask(logits, top_k=2)
+    kept = kept_token_ids(logits, top_k=2)
     log_probs = apply_sampling_mask(logits, kept, torch.tensor([3])).log_softmax(-1)
     assert log_probs.tolist() == [pytest.approx([-math.inf, math.log(4 / 7), -math.inf, math.log(3 / 7)], rel=1e-6)]
     log_probs[0, 3].backward()
@@ -57,7 +57,7 @@ def test_a_row_of_no_ids_was_not_truncated():
 def test_shards_of_the_vocabulary_are_masked_alike():
     torch.manual_seed(0)
     logits = torch.randn(6, 10)
-    kept = sampling_mask(logits, top_p=0.7)
+    kept = kept_token_ids(logits, top_p=0.7)
     kept[2] = -1
     halves = [apply_sampling_mask(logits[:, at : at + 5], kept, vocab_start=at, vocab_size=10) for at in (0, 5)]
     assert torch.equal(torch.cat(halves, -1), apply_sampling_mask(logits, kept))
@@ -84,16 +84,16 @@ def test_shapes_that_do_not_fit_are_refused(arguments, message):
 @pytest.mark.parametrize("settings", [{"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}])
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(InputError, match="top_k must be at least 1"):
-        sampling_mask(LOGITS[None], **settings)
+        kept_token_ids(LOGITS[None], **settings)
 
 
 def test_nothing_is_cut_off_a_long_tail_where_nothing_is_truncated():
     """Float32 sums of 150,000 probabilities reach 1 before the last of them."""
     logits = 3 * torch.randn(1, 151936, generator=torch.Generator().manual_seed(0))
     for settings in ({}, {"top_p": 1.0}, {"top_k": 200_000}):
-        assert sampling_mask(logits, **settings).shape == logits.shape
+        assert kept_token_ids(logits, **settings).shape == logits.shape
     probs = logits.double().softmax(-1).sort(descending=True).values[0]
-    kept = int((sampling_mask(logits, top_p=0.9999) >= 0).sum())
+    kept = int((kept_token_ids(logits, top_p=0.9999) >= 0).sum())
     assert probs[: kept - 1].sum() < 0.9999 <= probs[:kept].sum()
 
 

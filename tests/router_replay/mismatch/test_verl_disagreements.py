@@ -38,6 +38,7 @@ from router_replay.mismatch import (
     truncated_importance_weights,
     trust_region_mask,
 )
+from tests.router_replay.mismatch.pairs import log_ratios
 
 ROLLOUT = -50.0
 
@@ -57,11 +58,11 @@ def _config(**options) -> ActorConfig:
 def test_verl_limits_log_ratios_to_20():
     trainer, rollout, mask = _given([-30.0], [25.0], [-math.inf])
     theirs, _ = compute_rollout_correction_weights(trainer - rollout, mask, "token", 1e300)
-    ours = truncated_importance_weights(trainer, rollout, Responses.padded(mask), cap=math.inf)
+    ours = truncated_importance_weights(log_ratios(trainer, rollout, Responses.padded(mask)), cap=math.inf)
     assert theirs.flatten().tolist() == pytest.approx([math.exp(-20), math.exp(20), math.exp(-20)], rel=1e-14)
     assert ours.flatten().tolist() == pytest.approx([math.exp(-30), math.exp(25), 0.0], rel=1e-14)
     together, _ = compute_rollout_correction_weights(*_log_ratio([-15.0, -15.0]), "sequence", 2.0)
-    sequence = truncated_importance_weights(*_ours([-15.0, -15.0]), level="sequence")
+    sequence = truncated_importance_weights(log_ratios(*_ours([-15.0, -15.0])), level="sequence")
     assert together[0, 0].item() == pytest.approx(math.exp(-20), rel=1e-13)
     assert sequence[0, 0].item() == pytest.approx(math.exp(-30), rel=1e-13)
 
@@ -79,7 +80,7 @@ def _ours(*ratios: list[float]) -> tuple[torch.Tensor, torch.Tensor, Responses]:
 def test_verl_token_k1_bounds_are_of_the_inverse_ratio():
     ratios = [math.log(each) for each in (0.3, 0.6, 1.0, 1.5, 3.0)]
     theirs, _ = compute_rollout_rejection_mask(*_log_ratio(ratios), "token_k1", "0.5_4.0")
-    ours = masked_importance_weights(*_ours(ratios), lower=0.5, upper=4.0)
+    ours = masked_importance_weights(log_ratios(*_ours(ratios)), lower=0.5, upper=4.0)
     assert theirs.tolist() == [[1, 1, 1, 1, 0]]
     assert (ours > 0).tolist() == [[False, True, True, True, True]]
     # With two thresholds for its weights verl keeps what we keep.
@@ -93,7 +94,7 @@ def test_verl_chi2_is_without_the_control_variate():
     """mean(rho^2) - 1 = mean((rho - 1)^2) + 2 (mean(rho) - 1); of ratios below 1 it is negative."""
     logs = [math.log(0.5), math.log(0.8)]
     theirs = compute_offpolicy_metrics(*_given(logs))
-    ours = diagnose(*_ours(logs))
+    ours = diagnose(log_ratios(*_ours(logs)))
     assert ours.chi2_token == pytest.approx((0.25 + 0.04) / 2, rel=1e-13)
     assert theirs["chi2_token"] == pytest.approx((0.25 + 0.64) / 2 - 1, rel=1e-13)
     assert theirs["chi2_token"] == pytest.approx(ours.chi2_token + 2 * (0.65 - 1), rel=1e-12)
@@ -101,7 +102,7 @@ def test_verl_chi2_is_without_the_control_variate():
     assert theirs["chi2_seq"] == pytest.approx(0.16 - 1, rel=1e-12)
     # And its log-ratios end at 20 there, too.
     assert compute_offpolicy_metrics(*_given([25.0]))["chi2_token"] == pytest.approx(math.exp(40), rel=1e-12)
-    assert diagnose(*_ours([25.0])).chi2_token == pytest.approx(math.expm1(25) ** 2, rel=1e-12)
+    assert diagnose(log_ratios(*_ours([25.0]))).chi2_token == pytest.approx(math.expm1(25) ** 2, rel=1e-12)
 
 
 def test_verl_means_divide_by_count_plus_1e_8():
@@ -132,7 +133,7 @@ def _baseline_inputs(energy: float) -> tuple[torch.Tensor, ...]:
 def test_verl_counts_rows_without_a_response_in_means_over_sequences():
     """As perplexity 1 and ratio 1; ours are means over sequences that have tokens."""
     theirs = compute_offpolicy_metrics(*_given([-1.0], []))
-    ours = diagnose(*_ours([-1.0], []))
+    ours = diagnose(log_ratios(*_ours([-1.0], [])))
     assert ours.perplexity_ratio == pytest.approx(math.e, rel=1e-13)
     assert theirs["ppl_ratio"] == pytest.approx((math.e + 1) / 2, rel=1e-13)
     assert ours.perplexity_rollout == pytest.approx(math.exp(50), rel=1e-13)
@@ -144,7 +145,7 @@ def test_verl_counts_rows_without_a_response_in_means_over_sequences():
 
 def test_verl_figures_are_infinite_after_one_token_of_probability_0():
     theirs = compute_offpolicy_metrics(*_given([-1.0, -math.inf], [1.0]))
-    ours = diagnose(*_ours([-1.0, -math.inf], [1.0]))
+    ours = diagnose(log_ratios(*_ours([-1.0, -math.inf], [1.0])))
     assert theirs["kl"] == theirs["k3_kl"] == theirs["ppl_ratio"] == theirs["training_ppl"] == math.inf
     assert ours.zero_probability_tokens == 1
     assert ours.k1 == pytest.approx(0, abs=1e-13) and ours.perplexity_ratio == pytest.approx(math.exp(-1), rel=1e-13)
@@ -154,7 +155,7 @@ def test_verl_keeps_an_impossible_token_in_a_long_response():
     """Its k3 is limited to that of exp(-20), 19 nats, which a mean over 2000 tokens brings below 0.01."""
     logs = [-math.inf] + [0.0] * 2000
     theirs, _ = compute_rollout_rejection_mask(*_log_ratio(logs), "seq_mean_k3", "0.01")
-    assert theirs.all() and not trust_region_mask(*_ours(logs), max_k2=None).any()
+    assert theirs.all() and not trust_region_mask(log_ratios(*_ours(logs)), max_k2=None).any()
 
 
 def test_verl_effective_sample_size_of_sequences_counts_tokens_and_truncated_weights():
@@ -164,7 +165,7 @@ def test_verl_effective_sample_size_of_sequences_counts_tokens_and_truncated_wei
     # Weights 4, 4, 4, 1 and 2, 2, 2, 1; ours are 4 and 1, of two sequences. 1e-8 on a mean of 3.
     assert plain["rollout_is_eff_sample_size"] == pytest.approx(13**2 / (4 * 49), rel=1e-7)
     assert capped["rollout_is_eff_sample_size"] == pytest.approx(7**2 / (4 * 13), rel=1e-7)
-    assert diagnose(*_ours(*logs)).ess_sequence == pytest.approx(5**2 / (2 * 17), rel=1e-12)
+    assert diagnose(log_ratios(*_ours(*logs))).ess_sequence == pytest.approx(5**2 / (2 * 17), rel=1e-12)
 
 
 def test_verl_weights_keep_the_nan_of_padding():
@@ -172,13 +173,16 @@ def test_verl_weights_keep_the_nan_of_padding():
     trainer[1, 1] = math.nan
     theirs, _ = compute_rollout_correction_weights(trainer - rollout, mask, "token")
     assert theirs[1, 1].isnan()
-    assert truncated_importance_weights(trainer, rollout, Responses.padded(mask)).tolist() == [[1, 1], [1, 0]]
+    assert truncated_importance_weights(log_ratios(trainer, rollout, Responses.padded(mask))).tolist() == [
+        [1, 1],
+        [1, 0],
+    ]
 
 
 def test_verl_raises_when_masked_weights_leave_nothing():
     with pytest.raises(ZeroDivisionError):
         compute_rollout_correction_weights(*_log_ratio([2.0]), "token", "0.5_2.0")
-    assert icepop_weights(*_ours([2.0]), upper=2.0).tolist() == [[0.0]]
+    assert icepop_weights(log_ratios(*_ours([2.0])), upper=2.0).tolist() == [[0.0]]
 
 
 def test_verl_gives_a_group_of_one_its_reward_as_advantage():
@@ -209,16 +213,18 @@ def test_verl_clips_negative_advantages_at_a_ratio_of_3():
         advantages = torch.full_like(trainer, advantage)
         loss, _ = compute_policy_loss_vanilla(rollout, trainer, advantages, mask, "token-mean", _config(**options))
         assert loss.item() == pytest.approx(theirs, rel=1e-13)
-        assert grpo_loss(trainer, rollout, advantages, Responses.padded(mask)).item() == pytest.approx(ours, rel=1e-13)
+        assert grpo_loss(current=trainer, old=rollout, advantages=advantages, responses=Responses.padded(mask))[
+            0
+        ].item() == pytest.approx(ours, rel=1e-13)
 
 
 def test_verl_limits_the_log_of_a_sequence_ratio_to_10():
     trainer, rollout, mask = _given([12.0, 14.0])
     loss, _ = compute_policy_loss_gspo(rollout, trainer, -torch.ones(1, 2), mask, config=_config())
     assert loss.item() == pytest.approx(math.exp(10), rel=1e-12)
-    assert gspo_loss(trainer, rollout, -torch.ones(1), Responses.padded(mask)).item() == pytest.approx(
-        math.exp(13), rel=1e-12
-    )
+    assert gspo_loss(current=trainer, old=rollout, advantages=-torch.ones(1), responses=Responses.padded(mask))[
+        0
+    ].item() == pytest.approx(math.exp(13), rel=1e-12)
 
 
 def test_verl_gradient_of_a_sequence_weighs_each_token_by_its_own_weight():
@@ -231,7 +237,9 @@ def test_verl_gradient_of_a_sequence_weighs_each_token_by_its_own_weight():
         log, theirs, -torch.ones(1, 2).double(), mask, config=_config(), rollout_is_weights=weights
     )
     loss.backward()
-    own = gspo_loss(ours, log, -torch.ones(1).double(), Responses.padded(mask), weights=weights)
+    own = gspo_loss(
+        current=ours, old=log, advantages=-torch.ones(1).double(), responses=Responses.padded(mask), weights=weights
+    )[0]
     own.backward()
     assert loss.item() == own.item() == 1.0
     assert theirs.grad.tolist() == [[1.0, 0.0]]

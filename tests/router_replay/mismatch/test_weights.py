@@ -22,22 +22,33 @@ from router_replay.mismatch import (
     truncated_importance_weights,
     trust_region_mask,
 )
+from tests.router_replay.mismatch.pairs import log_ratios
+
+
+def _of(function: Callable[..., Tensor], **options: object) -> Callable[..., Tensor]:
+    return lambda trainer, rollout, responses: function(log_ratios(trainer, rollout, responses), **options)
+
+
+def _balance(trainer: Tensor, rollout: Tensor, responses: Responses, **options) -> Tensor:
+    shares = torch.ones(1)
+    return balance_heuristic_weights(
+        trainer=trainer, behaviours=rollout[None], shares=shares, responses=responses, **options
+    )
+
 
 ALL: dict[str, Callable[..., Tensor]] = {
-    "tis": truncated_importance_weights,
-    "tis of sequences": lambda *given: truncated_importance_weights(*given, level="sequence"),
-    "tis geometric": lambda *given: truncated_importance_weights(*given, level="geometric"),
-    "mis": lambda *given: masked_importance_weights(*given, upper=math.inf),
-    "icepop": icepop_weights,
-    "snis": self_normalized_weights,
-    "snis of tokens": lambda *given: self_normalized_weights(*given, level="token", over="batch"),
-    "balance": lambda t, r, responses: balance_heuristic_weights(t, r[None], torch.ones(1), responses),
-    "balance of tokens": lambda t, r, responses: balance_heuristic_weights(
-        t, r[None], torch.ones(1), responses, level="token"
-    ),
-    "veto": catastrophic_token_veto,
-    "off-policy": lambda t, r, responses: off_policy_sequence_mask(t, r, -torch.ones(r.shape), responses),
-    "trust region": lambda *given: trust_region_mask(*given, max_k2=1.0, mean_k3=0.05),
+    "tis": _of(truncated_importance_weights),
+    "tis of sequences": _of(truncated_importance_weights, level="sequence"),
+    "tis geometric": _of(truncated_importance_weights, level="geometric"),
+    "mis": _of(masked_importance_weights, upper=math.inf),
+    "icepop": _of(icepop_weights),
+    "snis": _of(self_normalized_weights),
+    "snis of tokens": _of(self_normalized_weights, level="token", over="batch"),
+    "balance": _balance,
+    "balance of tokens": lambda *given: _balance(*given, level="token"),
+    "veto": _of(catastrophic_token_veto),
+    "off-policy": lambda t, r, responses: off_policy_sequence_mask(log_ratios(t, r, responses), -torch.ones(r.shape)),
+    "trust region": _of(trust_region_mask, max_k2=1.0, mean_k3=0.05),
 }
 MASKS = ("veto", "off-policy", "trust region")
 
@@ -97,19 +108,19 @@ def test_weights_beyond_the_range_of_floats_saturate(name):
     assert ALL[name](trainer, rollout, Responses.padded(torch.ones(2, 2), [0, 0])).isfinite().all()
     one = Responses.padded(torch.ones(2, 2))
     # Room for products and sums of them.
-    saturated = truncated_importance_weights(trainer, rollout, one, cap=math.inf)
+    saturated = truncated_importance_weights(log_ratios(trainer, rollout, one), cap=math.inf)
     assert (saturated > 1e19).all() and (1e6 * saturated).sum().isfinite()
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda *given: truncated_importance_weights(*given, cap=0.0), "cap"),
-        (lambda *given: truncated_importance_weights(*given, cap=math.nan), "cap"),
-        (lambda *given: truncated_importance_weights(*given, level="batch"), "level must be"),
-        (lambda *given: masked_importance_weights(*given, lower=2.0, upper=1.0), "bounds"),
-        (lambda *given: masked_importance_weights(*given, lower=-1.0), "bounds"),
-        (lambda *given: masked_importance_weights(*given, lower=0.0, upper=0.0), "bounds"),
+        (lambda *given: truncated_importance_weights(log_ratios(*given), cap=0.0), "cap"),
+        (lambda *given: truncated_importance_weights(log_ratios(*given), cap=math.nan), "cap"),
+        (lambda *given: truncated_importance_weights(log_ratios(*given), level="batch"), "level must be"),
+        (lambda *given: masked_importance_weights(log_ratios(*given), lower=2.0, upper=1.0), "bounds"),
+        (lambda *given: masked_importance_weights(log_ratios(*given), lower=-1.0), "bounds"),
+        (lambda *given: masked_importance_weights(log_ratios(*given), lower=0.0, upper=0.0), "bounds"),
     ],
 )
 def test_bounds_out_of_order_are_refused(call, message):
@@ -119,7 +130,7 @@ def test_bounds_out_of_order_are_refused(call, message):
 
 def test_the_log_ratio_has_a_gradient_of_plus_and_minus_one_on_response_tokens():
     trainer, rollout, responses = _batch()
-    log_ratio(trainer.requires_grad_(), rollout.requires_grad_(), responses).sum().backward()
+    log_ratio(current=trainer.requires_grad_(), old=rollout.requires_grad_(), responses=responses).sum().backward()
     assert trainer.grad.equal(responses.mask.double()) and rollout.grad.equal(-responses.mask.double())
 
 
@@ -127,7 +138,7 @@ def test_no_weight_exceeds_the_cap():
     """The cap's float32 logarithm, exponentiated, may round to more than the cap."""
     far = torch.full((1, 1), -1.0), torch.full((1, 1), -9.0), Responses.padded(torch.ones(1, 1))
     caps = torch.arange(10, 1000) / 100
-    weights = torch.cat([truncated_importance_weights(*far, cap=cap) for cap in caps.tolist()]).flatten()
+    weights = torch.cat([truncated_importance_weights(log_ratios(*far), cap=cap) for cap in caps.tolist()]).flatten()
     # Below by a few eps of the logarithm is rounding, above would be another bound.
     torch.testing.assert_close(weights, caps, rtol=4 * 1.2e-7, atol=0)
     assert (weights <= caps).all()

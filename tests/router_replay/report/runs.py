@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from router_replay.masks import RoutingGeometry, RoutingMasks
-from router_replay.mismatch import Diagnostics, Tally
+from router_replay.mismatch import Diagnostics, Responses, Tally
 from router_replay.report.summary import RunSummary
 from router_replay.report.weight_figures import WeightFigures
 from router_replay.run import RunStep, write_step
+from tests.router_replay.mismatch.pairs import log_ratios
 
 NAMES = ("own routes", "replayed")
 
@@ -60,11 +61,9 @@ def run_step(
         recorded[:: 10 - layer, layer, 0] = 9
     return RunStep.of(
         step,
-        rollout,
-        passes,
-        mask,
-        range(0, count + 1, 20),
-        group_ids=[number // 4 for number in range(12)],
+        rollout_logprobs=rollout,
+        trainer_logprobs=passes,
+        responses=Responses.packed(mask, range(0, count + 1, 20), [number // 4 for number in range(12)]),
         rollout_routes=recorded if routes else None,
         trainer_routes=own if routes else None,
         moe_layers=range(1, layers + 1) if routes else None,
@@ -100,7 +99,7 @@ STEPS = [run_step(step, zeros=2 if step == 1 else 0) for step in (0, 1, 5)]
 
 def whole_run(name: str, taus: tuple[float, ...]) -> Diagnostics:
     first, *others = (
-        Tally.of(step.trainer_logprobs[name], step.rollout_logprobs, step.responses, taus) for step in STEPS
+        Tally.of(log_ratios(step.trainer_logprobs[name], step.rollout_logprobs, step.responses), taus) for step in STEPS
     )
     return Diagnostics.of(sum(others, start=first))
 

@@ -27,6 +27,7 @@ from router_replay.report.token_sample import TokenSample
 from router_replay.report.weight_figures import LADDER, WeightFigures
 from router_replay.report.weight_plots import effective_sample_sizes, weight_histograms
 from router_replay.run import RunStep
+from tests.router_replay.mismatch.pairs import log_ratios
 from tests.router_replay.report.runs import NAMES, STEPS, run_step, series, whole_run
 
 
@@ -36,7 +37,7 @@ def summary() -> RunSummary:
 
 
 def _diagnose(step: RunStep, name: str, **options) -> Diagnostics:
-    return diagnose(step.trainer_logprobs[name], step.rollout_logprobs, step.responses, **options)
+    return diagnose(log_ratios(step.trainer_logprobs[name], step.rollout_logprobs, step.responses), **options)
 
 
 def test_curves_are_the_tails_of_all_steps(summary: RunSummary):
@@ -55,8 +56,8 @@ def test_scatter_is_each_tokens_ratio(summary: RunSummary):
         # All tokens fit into the sample, in another order.
         expected = []
         for step in STEPS:
-            ratio = (step.trainer_logprobs[name] - step.rollout_logprobs)[step.response_mask]
-            expected += zip(step.rollout_logprobs[step.response_mask].exp().tolist(), ratio.tolist(), strict=True)
+            ratio = (step.trainer_logprobs[name] - step.rollout_logprobs)[step.responses.mask]
+            expected += zip(step.rollout_logprobs[step.responses.mask].exp().tolist(), ratio.tolist(), strict=True)
         drawn = {line.get_label(): line for line in axes.lines}
         points = np.stack(drawn["sampled tokens"].get_data(), 1)
         finite = [pair for pair in sorted(expected) if pair[1] > -math.inf]
@@ -148,22 +149,24 @@ def test_many_steps_share_columns():
 
 WEIGHTS = {
     "token TIS, cap 2": truncated_importance_weights,
-    "sequence TIS, cap 2": lambda *each: truncated_importance_weights(*each, level="sequence"),
+    "sequence TIS, cap 2": lambda given: truncated_importance_weights(given, level="sequence"),
     "token MIS, 0.5 to 2": masked_importance_weights,
-    "geometric MIS, 0.999 to 1.001": lambda *each: masked_importance_weights(
-        *each, level="geometric", lower=0.999, upper=1.001
+    "geometric MIS, 0.999 to 1.001": lambda given: masked_importance_weights(
+        given, level="geometric", lower=0.999, upper=1.001
     ),
     "IcePop, 0.5 to 5": icepop_weights,
     "SNIS over prompts' groups": self_normalized_weights,
-    "Metropolis, sequences": lambda *each: (
-        metropolis_chain(*each, generator=torch.Generator().manual_seed(0)).multiplicity
+    "Metropolis, sequences": lambda given: (
+        metropolis_chain(given, generator=torch.Generator().manual_seed(0)).multiplicity
     ),
 }
 
 
 def _weights(title: str, name: str) -> list[torch.Tensor]:
     return [
-        WEIGHTS[title](step.trainer_logprobs[name], step.rollout_logprobs, step.responses)[step.response_mask].double()
+        WEIGHTS[title](log_ratios(step.trainer_logprobs[name], step.rollout_logprobs, step.responses))[
+            step.responses.mask
+        ].double()
         for step in STEPS
     ]
 

@@ -97,10 +97,10 @@ def test_warnings_say_what_is_wrong(summary: RunSummary):
     (zero,) = warnings(summary)
     assert "“own routes” gives probability 0 to 2 of 504 sampled tokens" in zero
     step = run_step(0, routes=False)
-    alone = Responses.packed(step.response_mask, step.cu_seqlens, range(12))
+    alone = Responses.packed(step.responses.mask, step.responses.cu_seqlens, range(12))
     assert alone.groups.width == 1
-    same = replace(step, trainer_logprobs={"copy": step.rollout_logprobs}, group_ids=torch.arange(12))
-    empty = replace(same, step=9, response_mask=torch.zeros(240, dtype=torch.bool))
+    same = replace(step, trainer_logprobs={"copy": step.rollout_logprobs}, responses=alone)
+    empty = replace(same, step=9, responses=alone.keep(torch.zeros(240, dtype=torch.bool)))
     copied, no_routes, lonely, left_out = warnings(summarize([same, empty]))
     assert "“copy” equals the rollout bit for bit" in copied
     assert "No routes in these files" in no_routes
@@ -116,7 +116,8 @@ def test_warnings_say_what_is_wrong(summary: RunSummary):
 @pytest.mark.parametrize("ungrouped", [(1,), (2,), (1, 2)])
 def test_without_groups_the_corrections_that_need_them_are_left_out(ungrouped: tuple[int, ...]):
     steps = [run_step(step) for step in (1, 2)]
-    found = summarize([replace(step, group_ids=None) if step.step in ungrouped else step for step in steps])
+    unknown = Responses.packed(steps[0].responses.mask, steps[0].responses.cu_seqlens)
+    found = summarize([replace(step, responses=unknown) if step.step in ungrouped else step for step in steps])
     needed = {"SNIS over prompts' groups", "Metropolis, sequences"}
     for figures in found.passes.values():
         assert figures.corrections.keys() == NAMES_OF_CORRECTIONS - needed
@@ -130,7 +131,7 @@ def test_without_groups_the_corrections_that_need_them_are_left_out(ungrouped: t
 
 def test_a_run_that_cannot_be_summarised_is_refused():
     step = run_step(3)
-    empty = replace(step, response_mask=torch.zeros(240, dtype=torch.bool))
+    empty = replace(step, responses=step.responses.keep(torch.zeros(240, dtype=torch.bool)))
     broken = replace(step, trainer_logprobs={"old": torch.full((240,), math.nan)})
     for steps, passes, message in (
         ([], (), "no response token in any of 0 steps"),

@@ -10,6 +10,7 @@ import torch
 from router_replay.errors import DataError
 from router_replay.masks import RoutingMasks, compare_routes
 from router_replay.masks.stores.inline import InlineStore
+from router_replay.mismatch import Responses
 from router_replay.run import RunStep, find_files, read_run, write_step
 from tests.router_replay.report.runs import LINE, OWN, RECORDED, masks, run_step, write_lines
 
@@ -33,18 +34,18 @@ def test_json_lines_made_by_hand(tmp_path: Path, name: str):
     )
     first, third = read_run([path])
     assert (first.step, list(first.trainer_logprobs), first.routes) == (1, ["trainer"], None)
-    assert first.group_ids is None
+    assert first.responses.group_ids is None
     assert first.trainer_logprobs["trainer"].tolist()[3] == -float("inf")
     assert third.step == 3
-    assert third.cu_seqlens.tolist() == [0, 4, 5]
+    assert third.responses.cu_seqlens.tolist() == [0, 4, 5]
     assert third.rollout_logprobs[1:].tolist() == [-1.5, -0.25, -2.0, -1.0]
     assert third.trainer_logprobs["new"].tolist() == [0.0, -1.25, -0.25, -3.0, -1.0]
     assert third.weights["tis"].tolist() == [0, 1, 1, 0.5, 2]
     assert third.responses.mask.tolist() == [False, True, True, True, True]
-    assert third.responses.groups.num_rows == 2
+    assert third.responses.groups.num_segments == 2
     assert third.moe_layers == (0, 2)
     assert third.routes is not None
-    assert third.routes.agreement() == compare_routes(OWN[:3], RECORDED[:3])
+    assert third.routes.agreement() == compare_routes(trainer=OWN[:3], rollout=RECORDED[:3])
     assert third.routes.agreement().differing_by_layer == (1 / 3, 1 / 3)
 
 
@@ -56,7 +57,7 @@ def test_routes_of_minus_one_are_not_known(tmp_path: Path, side: str, valid: dic
     (found,) = read_run([write_lines(tmp_path / "run.jsonl", {**LINE, **sides, **valid})])
     kept = torch.tensor([0, 2] if valid else [0, 1, 2])
     assert found.routes is not None
-    assert found.routes.agreement() == compare_routes(OWN[kept], RECORDED[kept])
+    assert found.routes.agreement() == compare_routes(trainer=OWN[kept], rollout=RECORDED[kept])
     sides[side][3] = [[-1, -1], [0, 1]]
     with pytest.raises(DataError, match=r"line 1: the .* routes have experts below 0"):
         list(read_run([write_lines(tmp_path / "run.jsonl", {**LINE, **sides, **valid})]))
@@ -72,17 +73,20 @@ def test_masks_of_the_answer_are_taken_as_they_are(tmp_path: Path, cut: int):
     )
     (found,) = read_run([path])
     assert found.routes is not None and found.moe_layers == (0, 2)
-    assert found.routes.agreement() == compare_routes(OWN[:3], RECORDED[:3])
+    assert found.routes.agreement() == compare_routes(trainer=OWN[:3], rollout=RECORDED[:3])
 
 
 def test_masks_in_memory_are_compared_in_the_same_way():
     logprobs = torch.tensor([-1.0, -1.0, -1.0, -1.0, -1.0])
     own = torch.cat([OWN, OWN[:1]])
-    step = RunStep.of(0, logprobs, logprobs, torch.ones(5), [0, 4, 5],
+    step = RunStep.of(0, rollout_logprobs=logprobs, trainer_logprobs=logprobs,
+                      responses=Responses.packed(torch.ones(5), [0, 4, 5]),
                       rollout_masks=[masks(0, 3), masks(0, 1)], trainer_routes=own)  # fmt: skip
     assert step.routes is not None and step.moe_layers == (0, 2)
     compared = torch.tensor([0, 1, 2, 4])
-    assert step.routes.agreement() == compare_routes(own[compared], RECORDED[torch.tensor([0, 1, 2, 0])])
+    assert step.routes.agreement() == compare_routes(
+        trainer=own[compared], rollout=RECORDED[torch.tensor([0, 1, 2, 0])]
+    )
 
 
 def _handles(*parts: RoutingMasks) -> list[dict]:
@@ -148,7 +152,15 @@ def test_lines_of_several_files_in_one_step_are_told(tmp_path: Path):
     first = write_lines(tmp_path / "a.jsonl", LINE, LINE, {**LINE, "step": 4})
     second = write_lines(tmp_path / "b.jsonl", LINE, {**LINE, "step": 5})
     logprobs = torch.tensor([-1.0])
-    written = write_step(tmp_path, RunStep.of(5, logprobs, {"old": logprobs, "new": logprobs}, torch.ones(1), [0, 1]))
+    written = write_step(
+        tmp_path,
+        RunStep.of(
+            5,
+            rollout_logprobs=logprobs,
+            trainer_logprobs={"old": logprobs, "new": logprobs},
+            responses=Responses.packed(torch.ones(1), [0, 1]),
+        ),
+    )
     for files, expected in (
         ([first, second], [(3, (first, second))]),
         ([written, second, first], [(3, (second, first)), (5, (second, written))]),

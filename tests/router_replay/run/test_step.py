@@ -14,15 +14,17 @@ import safetensors.torch
 import torch
 
 from router_replay.errors import DataError, InputError
+from router_replay.mismatch import Responses
 from router_replay.run import RunStep, find_files, read_run, read_step, write_step
 from tests.router_replay.report.runs import LINE, NAMES, RECORDED, masks, run_step, write_lines, write_run
 
 
 def _assert_same(one: RunStep, other: RunStep) -> None:
     assert (one.step, one.moe_layers) == (other.step, other.moe_layers)
-    for name in ("rollout_logprobs", "response_mask", "cu_seqlens", "group_ids"):
-        mine, theirs = getattr(one, name), getattr(other, name)
-        assert mine is theirs is None or mine.equal(theirs), name
+    assert one.rollout_logprobs.equal(other.rollout_logprobs)
+    assert one.responses.mask.equal(other.responses.mask)
+    assert one.responses.cu_seqlens.equal(other.responses.cu_seqlens)
+    assert one.responses.group_ids == other.responses.group_ids
     for mine, theirs in ((one.trainer_logprobs, other.trainer_logprobs), (one.weights, other.weights)):
         assert mine.keys() == theirs.keys()
         assert all(mine[name].equal(theirs[name]) for name in mine)
@@ -32,7 +34,7 @@ def _assert_same(one: RunStep, other: RunStep) -> None:
 @pytest.mark.parametrize("routes", [True, False])
 def test_a_step_is_read_as_it_was_written(tmp_path: Path, routes: bool):
     step = run_step(12, routes=routes)
-    step = replace(step, weights={"applied": torch.rand(len(step.response_mask))})
+    step = replace(step, weights={"applied": torch.rand(len(step.responses.mask))})
     path = write_step(tmp_path / "made" / "here", step)
     assert path.name == "step-00000012.safetensors"
     assert list(path.parent.iterdir()) == [path]
@@ -44,12 +46,18 @@ def test_a_step_is_read_as_it_was_written(tmp_path: Path, routes: bool):
 
 
 def test_groups_are_stored_only_if_they_are_given(tmp_path: Path):
-    step = replace(run_step(12), group_ids=None)
+    grouped = run_step(12)
+    step = replace(grouped, responses=Responses.packed(grouped.responses.mask, grouped.responses.cu_seqlens))
     path = write_step(tmp_path, step)
     assert "group_ids" not in safetensors.torch.load_file(path)
     _assert_same(read_step(path), step)
-    made = RunStep.of(0, step.rollout_logprobs, step.trainer_logprobs, step.response_mask, step.cu_seqlens)
-    assert made.group_ids is None and made.responses.groups is None
+    made = RunStep.of(
+        0,
+        rollout_logprobs=step.rollout_logprobs,
+        trainer_logprobs=step.trainer_logprobs,
+        responses=step.responses,
+    )
+    assert made.responses.group_ids is None and made.responses.groups is None
     write_step(tmp_path, run_step(12), part=1)
     with pytest.raises(DataError, match="one has group ids not given, another for its sequences"):
         list(read_run(find_files([tmp_path])))
@@ -58,13 +66,14 @@ def test_groups_are_stored_only_if_they_are_given(tmp_path: Path):
 def test_a_prompts_name_is_the_same_number_in_every_part(tmp_path: Path):
     logprobs = torch.full((2,), -1.0)
     for part, names in enumerate((["a", "b"], ["b", "c"])):
-        record = RunStep.of(0, logprobs, logprobs, torch.ones(2), [0, 1, 2], group_ids=names)
+        responses = Responses.packed(torch.ones(2), [0, 1, 2], names)
+        record = RunStep.of(0, rollout_logprobs=logprobs, trainer_logprobs=logprobs, responses=responses)
         write_step(tmp_path, record, part=part)
     (joined,) = read_run(find_files([tmp_path]))
-    assert joined.responses.prompts.num_rows == 3
+    assert joined.responses.prompts.num_segments == 3
     write_lines(tmp_path / "run.jsonl", {**LINE, "group": "b", "step": 0})
     (line,) = read_run([tmp_path / "run.jsonl"])
-    assert line.group_ids is not None and int(line.group_ids[0]) in joined.group_ids.tolist()
+    assert line.responses.group_ids is not None and line.responses.group_ids[0] in joined.responses.group_ids
 
 
 def test_raw_routes_in_a_file_are_counted(tmp_path: Path):
@@ -110,16 +119,14 @@ def test_parts_of_ranks_are_one_step(tmp_path: Path):
     whole = run_step(4)
     rows = [slice(0, 100), slice(100, 240)]
     for part, (tokens, sequences) in enumerate(zip(rows, (slice(0, 5), slice(5, 12)), strict=True)):
-        bounds = whole.cu_seqlens[sequences.start : sequences.stop + 1] - tokens.start
+        bounds = whole.responses.cu_seqlens[sequences.start : sequences.stop + 1] - tokens.start
         write_step(
             tmp_path,
             RunStep(
                 4,
                 whole.rollout_logprobs[tokens],
                 {name: values[tokens] for name, values in whole.trainer_logprobs.items()},
-                whole.response_mask[tokens],
-                bounds,
-                whole.group_ids[sequences],
+                Responses.packed(whole.responses.mask[tokens], bounds, whole.responses.group_ids[sequences]),
             ),
             part=part,
         )
@@ -225,30 +232,45 @@ def test_parts_with_other_layers_are_refused(tmp_path: Path):
 
 def test_what_a_trainer_hands_over_is_checked():
     logprobs = torch.full((4,), -1.0)
-    mask = torch.ones(4)
+    whole = Responses.packed(torch.ones(4), [0, 4])
+
+    def grouped(*ids: object) -> Responses:
+        return Responses.packed(torch.ones(4), [0, 4], ids)
+
     for arguments, options, message in (
-        ((logprobs, {}, mask, [0, 4]), {}, "no log-probabilities of the trainer"),
+        ((logprobs, {}, whole), {}, "no log-probabilities of the trainer"),
+        ((logprobs, logprobs, grouped(0.5)), {}, "a group id must be an integer or a string, got 0.5"),
+        ((logprobs, logprobs, grouped(2**70)), {}, "group ids must fit into 64 bits"),
+        ((logprobs, logprobs[None], whole), {}, r"trainer_logprobs.trainer \[1, 4\] and the response mask \[4\]"),
+        ((logprobs, logprobs, whole), {"rollout_masks": []}, "0 rollout masks for 1 sequences"),
+        ((logprobs, logprobs, whole), {"rollout_masks": [masks(0, 3)]}, "routes of one side only"),
         (
-            (logprobs, logprobs, mask, [0, 4]),
-            {"group_ids": [0.5]},
-            "a group id must be an integer or a string, got 0.5",
-        ),
-        ((logprobs, logprobs, mask, [0, 4]), {"group_ids": [2**70]}, "group ids must fit into 64 bits"),
-        ((logprobs, logprobs, mask, [0, 3]), {}, "must rise from 0 to the mask's 4 tokens"),
-        (
-            (logprobs, logprobs[None], mask, [0, 4]),
-            {},
-            r"trainer_logprobs.trainer \[1, 4\] and the response mask \[4\]",
-        ),
-        ((logprobs, logprobs, mask, [0, 4]), {"rollout_masks": []}, "0 rollout masks for 1 sequences"),
-        ((logprobs, logprobs, mask, [0, 4]), {"rollout_masks": [masks(0, 3)]}, "routes of one side only"),
-        (
-            (logprobs, logprobs, mask, [0, 4]),
+            (logprobs, logprobs, whole),
             {"rollout_masks": [masks(0, 3)], "rollout_routes": RECORDED},
             "the rollout's routes are given twice",
         ),
+        ((logprobs.numpy(), logprobs, whole), {}, "rollout_logprobs must be a torch.Tensor, got numpy.ndarray"),
+        ((logprobs, [-1.0] * 4, whole), {}, "trainer_logprobs.trainer must be a torch.Tensor, got list"),
+        ((logprobs, {"old": logprobs.numpy()}, whole), {}, "trainer_logprobs.old must be a torch.Tensor, got numpy"),
+        ((logprobs, logprobs, whole), {"weights": {"tis": [1.0]}}, "weights.tis must be a torch.Tensor, got list"),
+        ((logprobs, logprobs, torch.ones(4)), {}, r"responses must be a Responses, got a tensor \[4\]"),
+        (
+            (logprobs[None], logprobs[None], Responses.padded(torch.ones(1, 4))),
+            {},
+            r"must be packed, got a padded mask \[1, 4\]: leave the padding out",
+        ),
     ):
+        rollout, trainer, responses = arguments
         with pytest.raises(InputError, match=message):
-            RunStep.of(0, *arguments, **options)
+            RunStep.of(0, rollout_logprobs=rollout, trainer_logprobs=trainer, responses=responses, **options)
+    with pytest.raises(InputError, match="must rise from 0 to the mask's 4 tokens"):
+        Responses.packed(torch.ones(4), [0, 3])
     with pytest.raises(InputError, match="a part's number is 0 or more, got -1"):
         write_step(Path("nowhere"), run_step(0), part=-1)
+
+
+def test_a_pass_has_its_log_ratios():
+    step = run_step(0)
+    found = step.log_ratios(NAMES[1])
+    assert found.responses is step.responses
+    assert found.token.equal((step.trainer_logprobs[NAMES[1]] - step.rollout_logprobs) * step.responses.mask)
