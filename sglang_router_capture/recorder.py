@@ -13,6 +13,7 @@ from sglang.srt.runtime_context import get_serving
 from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
 from torch import Tensor
 
+from router_replay.errors import CallOrderError
 from router_replay.masks import Codec, RoutingGeometry, Store
 from sglang_router_capture.options import CaptureOptions
 from sglang_router_capture.slot_table import SlotTable
@@ -112,7 +113,7 @@ class Recorder(RoutedExpertsCapturer):
     ) -> PassRecord | None:
         """Pack the pass's tokens on the device. See `BaseTopkCapturer.on_forward_end` for the arguments."""
         if self._allocator is None:
-            raise RuntimeError(
+            raise CallOrderError(
                 "the recorder was not told which KV allocator to follow: the hook on"
                 " ModelRunner.init_routed_experts_capturer did not run"
             )

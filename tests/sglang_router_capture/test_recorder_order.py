@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from router_replay.errors import PairingError
+from router_replay.errors import CallOrderError, PairingError
 from router_replay.masks import NO_ROW, RoutingGeometry, get_codec, open_store
 from sglang_router_capture import recorder as recorder_module
 from sglang_router_capture.options import CaptureOptions
@@ -187,5 +187,5 @@ def test_upstreams_format_has_no_plausible_row_for_an_unknown_token(scheduler: S
 
 def test_without_its_allocator_the_recorder_does_not_record(scheduler: Scheduler) -> None:
     scheduler.recorder.follow(None)
-    with pytest.raises(RuntimeError, match="which KV allocator to follow"):
+    with pytest.raises(CallOrderError, match="which KV allocator to follow"):
         scheduler.launch([1], [3])
