@@ -1,5 +1,10 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test contract kernels wheel lock
+# The tests for which SGLang, Megatron-Core or a browser are started or imported; every other folder of tests/ is quick.
+ENGINE_TESTS := tests/sglang_router_capture tests/megatron_router_replay tests/cpu_engines tests/end_to_end \
+	tests/contract tests/router_replay/report/test_report_in_browser.py
+QUICK_PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -q -p no:cacheprovider
+
+.PHONY: help setup demo quick quick-checks quick-masks quick-others test contract kernels wheel lock
 
 help:  ## Show the targets.
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -9,6 +14,20 @@ setup:  ## Make .venv with the locked dependencies; does nothing where it is up 
 
 demo: setup  ## A conversation of several turns: captured by SGLang, replayed by Megatron-Core.
 	.venv/bin/python -m examples.multi_turn_replay
+
+quick: setup  ## Lint, types and the tests of those folders that need neither engine nor browser.
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target quick-others quick-masks quick-checks
+
+quick-checks:
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+quick-masks:
+	$(QUICK_PYTEST) tests/router_replay/masks
+
+quick-others:
+	$(QUICK_PYTEST) $(addprefix --ignore=,$(ENGINE_TESTS) tests/router_replay/masks) tests
 
 test: setup  ## Lint, types and all tests.
 	.venv/bin/ruff check

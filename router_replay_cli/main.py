@@ -87,7 +87,7 @@ def build_app(arguments: Sequence[str]) -> "typer.Typer":
 
 
 def main() -> None:
-    """Run `r3`."""
+    """Run the subcommand of `r3` that this process was started with."""
     try:
         app = build_app(sys.argv[1:])
     except ModuleNotFoundError as error:
