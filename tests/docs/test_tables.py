@@ -17,7 +17,7 @@ from router_replay.masks import RoutingGeometry, get_codec
 ROOT = Path(__file__).parents[2]
 SUPPORT = tomllib.loads((ROOT / "docs" / "support.toml").read_text())
 SIZES = re.findall(
-    r"^\| ([\w.-]+) \| (\d+) × (\d+) of (\d+) \| (.*) \|$", (ROOT / "docs/mask-format.md").read_text(), re.M
+    r"^\| ([\w.-]+) \| (\d+) \u00d7 (\d+) of (\d+) \| (.*) \|$", (ROOT / "docs/mask-format.md").read_text(), re.M
 )
 
 
