@@ -3,9 +3,10 @@
 Both libraries use LibTorch's stable ABI and nothing of Python, so that one wheel serves every Python from 3.12 on and
 every torch from 2.10 on; the CUDA library needs a torch of the CUDA major version that it was built with.
 
-ROUTING_MASKS_KERNELS: "cuda" (fail without nvcc), "cpu" (leave CUDA out), "none" (plain torch only); by default CUDA is
-built where torch and nvcc have it. TORCH_CUDA_ARCH_LIST: architectures, by default those of A100, H100 and B200, and
-PTX for later ones.
+ROUTING_MASKS_KERNELS: "cuda" (fail without nvcc), "cpu" (leave CUDA out), "none" (plain torch only). By default what
+there is a compiler for is built: without one for C++ nothing, and CUDA where torch and nvcc have it. A compiler that is
+there and fails, fails the build. TORCH_CUDA_ARCH_LIST: architectures, by default those of A100, H100 and B200, and PTX
+for later ones.
 """
 
 import os
@@ -55,15 +56,38 @@ def kernels_wanted() -> list[str]:
     asked = os.environ.get("ROUTING_MASKS_KERNELS", "auto")
     if asked not in ("auto", "cuda", "cpu", "none"):
         sys.exit(f"ROUTING_MASKS_KERNELS is {asked!r}: use cuda, cpu or none, or leave it unset")
-    if asked in ("cpu", "none"):
-        return ["cpu"] if asked == "cpu" else []
-    missing = why_no_cuda()
-    if missing is None:
-        return ["cpu", "cuda"]
-    if asked == "cuda":
-        sys.exit(f"ROUTING_MASKS_KERNELS=cuda, but {missing}")
-    print(f"rollout-routing-replay: building the kernels for the CPU only, because {missing}", file=sys.stderr)
-    return ["cpu"]
+    if asked == "none":
+        return []
+    if missing := why_no_compiler():
+        go_on_unless_asked_for("building no kernels: plain torch packs, which takes many times longer", asked, missing)
+        return []
+    if asked == "cpu":
+        return ["cpu"]
+    if missing := why_no_cuda():
+        go_on_unless_asked_for("building the kernels for the CPU only", asked, missing)
+        return ["cpu"]
+    return ["cpu", "cuda"]
+
+
+def go_on_unless_asked_for(what: str, asked: str, missing: str) -> None:
+    """Say what is built instead and why, or stop where the kernels were asked for by name."""
+    if asked != "auto":
+        sys.exit(f"ROUTING_MASKS_KERNELS={asked}, but {missing}")
+    print(f"rollout-routing-replay: {what}, because {missing}", file=sys.stderr)
+
+
+def why_no_compiler() -> str | None:
+    """What is missing to build for the CPU, if anything is."""
+    # setuptools brings distutils, as soon as it is imported itself.
+    from distutils.ccompiler import new_compiler
+    from distutils.sysconfig import customize_compiler
+
+    compiler = new_compiler()
+    customize_compiler(compiler)
+    program = compiler.compiler_so_cxx[0]
+    if shutil.which(program):
+        return None
+    return f"there is no C++ compiler ({program} is not there or not on the PATH; CXX may name another)"
 
 
 def why_no_cuda() -> str | None:

@@ -16,8 +16,9 @@ rm -rf "$FOLDER/tests"
     "torch==$TORCH" hypothesis pytest setuptools --reinstall-package rollout-routing-replay "${WHEELS[0]}"
 
 # The tests alone: beside them the source tree would be found before the wheel.
-mkdir -p "$FOLDER/tests/masks"
-cp tests/router_replay/masks/*.py "$FOLDER/tests/masks/"
+TESTS=tests/router_replay/masks
+mkdir -p "$FOLDER/$TESTS"
+cp "$TESTS"/*.py "$FOLDER/$TESTS/"
 cd "$FOLDER"
 venv/bin/python - <<'PYTHON'
 import torch
@@ -31,5 +32,4 @@ GPU="not gpu"
 if venv/bin/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then GPU=""; fi
 PYTHONPATH=. venv/bin/python -m pytest -q -c /dev/null --rootdir . --import-mode importlib -p no:cacheprovider -m "$GPU" \
     -W ignore::pytest.PytestUnknownMarkWarning \
-    tests/router_replay/masks/test_ops.py tests/router_replay/masks/test_rank.py tests/router_replay/masks/test_codec.py tests/router_replay/masks/test_corruption.py \
-    tests/router_replay/masks/test_container.py tests/router_replay/masks/test_routing_masks.py tests/router_replay/masks/test_gpu.py
+    "$TESTS"/test_{ops,rank,codec,registry,corruption,container,routing_masks,gpu}.py
