@@ -8,12 +8,22 @@ import pytest
 import torch
 
 from router_replay.mismatch import grpo_loss
+from router_replay.run import find_files, read_run
 from tests.docs.examples import ROOT, documents, examples, run
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
-def test_examples_run(path):
+def test_examples_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert run(path)
+
+
+def test_the_step_of_the_reports_page_is_read_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = run(ROOT / "docs" / "report.md")
+    (step,) = read_run(find_files([tmp_path / "run"]))
+    assert step.step == 12 and int(step.responses.mask.sum()) == 5
+    assert step.rollout_logprobs.equal(found["rollout_logprobs"])
 
 
 def test_the_loss_of_micro_batches_is_that_of_the_batch():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,11 +21,12 @@ from examples.multi_turn_replay.rollout import Conversation, play
 from examples.multi_turn_replay.trainer_scores import score
 from megatron_router_replay import BatchLayout, attach
 from router_replay.errors import PairingError
-from router_replay.masks import RoutingMasks, get_codec
+from router_replay.masks import RoutingMasks, get_codec, masks_from_meta_info
 from tests.megatron_router_replay.batches import dispatched_maps
 from tests.megatron_router_replay.router_gradient import LayerProbe, assert_gradient_is_the_formula
 
 pytestmark = pytest.mark.timeout(900)
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,32 @@ def test_routing_map_is_the_recorded_one_in_every_layer(
             differing += int((native_map[here[:-1]] != recorded).any(-1).sum())
     # Without replay some routes differ: the comparison above is not one of the trainer with itself.
     assert differing > 0
+
+
+def test_the_readmes_trainer_lines_run_as_they_stand(capture_server: Server, model: torch.nn.Module) -> None:
+    (block,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
+    prompts = [[5, 6, 7, 8, 9], [9, 8, 7]]
+    answers = [capture_server.generate(ids, 4, return_routed_experts=True, return_logprob=True) for ids in prompts]
+    sequences = [
+        torch.tensor([*ids, *(token for _, token, *_ in answer["meta_info"]["output_token_logprobs"])])
+        for ids, answer in zip(prompts, answers, strict=True)
+    ]
+    token_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    width = token_ids.shape[1]
+    position_ids = torch.arange(width).expand_as(token_ids)
+    attention_mask = torch.ones(1, 1, width, width, dtype=torch.bool).triu(1)
+    namespace = {"model_chunks": model, "model": model}
+    exec(compile(block, "README.md", "exec"), namespace)
+    lengths = torch.tensor([len(each) for each in sequences])
+    with namespace["replay"], torch.no_grad(), dispatched_maps(model) as maps:
+        logits = namespace["forward_microbatch"](answers, token_ids, lengths, position_ids, attention_mask)
+    assert logits.shape[:2] == token_ids.shape
+    masks = masks_from_meta_info(answers[1]["meta_info"])
+    for layer_index, layer in enumerate(masks.geometry.moe_layers):
+        recorded = masks.indices()[:, layer_index].tolist()
+        # Places of sequence 1 of 2 in Megatron's flattened [S, B, H].
+        taken = [set(maps[layer][0][2 * position + 1].nonzero().flatten().tolist()) for position in range(len(masks))]
+        assert taken == [set(experts) for experts in recorded]
 
 
 def test_router_gradient_under_a_real_rollouts_masks(conversations: list[Conversation], model: torch.nn.Module) -> None:
