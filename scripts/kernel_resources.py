@@ -32,7 +32,7 @@ def main() -> int:
     symbols = "\n".join(each["symbol"] for each in found)
     names = subprocess.run(["c++filt"], input=symbols, capture_output=True, text=True, check=True).stdout.splitlines()
     table = Table(
-        "kernel", "code", "K up to", "architecture", "registers", "stack", "spill stores", "spill loads",
+        "kernel", "code", "arrays of", "architecture", "registers", "stack", "spill stores", "spill loads",
         title="CUDA kernels: registers and bytes per thread", title_justify="left",
     )  # fmt: skip
     rows = []
