@@ -23,7 +23,7 @@ SATURATION = 300.0
 
 @dataclass(frozen=True, eq=False)
 class LogRatios:
-    """log r_t = log pi - log mu of a batch's response tokens: pi the trainer's policy, mu the rollout's. Detached.
+    """Log-ratios log r_t = log pi - log mu of response tokens, pi the trainer's policy, mu the rollout's; detached.
 
     It is made with `LogRatios.of`, which checks the log-probabilities; what takes it checks them no more.
 
@@ -68,12 +68,12 @@ class LogRatios:
 
     @property
     def sequence(self) -> Tensor:
-        """sum_t log r_t of each sequence, `[S]`, 0 for those without response tokens."""
+        """Sum over t of log r_t for each sequence, `[S]`, 0 for those without response tokens."""
         return self.responses.sum(self.token)
 
     @property
     def geometric(self) -> Tensor:
-        """mean_t log r_t of each sequence, `[S]`, 0 for those without response tokens."""
+        """Mean over t of log r_t for each sequence, `[S]`, 0 for those without response tokens."""
         return self.responses.mean(self.token)
 
     def at(self, level: Level) -> Tensor:
@@ -92,7 +92,7 @@ class LogRatios:
 
 
 def log_ratio(*, current: Tensor, old: Tensor, responses: Responses) -> Tensor:
-    """log(pi_theta / pi_old) of each response token, with gradients to both: for losses of your own.
+    """Log-ratio log(pi_theta / pi_old) of each response token, with gradients to both: for losses of your own.
 
     Args:
         current, old: log-probabilities of the sampled tokens in nats, tokens' shape, any float dtype.

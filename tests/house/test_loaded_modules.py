@@ -30,7 +30,8 @@ print(json.dumps(sorted(sys.modules)))
 
 def _loaded(*command: str) -> set[str]:
     """Names of modules after a program that prints them, shortened to packages, and to parts of router_replay."""
-    run = subprocess.run([sys.executable, "-c", *command], cwd=ROOT, capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
     names = {tuple(name.split(".")) for name in json.loads(run.stdout)}
     return {name[0] for name in names} | {name[1] for name in names if name[0] == "router_replay" and len(name) > 1}
 

@@ -49,7 +49,7 @@ class WeightSums:
         return self.largest * self.sums[0]
 
     def effective_share(self, count: int | Tensor) -> Tensor:
-        """(sum w)^2 / (count * sum w^2), float64 0-d, 0 if every weight is 0."""
+        """Effective sample size over `count`, (sum w)^2 / (count * sum w^2), float64 0-d; 0 if every weight is 0."""
         first, second = self.sums.unbind()
         none = second == 0
         return (first.square() / (count * second).masked_fill(none, 1)).masked_fill(none, 0)
