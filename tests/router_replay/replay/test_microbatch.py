@@ -76,6 +76,18 @@ def test_context_parallel_zigzag_is_an_index(lengths, seed, ranks):
     assert sorted(seen) == [(number, position) for number, length in enumerate(lengths) for position in range(length)]
 
 
+def test_padding_loads_all_experts_alike():
+    ids, masks, _ = recorded([4, 2], 0)
+    layout = padded(ids)
+    # As many places of padding as there are experts, apart from the batch's own two.
+    part = layout.at((~layout.is_padding).nonzero().flatten().tolist() + [-1] * GEOMETRY.num_experts)
+    routes = MicrobatchRoutes(masks, part, GEOMETRY, CPU)
+    assert routes.num_padding == GEOMETRY.num_experts
+    for layer in GEOMETRY.moe_layers:
+        load = routes.experts(layer)[part.is_padding].flatten().bincount(minlength=GEOMETRY.num_experts)
+        assert load.tolist() == [GEOMETRY.top_k] * GEOMETRY.num_experts
+
+
 def test_observed_routes_go_back_to_their_tokens():
     ids, _, _ = recorded([3, 2], 0)
     layout = padded(ids).at([5, 4, 1, 0])
