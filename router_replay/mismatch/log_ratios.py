@@ -91,6 +91,15 @@ class LogRatios:
         raise InputError(f"level must be 'token', 'sequence' or 'geometric', got {level!r}")
 
 
+def require_log_ratios(ratios: object) -> None:
+    """Raise InputError unless it is a `LogRatios`: log-probabilities alone do not say whose they are."""
+    if not isinstance(ratios, LogRatios):
+        raise InputError(
+            f"ratios must be a LogRatios, got a {type(ratios).__name__}: make one with"
+            " LogRatios.of(trainer=..., rollout=..., responses=...)"
+        )
+
+
 def log_ratio(*, current: Tensor, old: Tensor, responses: Responses) -> Tensor:
     """Log-ratio log(pi_theta / pi_old) of each response token, with gradients to both: for losses of your own.
 

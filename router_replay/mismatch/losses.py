@@ -13,7 +13,13 @@ from torch import Tensor
 
 from router_replay.errors import InputError
 from router_replay.mismatch.corrections.weights import truncated_importance_weights
-from router_replay.mismatch.log_ratios import LogRatios, difference, require_log_probabilities, saturating_exp
+from router_replay.mismatch.log_ratios import (
+    LogRatios,
+    difference,
+    require_log_probabilities,
+    require_log_ratios,
+    saturating_exp,
+)
 from router_replay.mismatch.loss_metrics import LossMetrics
 from router_replay.mismatch.responses import Responses, require_responses, require_tensors
 
@@ -193,6 +199,7 @@ def decoupled_loss(
     Raises:
         InputError: as of `grpo_loss`; a cap that is not above 0.
     """
+    require_log_ratios(ratios)
     behaviour = truncated_importance_weights(ratios, cap=cap)
     return grpo_loss(
         current=current,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from router_replay.errors import InputError
-from router_replay.mismatch.log_ratios import LogRatios
+from router_replay.mismatch.log_ratios import LogRatios, require_log_ratios
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +64,7 @@ def metropolis_chain(
     Raises:
         InputError: unknown level, uniforms of another shape or range, or responses whose prompts are not known.
     """
+    require_log_ratios(ratios)
     if level not in ("token", "sequence"):
         raise InputError(f"level must be 'token' or 'sequence', got {level!r}")
     responses, ratio = ratios.responses, ratios.token

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from router_replay.errors import InputError
-from router_replay.mismatch.log_ratios import LogRatios
+from router_replay.mismatch.log_ratios import LogRatios, require_log_ratios
 from router_replay.mismatch.responses import Responses, require_responses, require_tensors
 
 
@@ -31,6 +31,7 @@ def catastrophic_token_veto(ratios: LogRatios, *, threshold: float = 1e-4) -> Te
     Raises:
         InputError: another threshold.
     """
+    require_log_ratios(ratios)
     if not 0 < threshold < 1:
         raise InputError(f"the veto's threshold is a ratio in (0, 1), got {threshold}")
     responses = ratios.responses
@@ -54,6 +55,7 @@ def off_policy_sequence_mask(ratios: LogRatios, advantages: Tensor, *, max_kl: f
     Raises:
         InputError: advantages of another shape.
     """
+    require_log_ratios(ratios)
     responses = ratios.responses
     if responses.is_per_sequence(advantages=advantages):
         advantages = responses.expand(advantages)
@@ -77,6 +79,7 @@ def trust_region_mask(ratios: LogRatios, *, max_k2: float | None = 0.1, mean_k3:
     Raises:
         InputError: no bound, or a negative one.
     """
+    require_log_ratios(ratios)
     _require_bounds(max_k2=max_k2, mean_k3=mean_k3)
     responses, ratio = ratios.responses, ratios.token
     keep = torch.ones(responses.num_sequences, dtype=torch.bool, device=ratio.device)

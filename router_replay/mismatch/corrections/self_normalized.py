@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from router_replay.errors import InputError
-from router_replay.mismatch.log_ratios import LogRatios
+from router_replay.mismatch.log_ratios import LogRatios, require_log_ratios
 
 
 def self_normalized_weights(
@@ -39,6 +39,7 @@ def self_normalized_weights(
         InputError: unknown level or set, a process group with `over="group"`, or responses whose prompts are not
             known.
     """
+    require_log_ratios(ratios)
     if level not in ("token", "sequence") or over not in ("batch", "group"):
         raise InputError(f"level must be 'token' or 'sequence' and over 'batch' or 'group': {level!r}, {over!r}")
     if over == "group" and process_group is not None:

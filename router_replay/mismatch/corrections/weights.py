@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from router_replay.errors import InputError
-from router_replay.mismatch.log_ratios import Level, LogRatios, difference, exponential, require_log_probabilities
+from router_replay.mismatch.log_ratios import (
+    Level,
+    LogRatios,
+    difference,
+    exponential,
+    require_log_probabilities,
+    require_log_ratios,
+)
 from router_replay.mismatch.responses import Responses, require_responses, require_tensors
 
 
@@ -36,6 +43,7 @@ def truncated_importance_weights(ratios: LogRatios, *, level: Level = "token", c
     Raises:
         InputError: another level, or a cap that is not above 0.
     """
+    require_log_ratios(ratios)
     if not cap > 0:
         raise InputError(f"a cap of weights must be above 0, got {cap}")
     # The cap's logarithm, exponentiated, may round to more than the cap.
@@ -57,6 +65,7 @@ def masked_importance_weights(
     Raises:
         InputError: another level, or bounds out of order.
     """
+    require_log_ratios(ratios)
     if not 0 <= lower <= upper or upper == 0:
         raise InputError(f"bounds must satisfy 0 <= lower <= upper and upper > 0, got {lower} and {upper}")
     ratio = ratios.at(level)

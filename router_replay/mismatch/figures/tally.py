@@ -12,7 +12,7 @@ from torch import Tensor
 from router_replay.errors import InputError
 from router_replay.masks.agreement import RouteTally
 from router_replay.mismatch.figures.weight_sums import WeightSums
-from router_replay.mismatch.log_ratios import SATURATION, LogRatios
+from router_replay.mismatch.log_ratios import SATURATION, LogRatios, require_log_ratios
 
 SUMS = (
     "log_ratio",
@@ -58,6 +58,7 @@ class Tally:
     @classmethod
     def of(cls, ratios: LogRatios, taus: tuple[float, ...], routes: RouteTally | None = None) -> Tally:
         """Of one batch; arguments as of `router_replay.mismatch.figures.diagnostics.diagnose`."""
+        require_log_ratios(ratios)
         if min(taus, default=2.0) <= 1:
             raise InputError(f"taus must be above 1, got {list(taus)}: max(r, 1/r) is never below 1")
         responses, full = ratios.responses, ratios.double

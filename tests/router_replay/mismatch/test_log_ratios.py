@@ -163,3 +163,23 @@ def test_messages_name_the_argument_as_the_caller_knows_it():
             call()
     with pytest.raises(InputError, match=r"at \[0, 0\], has log-probability nan in current over -1 in old"):
         log_ratio(current=LOGS * NAN, old=LOGS, responses=TWO)
+
+
+@pytest.mark.parametrize(
+    "takes_ratios",
+    [
+        mismatch.truncated_importance_weights,
+        mismatch.masked_importance_weights,
+        mismatch.icepop_weights,
+        mismatch.self_normalized_weights,
+        mismatch.catastrophic_token_veto,
+        mismatch.trust_region_mask,
+        mismatch.metropolis_chain,
+        mismatch.diagnose,
+        lambda given: mismatch.off_policy_sequence_mask(given, torch.zeros(2, 3)),
+        lambda given: decoupled_loss(given, current=torch.zeros(2, 3), advantages=torch.zeros(2, 3)),
+    ],
+)
+def test_log_probabilities_are_no_log_ratios(takes_ratios):
+    with pytest.raises(InputError, match=r"ratios must be a LogRatios, got a Tensor: make one with LogRatios\.of"):
+        takes_ratios(torch.zeros(2, 3))
