@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 # The tests for which SGLang, Megatron-Core or a browser are started or imported; every other folder of tests/ is quick.
 ENGINE_TESTS := tests/sglang_router_capture tests/megatron_router_replay tests/cpu_engines tests/end_to_end \
-	tests/contract tests/router_replay/report/test_report_in_browser.py
+	tests/contract tests/docs/test_tables.py tests/router_replay/report/test_report_in_browser.py
 QUICK_PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -q -p no:cacheprovider
 
 .PHONY: help setup demo quick quick-checks quick-masks quick-others test contract kernels wheel lock

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/ that say what is supported, from what the code refuses.
+"""Write the tables of README.md and docs/ that say what is supported and measured, from what the code refuses and the demo wrote.
 
     python scripts/docs_tables.py           # write them
     python scripts/docs_tables.py --check   # say which are out of date, and fail if any is
@@ -9,6 +9,7 @@ A table stands between `<!-- name -->` and `<!-- /name -->`; the names are those
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 import tomllib
@@ -76,7 +77,8 @@ def reasons(end: str) -> str:
     seen: set[str] = set()
     for each in refusals(end):
         if each.feature not in seen:
-            lines.append(row(each.feature, f"`{each.setting}`", f"{each.reason}; {each.way_out}"))
+            setting = each.flag if " " in each.flag else f"`{each.flag or each.setting}`"
+            lines.append(row(each.feature, setting, f"{each.reason}; {each.way_out}"))
         seen.add(each.feature)
     return "\n".join(lines)
 
@@ -97,6 +99,21 @@ def releases() -> str:
     return "\n".join(lines)
 
 
+def figures() -> str:
+    """What the demo's run, whose report is docs/demo.json, measured; docs/mismatch.png is the picture of the same run."""
+    run = json.loads((ROOT / "docs" / "demo.json").read_text())
+    routes, k3, tail = run["route_mismatch"], run["kl_k3"], run["f_tau"]["1.1"]
+    return (
+        f"*One run of `make demo` ({run['date']}, {run['hardware']['cores']} cores of {run['hardware']['cpu']}, SGLang"
+        f" {run['versions']['sglang']} in bfloat16, Megatron-Core {run['versions']['megatron-core']} in"
+        f" {run['trainer_dtype']}, the same weights; {run['conversations']} conversations, {run['sampled_tokens']:,}"
+        f" sampled tokens): left alone, the trainer takes other experts for {routes['rows']:.1%} of (token, layer) pairs"
+        f" and in some layer of {routes['tokens']:.1%} of the tokens. Replay takes KL (k3) from {k3['native']:.2e} to"
+        f" {k3['replay']:.2e} nats per token, and the share of tokens whose probability is off by more than 1.1 times"
+        f" from {tail['native']:.3%} to {tail['replay']:.3%}.*"
+    )
+
+
 def row(*cells: str) -> str:
     """A line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
@@ -104,6 +121,7 @@ def row(*cells: str) -> str:
 
 TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "support"): support,
+    ("README.md", "figures"): figures,
     ("docs/server.md", "refusals"): lambda: reasons("sglang"),
     ("docs/trainer.md", "refusals"): lambda: reasons("megatron"),
     ("docs/install.md", "releases"): releases,

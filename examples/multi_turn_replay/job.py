@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import time
 import warnings
@@ -123,6 +124,7 @@ def run(
     comparison = compare(played, *found, taus=sorted({*REPORTED_TAUS, *CURVE_TAUS}))
     report = {
         **summarize(played, comparison),
+        "date": datetime.date.today().isoformat(),
         "seed": seed,
         "trainer_dtype": trainer_dtype,
         "seconds": seconds,

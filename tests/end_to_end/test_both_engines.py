@@ -91,13 +91,18 @@ def test_the_readmes_trainer_lines_run_as_they_stand(capture_server: Server, mod
     ]
     token_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     width = token_ids.shape[1]
-    position_ids = torch.arange(width).expand_as(token_ids)
-    attention_mask = torch.ones(1, 1, width, width, dtype=torch.bool).triu(1)
-    namespace = {"model_chunks": model, "model": model}
+    batch = {
+        "answers": answers,
+        "token_ids": token_ids,
+        "lengths": [len(each) for each in sequences],
+        "position_ids": torch.arange(width).expand_as(token_ids),
+        "attention_mask": torch.ones(1, 1, width, width, dtype=torch.bool).triu(1),
+    }
+    namespace = {"model_chunks": model, "loss_func": lambda batch, output: batch}
     exec(compile(block, "README.md", "exec"), namespace)
-    lengths = torch.tensor([len(each) for each in sequences])
     with namespace["replay"], torch.no_grad(), dispatched_maps(model) as maps:
-        logits = namespace["forward_microbatch"](answers, token_ids, lengths, position_ids, attention_mask)
+        logits, loss_func = namespace["forward_step"](iter([batch]), model)
+    assert loss_func(logits) is batch
     assert logits.shape[:2] == token_ids.shape
     masks = masks_from_meta_info(answers[1]["meta_info"])
     for layer_index, layer in enumerate(masks.geometry.moe_layers):
