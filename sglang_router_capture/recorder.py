@@ -33,7 +33,7 @@ class PassRecord:
         released: `int64 [m]` slots that the allocator handed out since the pass before.
         slots: `int64 [n]` slots that the pass wrote.
         rows: `uint8 [n, row_bytes]`.
-        complete: `bool [n]`: every MoE layer reported K different experts.
+        valid: `bool [n]`: every MoE layer reported K different experts.
         version: number of the weights that ran.
         settled: it is in the slot table.
     """
@@ -42,14 +42,14 @@ class PassRecord:
     released: Tensor
     slots: Tensor
     rows: Tensor
-    complete: Tensor
+    valid: Tensor
     version: int
     settled: bool = False
 
     def map_device_tensors(self, copy: Callable[[Tensor], Tensor]) -> None:
         """Replace the device tensors by what `copy` makes of them."""
         self.released, self.slots = copy(self.released), copy(self.slots)
-        self.rows, self.complete = copy(self.rows), copy(self.complete)
+        self.rows, self.valid = copy(self.rows), copy(self.valid)
 
     def finalize(self) -> None:
         """Put the pass, and every earlier one whose result was dropped, into the slot table."""
@@ -97,7 +97,7 @@ class Recorder(RoutedExpertsCapturer):
         self._released: list[Tensor] = []
         self._in_flight: deque[PassRecord] = deque()
         self._versions: list[str] = []
-        self._incomplete_reported = False
+        self._invalid_reported = False
 
     def follow(self, allocator: Any) -> None:
         """Hear from this KV allocator, whose slots `req_to_token` holds, which slots it hands out."""
@@ -120,13 +120,13 @@ class Recorder(RoutedExpertsCapturer):
         slots = forward_batch.out_cache_loc_virtual
         if slots is None:
             slots = forward_batch.out_cache_loc
-        indices, complete = self.device_cache.take(0, slots.shape[0])
+        indices, valid = self.device_cache.take(0, slots.shape[0])
         record = PassRecord(
             recorder=self,
             released=torch.cat(self._released) if self._released else slots.new_empty(0),
             slots=slots.clone(),
             rows=self.codec.pack(indices, self.geometry),
-            complete=complete,
+            valid=valid,
             version=self._version_number(get_serving().weight_version),
         )
         for handed_out in self._released:
@@ -147,9 +147,9 @@ class Recorder(RoutedExpertsCapturer):
             # A pass whose result the scheduler dropped was never copied: the copy then waits for the device here.
             oldest.map_device_tensors(lambda tensor: tensor.cpu())
             self.table.release(oldest.released)
-            self.table.write(oldest.slots, oldest.rows, oldest.complete, oldest.version)
+            self.table.write(oldest.slots, oldest.rows, oldest.valid, oldest.version)
             oldest.settled = True
-            self._report_incomplete(oldest)
+            self._report_invalid(oldest)
 
     def slots_of(self, req_pool_idx: int, first: int, last: int, req_to_token_pool: Any) -> Tensor:
         """KV slots `int64 [last - first]` of a running request's tokens [first, last)."""
@@ -184,17 +184,17 @@ class Recorder(RoutedExpertsCapturer):
             self._versions.append(name)
         return len(self._versions) - 1
 
-    def _report_incomplete(self, record: PassRecord) -> None:
-        if self._incomplete_reported or bool(record.complete.all()):
+    def _report_invalid(self, record: PassRecord) -> None:
+        if self._invalid_reported or bool(record.valid.all()):
             return
-        self._incomplete_reported = True
+        self._invalid_reported = True
         logger.error(
             "router capture: %d of %d tokens of a forward pass have no route in at least one MoE layer. Their rows are"
             " marked invalid. The layer reported no experts, or not %d different ones in [0, %d): the MoE backend in"
             " use does not report them everywhere, or its router chose among NaN. Choose another with"
             " --moe-runner-backend, and look at the logits. Further passes are not reported.",
-            int((~record.complete).sum()),
-            len(record.complete),
+            int((~record.valid).sum()),
+            len(record.valid),
             self.geometry.top_k,
             self.geometry.num_experts,
         )

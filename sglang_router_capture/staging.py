@@ -44,13 +44,13 @@ class Staging:
         """Routes of the pass's tokens [first, last), and set the buffer back. No host sync.
 
         Returns:
-            `(indices int16 [n, L, K], complete bool [n])`: where a layer reported no expert, one out of range or one
-            twice, `complete` is False and the indices are those of some legal row.
+            `(indices int16 [n, L, K], valid bool [n])`: where a layer reported no expert, one out of range or one
+            twice, `valid` is False and the indices are those of some legal row.
         """
         top_k, num_experts = self._geometry.top_k, self._geometry.num_experts
         taken = self.buffer[first:last, :, :top_k]
-        complete = OPS.legal_indices(taken, num_experts).all(-1)
+        valid = OPS.legal_indices(taken, num_experts).all(-1)
         legal = torch.arange(top_k, dtype=torch.int16, device=taken.device)
-        indices = torch.where(complete[:, None, None], taken, legal)
+        indices = torch.where(valid[:, None, None], taken, legal)
         self.buffer.fill_(_UNWRITTEN)
-        return indices, complete
+        return indices, valid
