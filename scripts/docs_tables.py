@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/ that say what is supported and measured, from what the code refuses and the demo wrote.
+"""Write the parts of README.md and docs/ that say what is supported and measured, from the code and the demo's report.
 
     python scripts/docs_tables.py           # write them
     python scripts/docs_tables.py --check   # say which are out of date, and fail if any is
@@ -100,15 +100,15 @@ def releases() -> str:
 
 
 def figures() -> str:
-    """What the demo's run, whose report is docs/demo.json, measured; docs/mismatch.png is the picture of the same run."""
+    """Figures of the demo's run whose report is docs/demo.json; docs/mismatch.png is the picture of the same run."""
     run = json.loads((ROOT / "docs" / "demo.json").read_text())
     routes, k3, tail = run["route_mismatch"], run["kl_k3"], run["f_tau"]["1.1"]
     return (
         f"*One run of `make demo` ({run['date']}, {run['hardware']['cores']} cores of {run['hardware']['cpu']}, SGLang"
         f" {run['versions']['sglang']} in bfloat16, Megatron-Core {run['versions']['megatron-core']} in"
         f" {run['trainer_dtype']}, the same weights; {run['conversations']} conversations, {run['sampled_tokens']:,}"
-        f" sampled tokens): left alone, the trainer takes other experts for {routes['rows']:.1%} of (token, layer) pairs"
-        f" and in some layer of {routes['tokens']:.1%} of the tokens. Replay takes KL (k3) from {k3['native']:.2e} to"
+        f" sampled tokens): left alone, the trainer takes other experts for {routes['rows']:.1%} of (token, layer)"
+        f" pairs and in some layer of {routes['tokens']:.1%} of the tokens. Replay takes KL (k3) from {k3['native']:.2e} to"
         f" {k3['replay']:.2e} nats per token, and the share of tokens whose probability is off by more than 1.1 times"
         f" from {tail['native']:.3%} to {tail['replay']:.3%}.*"
     )
