@@ -103,14 +103,15 @@ def figures() -> str:
     """Figures of the demo's run whose report is docs/demo.json; docs/mismatch.png is the picture of the same run."""
     run = json.loads((ROOT / "docs" / "demo.json").read_text())
     routes, k3, tail = run["route_mismatch"], run["kl_k3"], run["f_tau"]["1.1"]
+    share = f"{tail['native']:.3%} to {tail['replay']:.3%}"
     return (
         f"*One run of `make demo` ({run['date']}, {run['hardware']['cores']} cores of {run['hardware']['cpu']}, SGLang"
         f" {run['versions']['sglang']} in bfloat16, Megatron-Core {run['versions']['megatron-core']} in"
         f" {run['trainer_dtype']}, the same weights; {run['conversations']} conversations, {run['sampled_tokens']:,}"
-        f" sampled tokens): left alone, the trainer takes other experts for {routes['rows']:.1%} of (token, layer)"
-        f" pairs and in some layer of {routes['tokens']:.1%} of the tokens. Replay takes KL (k3) from {k3['native']:.2e} to"
-        f" {k3['replay']:.2e} nats per token, and the share of tokens whose probability is off by more than 1.1 times"
-        f" from {tail['native']:.3%} to {tail['replay']:.3%}.*"
+        f" sampled tokens). Left alone, the trainer takes other experts for {routes['rows']:.1%} of (token, layer)"
+        f" pairs, and in some layer of {routes['tokens']:.1%} of the tokens. Replay takes KL (k3) from"
+        f" {k3['native']:.2e} to {k3['replay']:.2e} nats per token, and the share of tokens whose probability is off by"
+        f" more than 1.1 times from {share}.*"
     )
 
 
