@@ -112,8 +112,8 @@ def figures() -> str:
         f" sampled tokens). Left alone, the trainer takes other experts for {routes['rows']:.1%} of (token, layer)"
         f" pairs, and in some layer of {routes['tokens']:.1%} of the tokens. Replay takes KL (k3) from"
         f" {k3['native']:.2e} to {k3['replay']:.2e} nats per token, and the share of tokens whose probability is off by"
-        f" more than {' and by more than '.join(tails)}. Another run has other conversations: how far figures vary, and what"
-        " larger models show, is in [docs/corrections.md](docs/corrections.md).*"
+        f" more than {' and by more than '.join(tails)}. Another run has other conversations:"
+        " how far figures vary, and what larger models show, is in [docs/corrections.md](docs/corrections.md).*"
     )
 
 
