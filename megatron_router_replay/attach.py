@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from megatron.core.transformer.moe.router import TopKRouter
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_router_replay.layer_replay import LayerReplay
 from megatron_router_replay.ledger import LEDGER
@@ -15,6 +15,7 @@ from megatron_router_replay.live_model import check_live_layers, find_routers, g
 from megatron_router_replay.recompute import CHECKPOINT_PATCH
 from megatron_router_replay.refusals import check_config
 from router_replay.errors import CallOrderError, InputError
+from router_replay.masks.arguments import require_type
 from router_replay.masks.geometry import RoutingGeometry
 from router_replay.masks.masks import RoutingMasks
 from router_replay.replay.binding import NATIVE, bound
@@ -24,7 +25,7 @@ from router_replay.replay.observe import ObservedRoutes
 from router_replay.upstream import require
 
 
-def attach(model_chunks: nn.Module | Sequence[nn.Module], geometry: RoutingGeometry | None = None) -> Replay:
+def attach(model_chunks: nn.Module | Iterable[nn.Module], geometry: RoutingGeometry | None = None) -> Replay:
     """Put a replay into every decoder router of a model.
 
     Args:
@@ -57,17 +58,20 @@ def attach(model_chunks: nn.Module | Sequence[nn.Module], geometry: RoutingGeome
     own = geometry_of(config)
     check_live_layers(chunks, routers, own, "the model's configuration")
     if geometry is not None:
+        require_type("geometry", geometry, RoutingGeometry)
         geometry.require_same(own, "the rollout", "this model")
     return Replay(routers, own)
 
 
-def _chunks(given: nn.Module | Sequence[nn.Module]) -> list[nn.Module]:
-    chunks = [given] if isinstance(given, nn.Module) else list(given) if isinstance(given, list | tuple) else []
+def _chunks(given: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
+    if isinstance(given, nn.Module):
+        return [given]
+    several = isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping | Tensor)
+    chunks = list(given) if several else []
     wrong = next((each for each in chunks if not isinstance(each, nn.Module)), None)
     if chunks and wrong is None:
         return chunks
-    empty = isinstance(given, list | tuple) and not given
-    found = "an empty list" if empty else f"a {type(given if wrong is None else wrong).__name__}"
+    found = "an empty list" if several and not chunks else f"a {type(given if wrong is None else wrong).__name__}"
     raise InputError(
         f"attach takes this rank's live model, a torch.nn.Module, or the list of its chunks, got {found}: build the"
         " model and load its weights first"

@@ -39,7 +39,7 @@ class LayerReplay:
         group_topk: int | None,
         default_compute_topk: TopK,
     ) -> tuple[Tensor, Tensor]:
-        """Scores and experts `[num_places, K]` of every token; Megatron calls this in place of its top-k.
+        """Scores and experts `[num_places, K]` of every place; Megatron calls this in place of its top-k.
 
         Args:
             scores: `[num_places, E]`, what the choice is made by: logits, or probabilities, or these plus a bias.
@@ -47,7 +47,7 @@ class LayerReplay:
 
         Raises:
             CallOrderError: neither masks nor native routing were asked for.
-            PairingError: another number of tokens than the layout's.
+            PairingError: another number of places than the layout's.
         """
         state = current()
         binding = state.bindings.get(self._replay)

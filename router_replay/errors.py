@@ -26,4 +26,4 @@ class CallOrderError(RouterReplayError, RuntimeError):
 
 
 class SeamError(RouterReplayError, RuntimeError):
-    """An installed engine without a name that this project stands on, or with another signature of it."""
+    """No engine, or one without a name that this project stands on, or with another signature of it."""

@@ -410,6 +410,13 @@ _ATTRIBUTES = (
         releases=">=0.5.23",
     ),
     Attribute(
+        "state_capturer.routed_experts.RoutedExpertsCapturer",
+        "num_fused_shared_experts",
+        "answered by recorder.Recorder",
+        "the capture that the recorder keeps tells the columns of shared experts by it",
+        _ROUTES_TEST,
+    ),
+    Attribute(
         None,
         "num_fused_shared_experts",
         "read by hooks.num_fused_shared_experts",
@@ -512,14 +519,14 @@ _ATTRIBUTES = (
         _REQ,
         "kv",
         "read by answer.collect",
-        "it holds the request's place in the table of slots",
+        "it holds the index by which the request's KV slots are found",
         _ROUTES_TEST,
     ),
     Attribute(
         "managers.schedule_batch.ReqKvInfo",
         "req_pool_idx",
         "read by answer.collect",
-        "it is the request's row in the table of slots",
+        "it is the index by which the request's KV slots are found",
         _ROUTES_TEST,
     ),
 )

@@ -59,8 +59,8 @@ class PassRecord:
 class Recorder(RoutedExpertsCapturer):
     """Stands in `sglang.srt.runtime_context.get_resources().experts_capturer` in the place of upstream's capturer.
 
-    From upstream's class it keeps `capture` (one call per MoE layer, ids of logical experts) and the choice of the
-    tokens that are this rank's; staging, packing, the host table and what is read from it are ours.
+    From upstream's class it keeps `capture` (one call per MoE layer, ids of logical experts); staging, packing, the
+    host table and what is read from it are ours.
 
     Slots change hands while passes are in flight: with the overlap schedule the extra step of a finished request
     ends after its slot has been given away. Allocations and passes are therefore kept in one sequence, in the order in

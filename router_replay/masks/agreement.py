@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from router_replay.errors import InputError
+from router_replay.masks.arguments import as_bools
 
 CHUNK_TOKENS = 8192
 """Tokens that are compared at a time: comparing takes K bytes for every expert of a route."""
@@ -63,6 +64,10 @@ class RouteTally:
                 f"trainer routes {list(trainer.shape)} and rollout routes {list(rollout.shape)} must both be"
                 " [T, L, K], or [B, T, L, K]"
             )
+        for name, routes in (("trainer", trainer), ("rollout", rollout)):
+            if routes.is_floating_point() or routes.dtype == torch.bool:
+                raise InputError(f"the {name}'s routes must be expert ids, integers, got {routes.dtype}")
+        valid = None if valid is None else as_bools(valid)
         if valid is not None and valid.shape != trainer.shape[:-2]:
             raise InputError(
                 f"valid {list(valid.shape)} must have one entry for each token, {list(trainer.shape[:-2])}"

@@ -35,7 +35,7 @@ def as_tensor(name: str, value: Any) -> Tensor:
     if isinstance(value, np.ndarray):
         try:
             return torch.from_numpy(np.require(value, requirements=["C", "W"]))
-        except TypeError:
+        except (TypeError, ValueError):
             raise InputError(f"{name} is a numpy array of {value.dtype}, of which torch makes no tensor") from None
     raise InputError(f"{name} is {_described(value)}, but must be a tensor or a numpy array: torch.tensor({name})")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,7 +75,7 @@ class Responses:
         """
         if not isinstance(mask, Tensor) or mask.dim() != 1:
             raise InputError(f"a packed response mask must be a tensor [N], got {_described(mask)}")
-        bounds = [int(bound) for bound in (cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens)]
+        bounds = _integers(cu_seqlens)
         lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
         if not lengths or bounds[0] != 0 or bounds[-1] != len(mask) or min(lengths) < 0:
             raise InputError(
@@ -205,6 +206,15 @@ def require_responses(responses: object) -> None:
             f"responses must be a Responses, got {'a tensor ' * isinstance(responses, Tensor)}{_described(responses)}:"
             " make one with Responses.padded(mask) or Responses.packed(mask, cu_seqlens)"
         )
+
+
+def _integers(values: Sequence[int] | Tensor) -> list[int]:
+    try:
+        if isinstance(values, str):
+            raise TypeError
+        return [operator.index(each) for each in (values.tolist() if isinstance(values, Tensor) else values)]
+    except TypeError:
+        raise InputError(f"cu_seqlens must be S + 1 integers, got {str(values)[:80]}") from None
 
 
 def _described(value: object) -> str:

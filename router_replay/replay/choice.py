@@ -33,9 +33,9 @@ def replayed_experts(
     """
     if scores.shape[0] != routes.num_places:
         raise PairingError(
-            f"the router of decoder layer {layer} got {scores.shape[0]} tokens, the layout of this microbatch has"
-            f" {routes.num_places} places: build the layout from the token ids that this rank's layers see (sequence"
-            " and context parallelism split them)"
+            f"the router of decoder layer {layer} got {scores.shape[0]} places, the layout of this microbatch has"
+            f" {routes.num_places}: build the layout from the token ids that the model is called with; sequence and"
+            " context parallelism, which split them, are not supported yet"
         )
     experts = routes.experts(layer)
     if routes.num_native == 0:

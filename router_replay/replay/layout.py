@@ -162,7 +162,7 @@ class BatchLayout:
             InputError: a place that is not there, or twice.
         """
         if isinstance(index, slice):
-            places = torch.arange(self.num_places)[index]
+            places = torch.tensor(range(self.num_places)[index], dtype=torch.int64)
         elif isinstance(index, Tensor) and index.dtype == torch.bool:
             if index.shape != self.sequence.shape:
                 raise InputError(f"a mask of places must be bool [{self.num_places}], got {list(index.shape)}")
@@ -213,6 +213,16 @@ class BatchLayout:
         result = values.new_full((len(self.token_ids), *values.shape[1:]), fill)
         result[tokens] = values[inside.to(values.device)]
         return result
+
+
+def require_layout(layout: object) -> None:
+    """Raise InputError unless it is a `BatchLayout`."""
+    if not isinstance(layout, BatchLayout):
+        found = "None" if layout is None else f"a {type(layout).__name__}"
+        raise InputError(
+            f"the layout of a microbatch is {found}: build it with BatchLayout.padded(token_ids, lengths) or"
+            " BatchLayout.packed(token_ids, cu_seqlens)"
+        )
 
 
 def _bounds(counts: Tensor) -> Tensor:

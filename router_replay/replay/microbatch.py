@@ -7,9 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from router_replay.errors import InputError, PairingError
+from router_replay.errors import PairingError
 from router_replay.masks import Codec, RoutingGeometry, RoutingMasks, get_codec
-from router_replay.replay.layout import BatchLayout
+from router_replay.masks.batch import list_of_masks
+from router_replay.replay.layout import BatchLayout, require_layout
 
 
 class MicrobatchRoutes:
@@ -47,8 +48,8 @@ class MicrobatchRoutes:
             PairingError: masks of another model, of other tokens, of another number of sequences; a missing prefix,
                 rows beyond a sequence or, without `partial`, short of it; mixed codecs.
         """
-        recorded = _require_masks(masks)
-        _require_layout(layout)
+        recorded = list_of_masks(masks)
+        require_layout(layout)
         _check(recorded, layout, geometry, partial)
         self.geometry = geometry
         self._codec: Codec = get_codec(recorded[0].codec)
@@ -79,29 +80,6 @@ class MicrobatchRoutes:
         Native places hold placeholders that the caller overwrites.
         """
         return self._codec.unpack_layer(self._packed, self.geometry, self.geometry.index_of(layer)).long()
-
-
-def _require_masks(masks: Iterable[RoutingMasks]) -> list[RoutingMasks]:
-    way_out = "pass a list with one RoutingMasks for each sequence, as masks_from_meta_info gives them"
-    if isinstance(masks, RoutingMasks | str | bytes | dict) or not isinstance(masks, Iterable):
-        raise InputError(f"masks of a microbatch are a list, got {_kind(masks)} alone: {way_out}")
-    listed = list(masks)
-    for index, one in enumerate(listed):
-        if not isinstance(one, RoutingMasks):
-            raise InputError(f"masks of sequence {index} are {_kind(one)}: {way_out}")
-    return listed
-
-
-def _require_layout(layout: BatchLayout) -> None:
-    if not isinstance(layout, BatchLayout):
-        raise InputError(
-            f"the layout of a microbatch is {_kind(layout)}: build it with BatchLayout.padded(token_ids, lengths) or"
-            " BatchLayout.packed(token_ids, cu_seqlens)"
-        )
-
-
-def _kind(value: object) -> str:
-    return "None" if value is None else f"a {type(value).__name__}"
 
 
 def _check(masks: list[RoutingMasks], layout: BatchLayout, geometry: RoutingGeometry, partial: bool) -> None:

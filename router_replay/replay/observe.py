@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from router_replay.errors import CallOrderError, PairingError
-from router_replay.replay.layout import BatchLayout
+from router_replay.replay.layout import BatchLayout, require_layout
 
 
 class ObservedRoutes:
@@ -37,6 +37,7 @@ class ObservedRoutes:
             CallOrderError: a layer is missing: no whole forward pass was observed.
             PairingError: the pass had another number of places than the layout.
         """
+        require_layout(layout)
         missing = [layer for layer in self.layers if layer not in self._experts]
         if missing:
             raise CallOrderError(

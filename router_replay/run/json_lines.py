@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from router_replay.errors import DataError, InputError
+from router_replay.errors import DataError, InputError, RouterReplayError
 from router_replay.masks import RoutingMasks, load
 from router_replay.mismatch.responses import Responses
 from router_replay.run.recorded_routes import recorded_routes
@@ -61,8 +61,8 @@ def read_json_lines(path: Path) -> list[RunStep]:
             record = _sequence(line, where)
         except DataError:
             raise
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            # Errors of this project are ValueErrors; the others are of numbers that no tensor can hold.
+        except (RouterReplayError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+            # Those that are not this project's are of numbers that no tensor can hold.
             raise DataError(f"{where}: {error}") from error
         has_group = record.responses.group_ids is not None
         if grouped.setdefault(record.step, has_group) != has_group:

@@ -12,6 +12,8 @@ from torch import Tensor
 from router_replay.errors import InputError
 from router_replay.masks import RoutingMasks
 from router_replay.masks.agreement import RouteTally
+from router_replay.masks.arguments import as_bools, as_integer
+from router_replay.masks.batch import list_of_masks
 from router_replay.mismatch.log_ratios import LogRatios
 from router_replay.mismatch.responses import Responses, require_responses, require_tensors
 from router_replay.run.groups import group_numbers
@@ -43,7 +45,7 @@ class RunStep:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.step < 0:
+        if as_integer("step", self.step) < 0:
             raise InputError(f"a step's number is 0 or more, got {self.step}")
         if not self.trainer_logprobs:
             raise InputError("no log-probabilities of the trainer: give those of at least one pass")
@@ -117,6 +119,7 @@ class RunStep:
         bounds = responses.cu_seqlens.tolist()
         responses = Responses.packed(responses.mask.cpu(), bounds, groups)
         if rollout_masks is not None:
+            rollout_masks = list_of_masks(rollout_masks)
             if len(rollout_masks) != responses.num_sequences:
                 raise InputError(
                     f"{len(rollout_masks)} rollout masks for {responses.num_sequences} sequences: one for each"
@@ -130,6 +133,9 @@ class RunStep:
             rollout_routes = torch.cat([routes for routes, _ in recorded])
             routes_valid = torch.cat([valid for _, valid in recorded])
             moe_layers = rollout_masks[0].geometry.moe_layers
+        for name, given in (("trainer_routes", trainer_routes), ("rollout_routes", rollout_routes)):
+            if given is not None and not isinstance(given, Tensor):
+                raise InputError(f"{name} must be an int tensor [N, L, K], got a {type(given).__name__}")
         if (rollout_routes is None) != (trainer_routes is None):
             raise InputError(
                 "routes of one side only: give the trainer's own (trainer_routes) and the rollout's (rollout_masks or"
@@ -142,8 +148,8 @@ class RunStep:
                     f"trainer_routes {list(trainer_routes.shape)} must have one row for each of the"
                     f" {len(responses.mask)} tokens of the response mask"
                 )
-            valid = None if routes_valid is None else routes_valid.detach().cpu().bool()
-            own, recorded_by_token = trainer_routes.detach().cpu().int(), rollout_routes.detach().cpu().int()
+            valid = None if routes_valid is None else as_bools(routes_valid).detach().cpu()
+            own, recorded_by_token = trainer_routes.detach().cpu(), rollout_routes.detach().cpu()
             routes = RouteTally.of(trainer=own, rollout=recorded_by_token, valid=valid)
         return cls(
             step=step,

@@ -15,6 +15,7 @@ from torch import Tensor
 from router_replay.errors import DataError, InputError
 from router_replay.files import write_whole
 from router_replay.masks.agreement import RouteTally
+from router_replay.masks.arguments import as_integer, require_type
 from router_replay.mismatch.responses import Responses
 from router_replay.run.groups import group_numbers
 from router_replay.run.step import RunStep
@@ -45,7 +46,8 @@ def write_step(folder: Path, record: RunStep, *, part: int = 0) -> Path:
         InputError: a part below 0.
         OSError: the folder cannot be written.
     """
-    if part < 0:
+    require_type("the step to write", record, RunStep)
+    if as_integer("part", part) < 0:
         raise InputError(f"a part's number is 0 or more, got {part}")
     tensors = {
         "rollout_logprobs": record.rollout_logprobs,

@@ -10,7 +10,7 @@ from router_replay.errors import SeamError, UnsupportedError
 from router_replay.upstream.check import message
 from router_replay.upstream.installed import Installed
 from router_replay.upstream.reader import Reader
-from router_replay.upstream.seam import At, Ledger
+from router_replay.upstream.seam import Ledger, in_range
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,15 @@ class Refusal:
         """Name of the field."""
         return self.path.rpartition(".")[2]
 
-    def holds_in(self, release: str | None) -> bool:
-        """Whether a release has the field; of an unknown one only what no range limits is expected."""
-        return not self.releases if release is None else At(self.path, self.releases).holds_in(release)
+    def expected_in(self, release: str | None) -> bool:
+        """Whether a release must have the field; of an unknown one only what no range limits is expected."""
+        found = in_range(self.releases, release)
+        return not self.releases if found is None else found
+
+    def judged_in(self, release: str | None, config: Any) -> bool:
+        """Whether a configuration's value counts: in the row's releases, and in unknown ones that have the fields."""
+        found = in_range(self.releases, release)
+        return all(hasattr(config, name) for name in (self.setting, *self.only_with)) if found is None else found
 
 
 def refuse(ledger: Ledger, rows: Sequence[Refusal], config: Any) -> None:
@@ -66,13 +72,18 @@ def refuse(ledger: Ledger, rows: Sequence[Refusal], config: Any) -> None:
             that is off.
     """
     release = Installed(ledger.distribution).release
-    rows = [row for row in rows if row.holds_in(release)]
     gone = [
-        _gone(ledger, row, name) for row in rows for name in (row.setting, *row.only_with) if not hasattr(config, name)
+        _gone(ledger, row, name)
+        for row in rows
+        if row.expected_in(release)
+        for name in (row.setting, *row.only_with)
+        if not hasattr(config, name)
     ]
     if gone:
         raise SeamError(message(ledger, release, gone))
     for row in rows:
+        if not row.judged_in(release, config):
+            continue
         value = getattr(config, row.setting)
         others = [(name, getattr(config, name)) for name in row.only_with]
         on = [f"{name} {other!r}" for name, other in others if other]
@@ -90,7 +101,7 @@ def check_settings(ledger: Ledger, rows: Sequence[Refusal], reader: Reader) -> l
     return [
         _gone(ledger, row, name)
         for row in rows
-        if row.holds_in(reader.release)
+        if row.expected_in(reader.release)
         for name in (row.setting, *row.only_with)
         if not _declared(ledger, row, name, reader)
     ]

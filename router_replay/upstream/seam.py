@@ -5,13 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from packaging.specifiers import SpecifierSet
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 PATCHED = ("hooked", "wrapped")
 """Uses that put something of ours in the place of the name, which therefore must be the owner's own."""
 CALLED = ("called", "overridden", "answered")
 """Uses in which one side calls the other: a further parameter without a default would break the call."""
 _USES = (*PATCHED, *CALLED, "inherited", "read", "relied")
+
+
+def in_range(releases: str, release: str | None) -> bool | None:
+    """Whether a release is in a PEP 440 range; None where the release is not known, or is no version.
+
+    A pre-release counts as the release that it leads to, whose names it mostly has already.
+    """
+    try:
+        return None if release is None else SpecifierSet(releases).contains(Version(release).base_version)
+    except InvalidVersion:
+        return None
 
 
 @dataclass(frozen=True)
@@ -27,8 +38,8 @@ class At:
     releases: str = ""
 
     def holds_in(self, release: str | None) -> bool:
-        """Whether the name is expected here in a release; an unknown one (None) may have it anywhere."""
-        return release is None or SpecifierSet(self.releases).contains(Version(release), prereleases=True)
+        """Whether the name is expected here in a release; an unknown one may have it anywhere."""
+        return in_range(self.releases, release) is not False
 
 
 @dataclass(frozen=True)

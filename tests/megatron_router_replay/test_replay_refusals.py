@@ -138,6 +138,12 @@ def test_what_is_no_model(given, message):
         attach(given)
 
 
+def test_any_iterable_of_chunks(build_model):
+    model = build_model()
+    with attach(chunk for chunk in [model]) as replay:
+        assert replay.layers == (1, 2, 3)
+
+
 def test_attach_twice(build_model):
     model = build_model()
     with attach(model), pytest.raises(CallOrderError, match=r"call its remove\(\) first"):
@@ -242,7 +248,7 @@ def test_forward_after_the_block_ended(build_model, batch):
 
 def test_router_sees_other_rows_than_the_layout(build_model, batch):
     model = build_model()
-    message = "decoder layer 1 got 33 tokens, the layout of this microbatch has 36 places"
+    message = "decoder layer 1 got 33 places, the layout of this microbatch has 36: build the layout"
     with (
         attach(model) as replay,
         replay.microbatch(batch.masks, batch.layout),

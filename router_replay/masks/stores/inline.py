@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Mapping
 from typing import Any
 
 from router_replay.errors import DataError, InputError
@@ -46,6 +47,8 @@ class InlineStore(Store):
 
 
 def _data(handle: Handle) -> bytes:
+    if not isinstance(handle, Mapping) or handle.get("store") != URL:
+        raise DataError(f"not a handle of the store {URL!r}: {str(handle)[:80]!r}; load(handle) finds a handle's own")
     try:
         return base64.b64decode(handle["data"], validate=True)
     except (KeyError, TypeError, ValueError) as error:

@@ -68,3 +68,18 @@ def test_many_tokens_are_compared_part_by_part(monkeypatch):
         for row in zip(ours.tolist(), theirs.tolist(), strict=True)
     ]
     assert whole.overlap == pytest.approx([sum(len(row[layer]) for row in sets) / 200 for layer in range(3)])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"valid": torch.tensor([1, 1, 0, 1])}, r"valid is torch.int64 \[4\], but must be torch.bool"),
+        ({"valid": torch.ones(4)}, "valid is torch.float32"),
+        ({"valid": [True] * 4}, "valid is a list"),
+        ({"trainer": torch.rand(4, 2, 3)}, "the trainer's routes must be expert ids, integers, got torch.float32"),
+    ],
+)
+def test_what_is_no_validity_and_no_route(change, message):
+    routes = torch.rand(4, 2, 8).topk(3).indices
+    with pytest.raises(InputError, match=message):
+        compare_routes(**{"trainer": routes, "rollout": routes, **change})

@@ -183,3 +183,9 @@ def test_messages_name_the_argument_as_the_caller_knows_it():
 def test_log_probabilities_are_no_log_ratios(takes_ratios):
     with pytest.raises(InputError, match=r"ratios must be a LogRatios, got a Tensor: make one with LogRatios\.of"):
         takes_ratios(torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("bounds", [[0, 2.7, 4], torch.tensor([0.0, 2.0, 4.0]), "04", None, torch.zeros(2, 2).long()])
+def test_bounds_of_sequences_are_integers(bounds):
+    with pytest.raises(InputError, match=r"cu_seqlens must be S \+ 1 integers"):
+        Responses.packed(torch.ones(4), bounds)

@@ -143,6 +143,7 @@ def test_some_of_the_places():
     # Masks are checked against whole sequences, whatever part of them is here.
     assert tokens(part) == tokens(layout)
     assert layout.at(slice(2, 4)).position.tolist() == [1, 1]
+    assert layout.at(slice(None, None, -1)).position.tolist() == [-1, 2, 1, 1, 0, 0]
     assert layout.at(layout.sequence == 1).position.tolist() == [0, 1]
     assert layout.at([]).num_places == 0
 

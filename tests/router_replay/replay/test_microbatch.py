@@ -152,3 +152,9 @@ def test_token_ids_and_masks_of_a_device():
     routes = MicrobatchRoutes(masks, layout, GEOMETRY, torch.device("cuda"))
     assert routes.native_places.is_cuda and routes.experts(1).is_cuda
     check(routes, layout, masks, indices)
+
+
+@pytest.mark.parametrize("layout", [None, torch.zeros(2, 5)])
+def test_observed_routes_ask_for_a_layout(layout):
+    with pytest.raises(InputError, match=r"the layout of a microbatch is (None|a Tensor): .*BatchLayout\.padded"):
+        ObservedRoutes((1, 3)).indices(layout)

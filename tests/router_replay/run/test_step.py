@@ -181,7 +181,7 @@ def _routes_counts(tensors: dict) -> dict:
         ({"route_counts.shared": None}, {}, "counts of routes need"),
         ({"route_counts.differing": torch.ones(2, dtype=torch.int64)}, {}, r"must be \[1\], \[1\], \[L\] and \[L\]"),
         (
-            {"trainer_routes": torch.ones(240, 3, 1), "rollout_routes": torch.ones(240, 3, 1)},
+            {"trainer_routes": torch.ones(240, 3, 1).int(), "rollout_routes": torch.ones(240, 3, 1).int()},
             {},
             "routes are given twice",
         ),
@@ -274,3 +274,31 @@ def test_a_pass_has_its_log_ratios():
     found = step.log_ratios(NAMES[1])
     assert found.responses is step.responses
     assert found.token.equal((step.trainer_logprobs[NAMES[1]] - step.rollout_logprobs) * step.responses.mask)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": 1.5}, "step is a float"),
+        ({"step": True}, "step is a bool"),
+        ({"rollout_masks": [{"store": "inline:"}] * 12}, "masks of sequence 0 are a dict"),
+        ({"trainer_routes": [[1]]}, r"trainer_routes must be an int tensor \[N, L, K\], got a list"),
+    ],
+)
+def test_what_a_step_is_not_made_of(change, message):
+    step = run_step(0)
+    given = {
+        "step": 0,
+        "rollout_logprobs": step.rollout_logprobs,
+        "trainer_logprobs": dict(step.trainer_logprobs),
+        "responses": step.responses,
+        **change,
+    }
+    with pytest.raises(InputError, match=message):
+        RunStep.of(given.pop("step"), **given)
+
+
+def test_only_a_step_is_written(tmp_path):
+    with pytest.raises(InputError, match="the step to write is None, but must be a RunStep"):
+        write_step(tmp_path, None)
+    assert not list(tmp_path.iterdir())

@@ -55,6 +55,21 @@ def test_a_setting_of_other_releases(folder: Path) -> None:
         refuse(LEDGER, [replace(ROW, releases=">=1")], SimpleNamespace())
 
 
+@pytest.mark.parametrize("release", [None, "2.0rc1", "2.1.dev3", "a-checkout"])
+def test_a_setting_counts_in_releases_that_nobody_knows(release: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout on the path has no release, and a pre-release has what the release will have."""
+    monkeypatch.setattr("router_replay.upstream.refusals.Installed", lambda name: SimpleNamespace(release=release))
+    row = replace(ROW, releases=">=2")
+    with pytest.raises(UnsupportedError, match="where depth is 4"):
+        refuse(LEDGER, [row], SimpleNamespace(depth=4))
+    if release in (None, "a-checkout"):
+        # Which of the releases it is cannot be told, so a field that only some have may be missing.
+        refuse(LEDGER, [row], SimpleNamespace())
+    else:
+        with pytest.raises(SeamError, match="expected a setting 'depth'"):
+            refuse(LEDGER, [row], SimpleNamespace())
+
+
 def test_settings_are_read_where_they_are_declared(reader: Reader) -> None:
     """A class-level value without an annotation is no field: SGLang keeps derived settings so."""
     rows = [ROW, replace(ROW, path="core.Config.height"), replace(ROW, path="core.Confg.depth")]

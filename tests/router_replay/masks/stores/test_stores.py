@@ -150,3 +150,10 @@ def test_a_view_is_put_without_what_surrounds_it(store: Store):
     view = masks[2:]
     assert view.rows.untyped_storage().nbytes() == masks.rows.untyped_storage().nbytes()
     assert torch.equal(load(store.put(view)).rows, masks.rows[2:])
+
+
+@pytest.mark.parametrize("handle", [{"store": "file:///x", "data": ""}, None, "inline:", {}])
+@pytest.mark.parametrize("method", ["get", "stat", "delete"])
+def test_the_inline_store_takes_its_own_handles_alone(handle: Any, method: str):
+    with pytest.raises(DataError, match="not a handle of the store 'inline:'"):
+        getattr(open_store("inline:"), method)(handle)

@@ -1,0 +1,28 @@
+"""Masks of many sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from router_replay.errors import InputError
+from router_replay.masks.masks import RoutingMasks
+
+
+def list_of_masks(masks: Iterable[RoutingMasks]) -> list[RoutingMasks]:
+    """Masks of several sequences as a list, from any iterable.
+
+    Raises:
+        InputError: one RoutingMasks alone, a handle, or an iterable of something else.
+    """
+    way_out = "pass a list with one RoutingMasks for each sequence, as masks_from_meta_info gives them"
+    if isinstance(masks, RoutingMasks | str | bytes | Mapping) or not isinstance(masks, Iterable):
+        raise InputError(f"masks of a microbatch are a list, got {_kind(masks)} alone: {way_out}")
+    listed = list(masks)
+    for index, one in enumerate(listed):
+        if not isinstance(one, RoutingMasks):
+            raise InputError(f"masks of sequence {index} are {_kind(one)}: {way_out}")
+    return listed
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
