@@ -157,6 +157,13 @@ def before_release_req(*, req: Any, req_to_token_pool: Any, **others: Any) -> No
 def after_get_output_streamer_class(streamer_class: Any, scheduler: Any, **others: Any) -> type | None:
     """A streamer that adds each finished request's handle to its meta_info."""
     recorder = _recorder()
+    if recorder is None and _options_of_this_process() is not None:
+        refusals.stop(
+            SeamError(
+                "the scheduler asked for its output streamer before it had a recorder, so that answers would lack their"
+                " masks without a word: expected the experts capturer of this server to be made first"
+            )
+        )
     if recorder is None or recorder.options.format == "sglang":
         return None
     inherited = streamer_class.build_additional_customized_info

@@ -143,3 +143,10 @@ class _Streamer:
 
     def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list]:
         return {}
+
+
+def test_a_scheduler_that_was_to_capture_and_has_no_recorder_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(get_resources(), "experts_capturer", None)
+    monkeypatch.setenv("SGLANG_ROUTER_CAPTURE", "1")
+    with pytest.raises(SystemExit, match="answers would lack their masks without a word"):
+        hooks.after_get_output_streamer_class(_Streamer, None)
