@@ -37,7 +37,7 @@ test: setup  ## Lint, types and all tests.
 	.venv/bin/pytest
 
 contract: setup  ## Hold the ledgers against other releases of SGLang and Megatron-Core (downloads their wheels).
-	.venv/bin/python -m scripts.contract
+	.venv/bin/python scripts/contract.py
 
 kernels: setup  ## Compile the CUDA kernels anew; print their registers and spills.
 	@mkdir -p build
