@@ -56,7 +56,7 @@ def imports_of(path: Path, root: Path = ROOT) -> Iterator[Import]:
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(tree_of(path)):
         for target in _targets(node, package):
-            yield Import(module, str(path.relative_to(root)), node.lineno, target)  # type: ignore[attr-defined]
+            yield Import(module, str(path.relative_to(root)), node.lineno, target)
 
 
 def _targets(node: ast.AST, package: str) -> list[str]:

@@ -242,7 +242,7 @@ def test_forward_after_the_block_ended(build_model, batch):
     with attach(model) as replay:
         with replay.microbatch(batch.masks, batch.layout):
             forward_logits(model, batch.token_ids)
-        with pytest.raises(CallOrderError):
+        with pytest.raises(CallOrderError, match="this forward pass has no masks"):
             forward_logits(model, batch.token_ids)
 
 

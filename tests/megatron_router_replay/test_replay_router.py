@@ -5,25 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from megatron.core.transformer.module import Float16Module
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpu_engines.megatron.logprobs import forward_logits
 from megatron_router_replay import attach
 from tests.megatron_router_replay.batches import dispatched_maps, experts_of, random_batch
-
-
-class _RefuseReadingBack(TorchDispatchMode):
-    """Fails on operators whose result or shape waits for the device's values."""
-
-    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "repeat_interleave", "equal", "is_nonzero")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert name not in self.WAITS, f"aten::{name} waits for the device"
-        if name.startswith("index"):
-            indices = args[1] if isinstance(args[1], list | tuple) else []
-            assert not any(i is not None and i.dtype == torch.bool for i in indices), f"aten::{name} with a mask waits"
-        return func(*args, **(kwargs or {}))
+from tests.no_waiting import RefuseWaiting
 
 
 @pytest.mark.parametrize("codec", ["bitset", "ordered"])
@@ -31,16 +17,16 @@ def test_forward_never_waits_for_the_device(build_model, geometry, codec):
     model, batch = build_model(), random_batch(geometry, (12, 9, 5), seed=31, codec=codec)
     hidden = torch.randn(12, 3, 48, generator=torch.Generator().manual_seed(32))
     router = model.decoder.layers[2].mlp.router
-    with attach(model) as replay, replay.microbatch(batch.masks, batch.layout), _RefuseReadingBack():
+    with attach(model) as replay, replay.microbatch(batch.masks, batch.layout), RefuseWaiting():
         _, routing_map = router(hidden)
     recorded = dict(batch.recorded(2))
     assert {place: experts_of(routing_map, place) for place in recorded} == recorded
 
 
 def test_the_guard_against_waiting_does_see_a_wait():
-    with pytest.raises(AssertionError, match="waits for the device"), _RefuseReadingBack():
+    with pytest.raises(AssertionError, match="waits for the device"), RefuseWaiting():
         torch.ones(3).sum().item()
-    with pytest.raises(AssertionError, match="waits"), _RefuseReadingBack():
+    with pytest.raises(AssertionError, match="waits"), RefuseWaiting():
         torch.ones(3)[torch.tensor([True, False, True])]
 
 

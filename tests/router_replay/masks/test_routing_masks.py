@@ -77,7 +77,7 @@ def test_any_other_token_is_refused(position, other):
 
 def test_shifted_and_short_sequences_are_refused():
     masks = make_masks()
-    with pytest.raises(PairingError):
+    with pytest.raises(PairingError, match=masks.token_digest):
         masks.check_tokens(TOKENS[1:])
     with pytest.raises(PairingError, match=r"\[0, 10\), but the sequence has only 9 tokens"):
         masks.check_tokens(TOKENS[:9])
