@@ -1,41 +1,48 @@
-"""Attach replay to a live Megatron model, bind masks to its forward passes, and put everything back."""
+"""Attach replay to a live Megatron model, after checking that it is one that replay can be right for."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
-from megatron.core.transformer.moe.router import TopKRouter
+import torch
+from router_replay.replay.shards import ContextOrder
 from torch import Tensor, nn
 
+from megatron_router_replay.input_ids import first_embeddings
+from megatron_router_replay.layer_plan import config_of
 from megatron_router_replay.layer_replay import LayerReplay
 from megatron_router_replay.ledger import LEDGER
-from megatron_router_replay.live_model import check_live_layers, find_routers, geometry_of
-from megatron_router_replay.recompute import CHECKPOINT_PATCH
-from megatron_router_replay.refusals import check_config
+from megatron_router_replay.live_model import live_layers
+from megatron_router_replay.model_groups import ModelGroups
+from megatron_router_replay.replay import Replay
+from megatron_router_replay.router_settings import RouterSettings
 from router_replay.errors import CallOrderError, InputError
-from router_replay.masks.arguments import require_type
+from router_replay.masks.arguments import as_integer, require_type
 from router_replay.masks.geometry import RoutingGeometry
-from router_replay.masks.masks import RoutingMasks
-from router_replay.replay.binding import NATIVE, bound
-from router_replay.replay.layout import BatchLayout
-from router_replay.replay.microbatch import MicrobatchRoutes
-from router_replay.replay.observe import ObservedRoutes
 from router_replay.upstream import require
 
 
-def attach(model_chunks: nn.Module | Iterable[nn.Module], geometry: RoutingGeometry | None = None) -> Replay:
+def attach(
+    model_chunks: nn.Module | Iterable[nn.Module],
+    geometry: RoutingGeometry | None = None,
+    *,
+    context_order: ContextOrder = "zigzag",
+    overlap_every: int | None = 100,
+) -> Replay:
     """Put a replay into every decoder router of a model.
 
     Args:
         model_chunks: this rank's model, or its chunks under interleaved pipelining, wrapped (DDP, Float16Module) or
-            not.
+            not. A pipeline stage without MoE layers is attached like the others.
         geometry: the rollout's, where it is known already, so that a mismatch is found before any training; by
             default the model's own configuration.
+        context_order: how context-parallel ranks share a sequence; Megatron's own is the zigzag.
+        overlap_every: in the first training pass and in every so many passes some replayed routes are compared with the
+            trainer's own choice, and ranks compare what they were given; None never does, for a model whose routers
+            have nothing to do with the rollout's.
 
     Returns:
-        The replay; from now on every forward pass must be inside its `microbatch` or `off`, until `remove`.
+        The replay; from now on every forward pass must be inside its `microbatch`, `record` or `off`, until `remove`.
 
     Raises:
         InputError: no model, or two routers with one layer number.
@@ -46,21 +53,25 @@ def attach(model_chunks: nn.Module | Iterable[nn.Module], geometry: RoutingGeome
     """
     require(LEDGER)
     chunks = _chunks(model_chunks)
-    routers = find_routers(chunks)
-    for layer, router in routers.items():
+    if geometry is not None:
+        require_type("geometry", geometry, RoutingGeometry)
+    if overlap_every is not None and as_integer("overlap_every", overlap_every) < 1:
+        raise InputError(f"overlap_every is {overlap_every}, but must be a number of passes, or None for never")
+    found, routers = live_layers(chunks, geometry)
+    for layer, router in ((layer, router) for of_chunk in routers for layer, router in of_chunk.items()):
         if isinstance(router.router_replay, LayerReplay):
             raise CallOrderError(
                 f"the router of decoder layer {layer} belongs to an attached replay already: use that one, or call its "
                 "remove() first"
             )
-        check_config(router.config)
-    config = next(iter(routers.values())).config
-    own = geometry_of(config)
-    check_live_layers(chunks, routers, own, "the model's configuration")
-    if geometry is not None:
-        require_type("geometry", geometry, RoutingGeometry)
-        geometry.require_same(own, "the rollout", "this model")
-    return Replay(routers, own)
+    configs = [config_of(chunk) for chunk in chunks]
+    settings = RouterSettings(configs, [router for of_chunk in routers for router in of_chunk.values()])
+    groups = ModelGroups(configs[0], context_order)
+    return Replay(routers, first_embeddings(chunks), found, _device(chunks), settings, groups, overlap_every)
+
+
+def _device(chunks: list[nn.Module]) -> torch.device:
+    return next(parameter.device for chunk in chunks for parameter in chunk.parameters())
 
 
 def _chunks(given: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
@@ -76,92 +87,3 @@ def _chunks(given: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
         f"attach takes this rank's live model, a torch.nn.Module, or the list of its chunks, got {found}: build the"
         " model and load its weights first"
     )
-
-
-class Replay:
-    """Replay attached to one model; as a context manager it removes itself at the end.
-
-    Attributes:
-        geometry: the whole model's, to which masks must fit.
-        layers: 0-based decoder layers with a router in the chunks given.
-        observer: where the routes of the current forward pass are recorded, inside `observe`.
-    """
-
-    def __init__(self, routers: dict[int, TopKRouter], geometry: RoutingGeometry) -> None:
-        self.geometry = geometry
-        self.layers = tuple(routers)
-        self.observer: ObservedRoutes | None = None
-        self._routers = routers
-        self._originals: dict[int, Any] | None = {layer: router.router_replay for layer, router in routers.items()}
-        for layer, router in routers.items():
-            router.router_replay = LayerReplay(self, layer)
-        CHECKPOINT_PATCH.apply()
-
-    @property
-    def attached(self) -> bool:
-        """False after `remove`."""
-        return self._originals is not None
-
-    @contextlib.contextmanager
-    def microbatch(
-        self, masks: Iterable[RoutingMasks], layout: BatchLayout, *, partial: bool = False
-    ) -> Iterator[MicrobatchRoutes]:
-        """Replay `masks` in the forward pass inside the block, and in its recomputes, whenever these happen.
-
-        Args:
-            masks: one per sequence of the layout, each from token 0; tokens without a valid row take the trainer's
-                own top-k.
-            layout: the tokens of the microbatch.
-            partial: accept masks that end before the last token but one of their sequence, whose other tokens the
-                rollout never saw (an environment's last words, say) and the trainer routes itself.
-
-        Yields:
-            The rows as bound, with the counts of replayed, native and padding places.
-
-        Raises:
-            InputError: masks or a layout that are something else.
-            PairingError: the masks are not this model's or not this batch's; raised before anything is computed.
-        """
-        self._require_attached()
-        device = next(iter(self._routers.values())).weight.device
-        routes = MicrobatchRoutes(masks, layout, self.geometry, device, partial=partial)
-        with bound(self, routes):
-            yield routes
-
-    @contextlib.contextmanager
-    def off(self) -> Iterator[None]:
-        """Route natively inside the block, as stock Megatron does: a reference model's pass, an evaluation."""
-        self._require_attached()
-        with bound(self, NATIVE):
-            yield
-
-    @contextlib.contextmanager
-    def observe(self) -> Iterator[ObservedRoutes]:
-        """Record the experts that the one forward pass inside the block takes, replayed or native."""
-        self._require_attached()
-        if self.observer is not None:
-            raise CallOrderError("this replay is being observed already: observe() blocks do not nest")
-        self.observer = ObservedRoutes(self.layers)
-        try:
-            yield self.observer
-        finally:
-            self.observer = None
-
-    def remove(self) -> None:
-        """Put back every object that `attach` replaced; calling it again does nothing."""
-        if self._originals is None:
-            return
-        for layer, original in self._originals.items():
-            self._routers[layer].router_replay = original
-        self._originals = None
-        CHECKPOINT_PATCH.remove()
-
-    def _require_attached(self) -> None:
-        if not self.attached:
-            raise CallOrderError("this replay was removed from its model: attach again")
-
-    def __enter__(self) -> Replay:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.remove()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+from megatron.core.transformer.moe.moe_utils import group_limited_topk
 from torch import Tensor
 
 from router_replay.errors import CallOrderError
-from router_replay.replay.binding import Replays, current
-from router_replay.replay.choice import replayed_experts
-from router_replay.replay.microbatch import MicrobatchRoutes
+from router_replay.replay.binding import Native, Replays, current
+from router_replay.replay.choice import compare_with_own, replayed_experts
 
 TopK = Callable[[Tensor, int, int | None, int | None], tuple[Tensor, Tensor]]
 
@@ -22,14 +23,18 @@ class LayerReplay:
     (arXiv 2510.11370, equation of routing replay).
 
     Attributes:
-        layer: 0-based decoder layer.
+        layer: 0-based decoder layer of the rollout's geometry.
         layer_number: Megatron's 1-based number, which `TopKRouter.set_layer_number` keeps up to date.
     """
 
-    def __init__(self, replay: Replays, layer: int) -> None:
+    def __init__(self, replay: Replays, layer: int, layer_number: int, index_dtype: torch.dtype) -> None:
+        """Args:
+        index_dtype: of the experts that are handed to Megatron.
+        """
         self.layer = layer
-        self.layer_number: int | None = layer + 1
+        self.layer_number: int | None = layer_number
         self._replay = replay
+        self._index_dtype = index_dtype
 
     def get_replay_topk(
         self,
@@ -46,7 +51,7 @@ class LayerReplay:
             default_compute_topk: Megatron's own choice.
 
         Raises:
-            CallOrderError: neither masks nor native routing were asked for.
+            CallOrderError: neither masks nor native routing were asked for, or a second pass inside of one block.
             PairingError: another number of places than the layout's.
         """
         state = current()
@@ -56,15 +61,49 @@ class LayerReplay:
                 f"decoder layer {self.layer} is attached to a replay, but this forward pass has no masks: wrap the call"
                 " of the model in replay.microbatch(masks, layout), or in replay.off() for native routing"
             )
-
-        def native(of: Tensor) -> tuple[Tensor, Tensor]:
-            return default_compute_topk(of, topk, num_groups, group_topk)
-
-        if isinstance(binding, MicrobatchRoutes):
-            experts = replayed_experts(binding, state, self.layer, self, scores, lambda of: native(of)[1])
-            probs = scores.gather(1, experts)
+        if isinstance(binding, Native) or binding.routes is None:
+            probs, experts = default_compute_topk(scores, topk, num_groups, group_topk)
         else:
-            probs, experts = native(scores)
-        if self._replay.observer is not None and not state.recomputing:
-            self._replay.observer.record(self.layer, experts)
+
+            def native(of: Tensor) -> Tensor:
+                return _own_choice(of, topk, num_groups, group_topk, default_compute_topk)
+
+            experts = replayed_experts(binding.routes, state, self.layer, self, scores, native)
+            if not state.recomputing:
+                compare_with_own(binding, self.layer, scores, experts, native)
+            experts = experts.to(self._index_dtype)
+            probs = scores.gather(1, experts)
+        if not state.recomputing:
+            if not isinstance(binding, Native):
+                binding.ask(self.layer)
+                if binding.recorder is not None:
+                    binding.recorder.record(self.layer, experts)
+            if self._replay.observer is not None:
+                self._replay.observer.record(self.layer, experts)
         return probs, experts
+
+
+def _own_choice(
+    scores: Tensor, topk: int, num_groups: int | None, group_topk: int | None, default_compute_topk: TopK
+) -> Tensor:
+    """Megatron's own choice for some of the places.
+
+    Its group-limited choice is called by its own name, since the function that the router hands over looks up the
+    number of places among its caller's variables, and there it is that of all places.
+    """
+    if group_topk:
+        num_places, num_experts = scores.shape
+        return group_limited_topk(scores, topk, num_places, num_experts, num_groups, group_topk)[1]
+    return default_compute_topk(scores, topk, num_groups, group_topk)[1]
+
+
+def index_dtype(device: torch.device) -> torch.dtype:
+    """int32 where this torch gathers and scatters by it on `device`, else int64, which is twice as large."""
+    scores = torch.zeros(1, 2, device=device, requires_grad=True)
+    index = torch.zeros(1, 1, dtype=torch.int32, device=device)
+    try:
+        gates = scores.gather(1, index)
+        torch.zeros_like(scores).scatter(1, index, gates).sum().backward()
+    except RuntimeError:
+        return torch.int64
+    return torch.int32

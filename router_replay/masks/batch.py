@@ -14,14 +14,25 @@ def list_of_masks(masks: Iterable[RoutingMasks]) -> list[RoutingMasks]:
     Raises:
         InputError: one RoutingMasks alone, a handle, or an iterable of something else.
     """
-    way_out = "pass a list with one RoutingMasks for each sequence, as masks_from_meta_info gives them"
+    listed = list_of_masks_or_none(masks)
+    for index, one in enumerate(listed):
+        if one is None:
+            raise InputError(f"masks of sequence {index} are None: {_WAY_OUT}")
+    return [one for one in listed if one is not None]
+
+
+def list_of_masks_or_none(masks: Iterable[RoutingMasks | None]) -> list[RoutingMasks | None]:
+    """As `list_of_masks`, but None may stand for a sequence that has no masks."""
     if isinstance(masks, RoutingMasks | str | bytes | Mapping) or not isinstance(masks, Iterable):
-        raise InputError(f"masks of a microbatch are a list, got {_kind(masks)} alone: {way_out}")
+        raise InputError(f"masks of a microbatch are a list, got {_kind(masks)} alone: {_WAY_OUT}")
     listed = list(masks)
     for index, one in enumerate(listed):
-        if not isinstance(one, RoutingMasks):
-            raise InputError(f"masks of sequence {index} are {_kind(one)}: {way_out}")
+        if one is not None and not isinstance(one, RoutingMasks):
+            raise InputError(f"masks of sequence {index} are {_kind(one)}: {_WAY_OUT}")
     return listed
+
+
+_WAY_OUT = "pass a list with one RoutingMasks for each sequence, as masks_from_meta_info gives them"
 
 
 def _kind(value: object) -> str:

@@ -15,7 +15,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from router_replay.replay.microbatch import MicrobatchRoutes
+from router_replay.errors import CallOrderError
+from router_replay.replay.bound_pass import BoundPass
 from router_replay.replay.observe import ObservedRoutes
 
 
@@ -47,7 +48,7 @@ class Frame:
 
     Attributes:
         recomputing: False while the checkpoint's forward pass runs, True in every later run.
-        native_choices: by router object, the experts `int64 [num_native, K]` that the trainer chose in the forward
+        native_choices: by router object, the experts `int [num_native, K]` that the trainer chose in the forward
             pass for places without a row; a recompute must take the same.
     """
 
@@ -59,7 +60,7 @@ class Frame:
 class State:
     """Bindings by replay object, and the surrounding checkpoints from the outermost in."""
 
-    bindings: Mapping[Replays, MicrobatchRoutes | Native] = MappingProxyType({})
+    bindings: Mapping[Replays, BoundPass | Native] = MappingProxyType({})
     frames: tuple[Frame, ...] = ()
 
     @property
@@ -88,8 +89,32 @@ def entered(state: State) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def bound(replay: Replays, binding: MicrobatchRoutes | Native) -> Iterator[None]:
-    """Bind `replay` for the block; other replays keep their bindings."""
+def bound(replay: Replays, binding: BoundPass | Native) -> Iterator[None]:
+    """Bind `replay` for the block; other replays keep their bindings.
+
+    Raises:
+        CallOrderError: the replay is bound already, or the block ends where its binding is not: a generator that
+            yielded inside of it was closed in another thread or task.
+    """
     state = current()
-    with entered(State({**state.bindings, replay: binding}, state.frames)):
+    if replay in state.bindings:
+        raise CallOrderError(
+            "a block of this replay is open already: microbatch(), record() and off() do not nest, and a generator must"
+            " not yield inside of one, which would stay open for whoever runs next; end the block after its forward"
+            " pass"
+        )
+    _state.set(State({**state.bindings, replay: binding}, state.frames))
+    try:
         yield
+    finally:
+        # Not a reset of the variable to what it was: blocks of other replays may have begun or ended since.
+        state = current()
+        is_here = state.bindings.get(replay) is binding
+        if is_here:
+            others = {key: value for key, value in state.bindings.items() if key is not replay}
+            _state.set(State(others, state.frames) if others or state.frames else _EMPTY)
+    if not is_here:
+        raise CallOrderError(
+            "the block of this replay ended in another thread or task than the one in which it began, where it stays"
+            " open: a generator must not yield inside of microbatch(), record() or off()"
+        )

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from router_replay.errors import PairingError
 from router_replay.replay.binding import State
+from router_replay.replay.bound_pass import BoundPass
 from router_replay.replay.microbatch import MicrobatchRoutes
 
 NativeTopK = Callable[[Tensor], Tensor]
-"""The trainer's own choice: scores `[num_places, E]` -> experts `int64 [num_places, K]`."""
+"""The trainer's own choice: scores `[n, E]` of any n places -> experts `int [n, K]`."""
 
 
 def replayed_experts(
     routes: MicrobatchRoutes, state: State, layer: int, router: object, scores: Tensor, native_topk: NativeTopK
 ) -> Tensor:
-    """Experts `int64 [num_places, K]` of decoder layer `layer`, best first where they are the trainer's own.
+    """Experts `int32 [num_places, K]` of decoder layer `layer`, best first where they are the trainer's own.
 
-    Native choices are kept in the surrounding checkpoints, so that a recompute takes the same ones.
+    The trainer's top-k runs for native places only, and not at all where there are none. Its choices are kept in the
+    surrounding checkpoints, so that a recompute takes the same ones.
 
     Args:
         routes: what is bound to this pass.
@@ -34,24 +35,31 @@ def replayed_experts(
     if scores.shape[0] != routes.num_places:
         raise PairingError(
             f"the router of decoder layer {layer} got {scores.shape[0]} places, the layout of this microbatch has"
-            f" {routes.num_places}: build the layout from the token ids that the model is called with; sequence and"
-            " context parallelism, which split them, are not supported yet"
+            f" {routes.num_places} on this rank: build the layout from the token ids of whole sequences that the model"
+            " is called with, in the same shape"
         )
     experts = routes.experts(layer)
     if routes.num_native == 0:
         return experts
     native = next((frame.native_choices[router] for frame in state.frames if router in frame.native_choices), None)
     if native is None:
-        chosen = native_topk(scores.detach())
-        native = _best_first(scores.detach(), chosen, routes.native_places)
+        of_native = scores.detach().index_select(0, routes.native_places)
+        native = _best_first(of_native, native_topk(of_native)).to(experts.dtype)
     for frame in state.frames:
         frame.native_choices.setdefault(router, native)
     return experts.index_copy_(0, routes.native_places, native)
 
 
-def _best_first(scores: Tensor, chosen: Tensor, places: Tensor) -> Tensor:
+def compare_with_own(bound: BoundPass, layer: int, scores: Tensor, experts: Tensor, native_topk: NativeTopK) -> None:
+    """Note how far the replayed experts of some places are those that the trainer would have taken."""
+    if bound.overlap is None or bound.routes is None or not len(bound.routes.sample):
+        return
+    sample = bound.routes.sample
+    own = native_topk(scores.detach().index_select(0, sample))
+    bound.overlap.compare(layer, own, experts.index_select(0, sample))
+
+
+def _best_first(scores: Tensor, chosen: Tensor) -> Tensor:
     # A trainer's top-k may be sorted only where gradients are recorded (Megatron's is), and a checkpoint's forward
     # pass records none: without one order in both, softmax would add up in another order in the recompute.
-    picked = chosen.index_select(0, places)
-    order = scores.index_select(0, places).gather(1, picked).argsort(dim=1, descending=True, stable=True)
-    return torch.gather(picked, 1, order)
+    return chosen.gather(1, scores.gather(1, chosen).argsort(dim=1, descending=True, stable=True))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from router_replay.errors import PairingError
 from router_replay.masks import RoutingMasks
-from router_replay.replay import BatchLayout, MicrobatchRoutes
+from router_replay.replay import BatchLayout, MicrobatchRoutes, place
 from router_replay.replay.binding import Frame, State
 from router_replay.replay.choice import replayed_experts
 from tests.router_replay.replay.batches import GEOMETRY, padded, recorded
@@ -27,7 +27,7 @@ def never(scores: Tensor) -> Tensor:
 @pytest.fixture
 def routes() -> MicrobatchRoutes:
     ids, masks, _ = recorded([6, 3], 0)
-    return MicrobatchRoutes(masks, padded(ids), GEOMETRY, CPU)
+    return place(masks, padded(ids), GEOMETRY, CPU)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_own_top_k_is_not_asked_for_where_every_place_has_a_row(scores):
     # The last token of a sequence has no row, so it has no place here either.
     layout = BatchLayout.padded(torch.nn.utils.rnn.pad_sequence(ids, batch_first=True), [6, 3])
     part = layout.at(layout.position < layout.lengths[layout.sequence] - 1)
-    routes = MicrobatchRoutes(masks, part, GEOMETRY, CPU)
+    routes = place(masks, part, GEOMETRY, CPU)
     experts = replayed_experts(routes, State(), 1, "router", scores[: routes.num_places], never)
     assert torch.equal(experts, routes.experts(1))
 

@@ -1,0 +1,294 @@
+"""Replay of one attached model: what is bound to its forward passes, and what is checked about them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor, nn
+
+from megatron_router_replay.input_ids import require_same_shape, watch
+from megatron_router_replay.layer_replay import LayerReplay, index_dtype
+from megatron_router_replay.model_groups import ModelGroups
+from megatron_router_replay.recompute import CHECKPOINT_PATCH
+from megatron_router_replay.router_settings import RouterSettings
+from router_replay.errors import CallOrderError, InputError, PairingError
+from router_replay.masks.geometry import RoutingGeometry
+from router_replay.masks.masks import RoutingMasks
+from router_replay.replay.binding import NATIVE, bound, current
+from router_replay.replay.bound_pass import BoundPass
+from router_replay.replay.checks import DeviceChecks
+from router_replay.replay.gate import FreshWeights
+from router_replay.replay.layout import BatchLayout, require_layout
+from router_replay.replay.metrics import ReplayMetrics
+from router_replay.replay.microbatch import MicrobatchRoutes
+from router_replay.replay.observe import ObservedRoutes
+from router_replay.replay.overlap import OverlapSample
+from router_replay.replay.placement import fingerprint, place
+from router_replay.replay.record import RouteRecorder
+from router_replay.replay.shards import Shards
+
+
+class Replay:
+    """Replay attached to one model; as a context manager it removes itself at the end.
+
+    Attributes:
+        geometry: the whole model's, to which masks must fit.
+        layers: 0-based decoder layers with a router on this rank.
+        observer: where the routes of the current forward pass are recorded, inside `observe`.
+    """
+
+    def __init__(
+        self,
+        routers_by_chunk: Sequence[dict[int, TopKRouter]],
+        embeddings: Sequence[nn.Module],
+        geometry: RoutingGeometry,
+        device: torch.device,
+        settings: RouterSettings,
+        groups: ModelGroups,
+        overlap_every: int | None,
+    ) -> None:
+        self.geometry = geometry
+        self._routers = {layer: router for routers in routers_by_chunk for layer, router in routers.items()}
+        self.layers = tuple(sorted(self._routers))
+        self.observer: ObservedRoutes | None = None
+        self._chunks = [frozenset(routers) for routers in routers_by_chunk]
+        self._device = device
+        self._settings = settings
+        self._groups = groups
+        self._overlap_every = overlap_every
+        self._num_passes = 0
+        self._not_yet_compared = set(self.layers)
+        self._checks = DeviceChecks(geometry, device, groups.tensor_groups, groups.step_groups)
+        self._metrics = ReplayMetrics(self.layers, geometry.top_k, device)
+        self._undo = contextlib.ExitStack()
+        self._attached = True
+        settings.apply()
+        self._undo.callback(settings.remove)
+        dtype = index_dtype(device)
+        for layer, router in self._routers.items():
+            ours = LayerReplay(self, layer, router.layer_number, dtype)
+            self._undo.callback(_put_back, router, ours, router.router_replay)
+            router.router_replay = ours
+        for embedding in embeddings:
+            self._undo.callback(watch(embedding, self._compare_ids).remove)
+        CHECKPOINT_PATCH.apply()
+        self._undo.callback(CHECKPOINT_PATCH.remove)
+
+    @property
+    def attached(self) -> bool:
+        """False after `remove`."""
+        return self._attached
+
+    def place(
+        self,
+        masks: Iterable[RoutingMasks | None],
+        layout: BatchLayout,
+        *,
+        fresh: FreshWeights | None = None,
+        partial: bool = False,
+        shards: Shards | None = None,
+    ) -> MicrobatchRoutes:
+        """Put the rows of this rank's places of a microbatch on its device, once for all passes over it.
+
+        May run ahead of time; binding the result costs next to nothing.
+
+        Args:
+            masks: one per sequence of the layout, each from token 0; None for a sequence that the trainer is to route
+                itself. Tokens without a valid row take the trainer's own top-k.
+            layout: of the whole sequences, as they are before context and sequence parallelism cut them.
+            fresh: which weights' routes are fresh enough to be replayed; all by default.
+            partial: accept masks that end before the last token but one of their sequence, whose other tokens the
+                rollout never saw (an environment's last words, say) and the trainer routes itself.
+            shards: what this rank's routers see of the batch, where it is not what `parallel_state` says: as of
+                `shards_of` where another number of context-parallel ranks shares each microbatch (`local_cp_size`), or
+                `Shards()` for a layout of this rank's places.
+
+        Raises:
+            InputError: masks or a layout that are something else, or that cannot be cut for this many ranks.
+            PairingError: the masks are not this model's or not this batch's.
+        """
+        self._require_attached()
+        part = self._part(shards)
+        return place(masks, layout, self.geometry, self._device, shards=part, fresh=fresh, partial=partial)
+
+    def shards_of(self, context_size: int) -> Shards:
+        """What this rank's routers see of a microbatch that `context_size` context-parallel ranks share.
+
+        Raises:
+            InputError: a number of ranks that cannot share one.
+        """
+        return self._groups.shards(context_size)
+
+    @contextlib.contextmanager
+    def microbatch(
+        self,
+        masks: Iterable[RoutingMasks | None] | MicrobatchRoutes,
+        layout: BatchLayout | None = None,
+        *,
+        fresh: FreshWeights | None = None,
+        partial: bool = False,
+        shards: Shards | None = None,
+    ) -> Iterator[MicrobatchRoutes]:
+        """Replay a microbatch in the one forward pass inside the block, and in its recomputes, whenever these happen.
+
+        Args:
+            masks: as of `place`, or what `place` or a recording's `routes` gave.
+            layout: as of `place`; not with a placement.
+            fresh, partial, shards: as of `place`.
+
+        Yields:
+            The rows as bound, with the counts of replayed, native and padding places.
+
+        Raises:
+            InputError, PairingError: as of `place`, before anything is computed; or an earlier pass was found to have
+                been called with other tokens, or to replay routes that are not these tokens' (see `check`).
+            CallOrderError: another block is open; at the end, no whole forward pass ran inside this one.
+            UnsupportedError: a setting was changed after `attach`, so that replay would be ignored or undone.
+        """
+        self._require_attached()
+        if isinstance(masks, MicrobatchRoutes):
+            if layout is not None or fresh is not None or partial or shards is not None:
+                raise InputError("a placement has its layout already: pass it alone, or masks with their layout")
+            routes = masks
+            if (routes.geometry.num_experts, routes.geometry.top_k) != (self.geometry.num_experts, self.geometry.top_k):
+                raise PairingError(
+                    "this placement was made by the replay of another model: make it by this one's place()"
+                )
+        else:
+            require_layout(layout)
+            routes = self.place(masks, layout, fresh=fresh, partial=partial, shards=shards)
+        self._checks.raise_copied()
+        training = torch.is_grad_enabled()
+        binding = BoundPass(routes, overlap=self._overlap(training))
+        with self._whole_pass(binding, routes.fingerprint):
+            self._metrics.add_pass(routes)
+            yield routes
+        if binding.overlap is not None and binding.overlap.by_layer:
+            if training:
+                self._not_yet_compared -= set(binding.overlap.by_layer)
+            self._metrics.add_overlap(routes.source, binding.overlap)
+            few = binding.overlap.num_with_hardly_any(self.geometry)
+            self._checks.add_overlap(few, len(routes.sample), self._num_passes)
+            self._checks.copy_to_host()
+
+    @contextlib.contextmanager
+    def record(self, layout: BatchLayout, *, shards: Shards | None = None) -> Iterator[RouteRecorder]:
+        """Route natively in the one forward pass inside the block, and keep its routes on the device (R2).
+
+        Args:
+            layout, shards: as of `place`.
+
+        Yields:
+            The recorder; after the block its `routes` can be bound by `microbatch` on this rank, or its `part` be
+            joined with those of other ranks to masks (`join_parts`).
+
+        Raises:
+            InputError, CallOrderError, UnsupportedError: as of `microbatch`.
+        """
+        self._require_attached()
+        require_layout(layout)
+        part, number = self._part(shards), fingerprint(layout)
+        self._checks.raise_copied()
+        recorder = RouteRecorder(part.routed(layout), part.called(layout), self.geometry, self._device, number)
+        with self._whole_pass(BoundPass(None, recorder=recorder), number):
+            yield recorder
+        recorder.finish()
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Route natively inside the block, as stock Megatron does: a reference model's passes, an evaluation."""
+        self._require_attached()
+        with bound(self, NATIVE):
+            yield
+
+    @contextlib.contextmanager
+    def observe(self) -> Iterator[ObservedRoutes]:
+        """Record the experts that the one forward pass inside the block takes, replayed or native."""
+        self._require_attached()
+        if self.observer is not None:
+            raise CallOrderError("this replay is being observed already: observe() blocks do not nest")
+        self.observer = ObservedRoutes(self.layers)
+        try:
+            yield self.observer
+        finally:
+            self.observer = None
+
+    def check(self) -> None:
+        """Wait for the device, and raise what was found wrong since the last check; call it before optimizer.step().
+
+        Every rank of the model calls it, after the same passes: what one rank found is raised on all of them. Where it
+        is never called, what a rank found itself is raised when it binds a later microbatch.
+
+        Raises:
+            PairingError: the model was called with other token ids than those of the block's layout; hardly any
+                replayed expert is the trainer's own choice; or ranks bound different microbatches.
+        """
+        self._require_attached()
+        self._checks.read()
+
+    def metrics(self) -> dict[str, float]:
+        """This rank's counts since they were taken last, as of `ReplayMetrics.take`, for a logger. Waits."""
+        return self._metrics.take()
+
+    def remove(self) -> None:
+        """Put back every object that `attach` replaced; calling it again does nothing.
+
+        What others put in its place since is left there.
+        """
+        self._attached = False
+        self._undo.close()
+
+    @contextlib.contextmanager
+    def _whole_pass(self, binding: BoundPass, number: int) -> Iterator[None]:
+        self._settings.check_now()
+        self._num_passes += 1
+        self._checks.count(number)
+        with bound(self, binding):
+            if binding.overlap is not None:
+                self._checks.compare_fingerprints(number, self._num_passes)
+            yield
+        binding.require_whole(self._chunks)
+        self._settings.check_now()
+
+    def _part(self, shards: Shards | None) -> Shards:
+        if shards is None:
+            return self._groups.shards(None)
+        # Each context-parallel rank may now have microbatches of its own.
+        self._checks.leave_out(self._groups.context_group)
+        return shards
+
+    def _overlap(self, training: bool) -> OverlapSample | None:
+        if self._overlap_every is None:
+            return None
+        is_first = training and bool(self._not_yet_compared)
+        return OverlapSample() if is_first or self._num_passes % self._overlap_every == 0 else None
+
+    def _compare_ids(self, called_with: Tensor) -> None:
+        binding = current().bindings.get(self)
+        if not isinstance(binding, BoundPass) or binding.ids_compared:
+            return
+        binding.ids_compared = True
+        expected = binding.called_ids
+        if expected is None:
+            return
+        require_same_shape(called_with, expected)
+        self._checks.compare_ids(called_with, expected, self._num_passes)
+        self._checks.copy_to_host()
+
+    def _require_attached(self) -> None:
+        if not self.attached:
+            raise CallOrderError("this replay was removed from its model: attach again")
+
+    def __enter__(self) -> Replay:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+
+def _put_back(router: TopKRouter, ours: LayerReplay, original: object) -> None:
+    if router.router_replay is ours:
+        router.router_replay = original

@@ -1,0 +1,144 @@
+"""Checks whose answers are on the device: they are noted there during the step, and read where waiting costs nothing.
+
+A check that fails raises a flag on the device. `read` waits for the device and raises; before an optimizer's step that
+costs nothing that the step does not cost. Flags are also copied to the host behind the work that set them, so that a
+caller who never reads them meets the error when the next microbatch is bound, without any wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from router_replay.errors import PairingError
+from router_replay.masks import RoutingGeometry
+from router_replay.replay.overlap import MIN_PLACES, hardly_any
+
+_WRONG_IDS, _HARDLY_ANY, _OTHER_MASKS = range(3)
+_MODULUS = (1 << 61) - 1
+
+
+class DeviceChecks:
+    """Flags of one replay.
+
+    Attributes:
+        tensor_groups: process groups whose ranks must be given the same microbatch in the same pass (tensor and context
+            parallelism).
+        step_groups: process groups, these included, whose ranks must be given the same microbatches in the same order
+            within a step (and pipeline stages).
+    """
+
+    def __init__(
+        self,
+        geometry: RoutingGeometry,
+        device: torch.device,
+        tensor_groups: Sequence[dist.ProcessGroup] = (),
+        step_groups: Sequence[dist.ProcessGroup] = (),
+    ) -> None:
+        self._geometry = geometry
+        self.tensor_groups, self.step_groups = tuple(tensor_groups), tuple(step_groups)
+        # Each holds the number of the pass that raised it first, from 1 on, or 0.
+        self._flags = torch.zeros(3, dtype=torch.int64, device=device)
+        self._on_host = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._copied: torch.cuda.Event | None = None
+        self._order = 0
+        self._num_sampled = 0
+        self._with_hardly_any = torch.zeros((), dtype=torch.int64, device=device)
+
+    def leave_out(self, group: dist.ProcessGroup | None) -> None:
+        """Do not compare with these ranks any more, since each of them has microbatches of its own."""
+        self.tensor_groups = tuple(each for each in self.tensor_groups if each is not group)
+        self.step_groups = tuple(each for each in self.step_groups if each is not group)
+
+    def count(self, fingerprint: int) -> None:
+        """A microbatch with this fingerprint is bound; the order of them is compared by `read`."""
+        self._order = (self._order * 1_000_003 + fingerprint) % _MODULUS
+
+    def compare_ids(self, called_with: Tensor, expected: Tensor, number: int) -> None:
+        """Token ids of the call, and those of the layout with -1 for padding; both of one shape, on the device."""
+        self._raise(_WRONG_IDS, ((called_with != expected) & (expected >= 0)).any(), number)
+
+    def compare_fingerprints(self, fingerprint: int, number: int) -> None:
+        """Whether all ranks of the tensor groups bound the same microbatch; every rank of them calls it."""
+        for group in self.tensor_groups:
+            # Filled by a kernel: a copy from the host's pageable memory would wait for the device.
+            extremes = torch.stack([self._flags.new_full((), value) for value in (fingerprint, -fingerprint)])
+            dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+            self._raise(_OTHER_MASKS, extremes[0] != -extremes[1], number)
+
+    def add_overlap(self, with_hardly_any: Tensor, num_places: int, number: int) -> None:
+        """Of `num_places` places, how many share hardly any expert with the trainer's own choice."""
+        self._num_sampled += num_places
+        self._with_hardly_any += with_hardly_any
+        if self._num_sampled < MIN_PLACES:
+            return
+        self._raise(_HARDLY_ANY, self._with_hardly_any * 2 > self._num_sampled, number)
+        self._num_sampled = 0
+        self._with_hardly_any.zero_()
+
+    def copy_to_host(self) -> None:
+        """Begin to copy the flags to the host; `raise_copied` looks at them."""
+        self._on_host.copy_(self._flags, non_blocking=True)
+        if self._flags.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def raise_copied(self) -> None:
+        """Raise what a copy that has arrived says; never waits.
+
+        Raises:
+            PairingError: as of `read`.
+        """
+        if self._copied is None or self._copied.query():
+            self._explain(self._on_host.numpy().tolist())
+
+    def read(self) -> None:
+        """Wait for the device, and raise what is wrong; every rank of the step groups calls it, and all of them raise.
+
+        Raises:
+            PairingError: the model was called with other token ids than those of the layout, hardly any replayed expert
+                is the trainer's own choice, or ranks of one model were given different microbatches.
+        """
+        order, self._order = self._order, 0
+        found = torch.cat([self._flags, torch.tensor([order, -order], device=self._flags.device)])
+        for group in self.step_groups:
+            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
+        *flags, largest, negated_smallest = found.tolist()
+        self._explain(flags)
+        if largest != -negated_smallest:
+            raise PairingError(
+                "the ranks of one model replayed different microbatches since the last check, or the same ones in"
+                " another order: pipeline stages and tensor- and context-parallel ranks must bind the same masks and"
+                " layouts, in the order of their forward passes, and all call check() after the same passes"
+            )
+
+    def _raise(self, flag: int, wrong: Tensor, number: int) -> None:
+        self._flags[flag] = torch.where(wrong & (self._flags[flag] == 0), number, self._flags[flag])
+
+    def _explain(self, flags: Sequence[int]) -> None:
+        if not any(flags):
+            return
+        # What is reported is not reported again.
+        self._flags.zero_()
+        self._on_host.zero_()
+        if number := flags[_WRONG_IDS]:
+            raise PairingError(
+                f"in the {number}. bound pass the model was called with other token ids than those of the layout of its"
+                " block: bind each microbatch's own masks and layout, and call the model with the layout's token ids"
+            )
+        if number := flags[_OTHER_MASKS]:
+            raise PairingError(
+                f"in the {number}. bound pass, ranks of one tensor- or context-parallel group had different masks or"
+                " layouts: give every rank of the group the whole sequences of the same microbatch"
+            )
+        top_k, experts = self._geometry.top_k, self._geometry.num_experts
+        raise PairingError(
+            f"up to the {flags[_HARDLY_ANY]}. bound pass, most sampled places share fewer than"
+            f" {hardly_any(self._geometry):.0%} of their {top_k} experts with the trainer's own choice (unrelated"
+            f" choices of {top_k} of {experts} share {top_k / experts:.0%}): the masks are of other tokens, of another"
+            " model or of weights that have nothing to do with these; a model with random routers needs"
+            " attach(..., overlap_every=None)"
+        )
