@@ -3,5 +3,6 @@
 from router_replay.replay.layout import BatchLayout
 from router_replay.replay.microbatch import MicrobatchRoutes
 from router_replay.replay.observe import ObservedRoutes
+from router_replay.replay.shards import Shards
 
-__all__ = ["BatchLayout", "MicrobatchRoutes", "ObservedRoutes"]
+__all__ = ["BatchLayout", "MicrobatchRoutes", "ObservedRoutes", "Shards"]
