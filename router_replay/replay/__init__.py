@@ -6,6 +6,7 @@ from router_replay.replay.microbatch import MicrobatchRoutes
 from router_replay.replay.observe import ObservedRoutes
 from router_replay.replay.placement import place
 from router_replay.replay.record import RecordedPart, RouteRecorder, join_parts
+from router_replay.replay.shards import Shards
 
 __all__ = [
     "BatchLayout",
@@ -14,6 +15,7 @@ __all__ = [
     "ObservedRoutes",
     "RecordedPart",
     "RouteRecorder",
+    "Shards",
     "join_parts",
     "place",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from router_replay.errors import InputError
+from router_replay.replay import batch_formats
+from router_replay.replay.batch_formats import Integers, described, integers
 
-Integers = Sequence[int] | Tensor
 Index = Integers | slice
 
 
@@ -20,8 +22,8 @@ class BatchLayout:
     """The tokens of one microbatch in the order in which a trainer's routers see them.
 
     A *place* is a row of a router's input. Two vectors say what each place is; whatever a rank sees of a batch is an
-    index into them, `at`. Build a layout with `padded` or `packed`. Everything is on the CPU: token ids that are on a
-    device are copied once, before the forward pass.
+    index into them: `Shards` finds it, `at` takes any. Build a layout of whole sequences with `padded`, `packed` or
+    `jagged`. Everything is on the CPU: token ids that are on a device are copied once, before the forward pass.
 
     Attributes:
         sequence: `int64 [num_places]`, the sequence of each place; -1 for padding.
@@ -29,6 +31,10 @@ class BatchLayout:
         token_ids: `int64 [num_tokens]`, the whole sequences one behind the other, without padding, also those parts of
             them that have no place here.
         cu_seqlens: `int64 [num_sequences + 1]`, bounds of the sequences in `token_ids`.
+        called_shape: shape `[B, S]`, or `[1, T]` of a pack, of the model's input ids when these are its places, and
+            place = s * B + b; None where they are other places than those of a model's call.
+        cut_bounds: `int64`, bounds along the model's sequence dimension between which context parallelism cuts: 0 and
+            S, or those of a pack, alignment padding included; None where the places are some of a batch already.
 
     Raises:
         InputError: vectors that do not fit each other, a position outside of its sequence, or a token with two places.
@@ -38,6 +44,8 @@ class BatchLayout:
     position: Tensor
     token_ids: Tensor
     cu_seqlens: Tensor
+    called_shape: tuple[int, int] | None = None
+    cut_bounds: Tensor | None = None
 
     def __post_init__(self) -> None:
         vectors = {name: getattr(self, name) for name in ("sequence", "position", "token_ids", "cu_seqlens")}
@@ -48,7 +56,7 @@ class BatchLayout:
                 or vector.dim() != 1
                 or vector.device.type != "cpu"
             ):
-                raise InputError(f"{name} must be an int64 vector on the CPU, got {_described(vector)}")
+                raise InputError(f"{name} must be an int64 vector on the CPU, got {described(vector)}")
         if self.sequence.shape != self.position.shape:
             raise InputError(
                 f"sequence {list(self.sequence.shape)} and position {list(self.position.shape)} must have one entry for"
@@ -60,18 +68,31 @@ class BatchLayout:
                 f"cu_seqlens must rise from 0 to the {len(self.token_ids)} tokens of all sequences, got"
                 f" {bounds.tolist()}"
             )
-        padding = self.sequence == -1
-        sequence, position = self.sequence[~padding], self.position[~padding]
-        outside = (sequence < 0) | (sequence >= self.num_sequences)
-        if bool((self.position[padding] != -1).any()) or bool(outside.any()):
+        outside = (self.sequence < -1) | (self.sequence >= self.num_sequences)
+        if bool((outside | (self.is_padding & (self.position != -1))).any()):
             raise InputError(
                 f"places must be of the sequences 0 to {self.num_sequences - 1}, or -1 in both vectors for padding"
             )
-        if bool(((position < 0) | (position >= self.lengths[sequence])).any()):
+        # What is put behind the last sequence is what padding's -1 picks.
+        lengths = torch.nn.functional.pad(self.lengths, (0, 1))[self.sequence]
+        if bool(((self.position < 0) != self.is_padding).any()) or bool((self.position >= lengths).any()):
             raise InputError("a place has a position outside of its sequence")
-        tokens = self.cu_seqlens[sequence] + position
-        if bool((torch.bincount(tokens, minlength=1) > 1).any()):
+        if bool((torch.bincount(self._tokens(), minlength=1)[1:] > 1).any()):
             raise InputError("a token has two places: every token's route can be replayed at one place of a router")
+        self._check_call()
+
+    def _check_call(self) -> None:
+        if self.called_shape is not None and math.prod(self.called_shape) != self.num_places:
+            raise InputError(f"a model called with {list(self.called_shape)} ids has no {self.num_places} places")
+        bounds = self.cut_bounds
+        if bounds is None:
+            return
+        steps = None if self.called_shape is None else self.called_shape[1]
+        if not len(bounds) or bounds[0] != 0 or int(bounds[-1]) != steps or bool((bounds.diff() < 0).any()):
+            raise InputError(
+                f"cut_bounds must rise from 0 to the length of the called shape {self.called_shape}, got"
+                f" {bounds.tolist()}"
+            )
 
     @classmethod
     def padded(cls, token_ids: Tensor, lengths: Integers, *, side: Literal["right", "left"] = "right") -> BatchLayout:
@@ -85,74 +106,44 @@ class BatchLayout:
         Raises:
             InputError: lengths that do not fit the shape, or token ids that are none.
         """
-        ids = _token_ids(token_ids)
-        if ids.dim() != 2:
-            raise InputError(f"a padded batch needs token ids of shape [B, S], got {list(ids.shape)}")
-        if side not in ("right", "left"):
-            raise InputError(f"side is where the padding is, 'right' or 'left', got {side!r}")
-        batch, width = ids.shape
-        counts = _integers(lengths, "lengths")
-        if len(counts) != batch:
-            raise InputError(f"token ids hold {batch} sequences, lengths are given for {len(counts)}")
-        for index in ((counts < 0) | (counts > width)).nonzero().flatten().tolist():
-            raise InputError(
-                f"sequence {index} is said to have {int(counts[index])} tokens, its row of token ids has {width}"
-            )
-        position = torch.arange(width).expand(batch, width)
-        if side == "left":
-            position = position - (width - counts)[:, None]
-        is_token = (position >= 0) & (position < counts[:, None])
-        sequence = torch.arange(batch)[:, None].expand(batch, width)
-        return cls(
-            sequence.where(is_token, -1).T.flatten(),
-            position.where(is_token, -1).T.flatten(),
-            ids[is_token],
-            _bounds(counts),
-        )
+        return cls(*batch_formats.padded(token_ids, lengths, side))
 
     @classmethod
     def packed(cls, token_ids: Tensor, cu_seqlens: Integers, lengths: Integers | None = None) -> BatchLayout:
         """Sequences one behind the other (`thd`): place = place in the pack.
 
         Args:
-            token_ids: int `[T]` or `[1, T]`.
+            token_ids: int `[T]` or `[1, T]`, the whole pack, before context parallelism.
             cu_seqlens: N + 1 bounds of N sequences, from 0 to T (`cu_seqlens_q_padded` where sequences are aligned).
-            lengths: N numbers of tokens where sequences are followed by alignment padding inside their bounds; by
-                default every place between two bounds is a token.
+            lengths: N numbers of tokens where sequences are followed by alignment padding inside their bounds (the
+                differences of an unpadded `cu_seqlens_q`); by default every place between two bounds is a token. With
+                lengths the pack may end in padding, whether it has bounds of its own, one pair more than there are
+                lengths, or lies behind the last bound; it is no sequence and has no masks.
 
         Raises:
             InputError: bounds or lengths that do not fit the pack, or token ids that are none.
         """
-        ids = _token_ids(token_ids)
-        if ids.dim() == 2 and ids.shape[0] == 1:
-            ids = ids[0]
-        if ids.dim() != 1:
-            raise InputError(f"a packed batch needs token ids of shape [T] or [1, T], got {list(ids.shape)}")
-        bounds = _integers(cu_seqlens, "cu_seqlens")
-        if len(bounds) < 2 or int(bounds[0]) != 0 or int(bounds[-1]) != ids.numel():
-            raise InputError(
-                f"cu_seqlens must go from 0 to the pack's {ids.numel()} tokens, but go from "
-                f"{int(bounds[0]) if len(bounds) else 'nothing'} to {int(bounds[-1]) if len(bounds) else 'nothing'};"
-                " where the pack ends in padding, let the last sequence's bound include it and give lengths"
-            )
-        room = bounds.diff()
-        if bool((room < 0).any()):
-            raise InputError(f"cu_seqlens must not fall, got {bounds.tolist()}")
-        counts = room if lengths is None else _integers(lengths, "lengths")
-        if len(counts) != len(room):
-            raise InputError(f"cu_seqlens bound {len(room)} sequences, lengths are given for {len(counts)}")
-        for index in ((counts < 0) | (counts > room)).nonzero().flatten().tolist():
-            raise InputError(
-                f"sequence {index} is said to have {int(counts[index])} tokens, its bounds have room for"
-                f" {int(room[index])}"
-            )
-        sequence = torch.repeat_interleave(torch.arange(len(room)), room)
-        position = torch.arange(ids.numel()) - bounds[sequence]
-        is_token = position < counts[sequence]
-        return cls(sequence.where(is_token, -1), position.where(is_token, -1), ids[is_token], _bounds(counts))
+        return cls(*batch_formats.packed(token_ids, cu_seqlens, lengths))
+
+    @classmethod
+    def jagged(
+        cls, sequences: Tensor | Sequence[Tensor], multiple_of: int = 1, *, cu_seqlens: Integers | None = None
+    ) -> BatchLayout:
+        """Sequences that a trainer packs by itself, each aligned: place = place in that pack.
+
+        Args:
+            sequences: int nested tensor `[B, j]`, or a list of B vectors, without padding.
+            multiple_of: of what each sequence's places are a multiple (verl: tensor-parallel size, times twice the
+                context-parallel size where that is more than 1).
+            cu_seqlens: the pack's bounds in place of a multiple, B + 1, or B + 2 where the last ones bound padding.
+
+        Raises:
+            InputError: sequences that are none, or bounds without room for them.
+        """
+        return cls(*batch_formats.jagged(sequences, multiple_of, cu_seqlens))
 
     def at(self, index: Index) -> BatchLayout:
-        """The layout of some of the places, in the index's order: what a rank sees of the batch, say.
+        """The layout of some of the places, in the index's order; it cannot be cut into shards any more.
 
         Args:
             index: places of this layout, each at most once, as integers, a slice or a bool mask; -1 is a place of
@@ -162,13 +153,14 @@ class BatchLayout:
             InputError: a place that is not there, or twice.
         """
         if isinstance(index, slice):
-            places = torch.tensor(range(self.num_places)[index], dtype=torch.int64)
+            picked = range(self.num_places)[index]
+            places = picked.start + picked.step * torch.arange(len(picked))
         elif isinstance(index, Tensor) and index.dtype == torch.bool:
             if index.shape != self.sequence.shape:
                 raise InputError(f"a mask of places must be bool [{self.num_places}], got {list(index.shape)}")
             places = index.cpu().nonzero().flatten()
         else:
-            places = _integers(index, "an index of places")
+            places = integers(index, "an index of places")
         if bool(((places < -1) | (places >= self.num_places)).any()):
             raise InputError(
                 f"an index of places goes from {int(places.min())} to {int(places.max())}, and this layout has the"
@@ -199,6 +191,26 @@ class BatchLayout:
         """Which places are of no token, `bool [num_places]`."""
         return self.sequence < 0
 
+    def called_ids(self) -> Tensor:
+        """Token ids as the model is called with them, `int64` of `called_shape`, -1 where a place is padding.
+
+        Raises:
+            InputError: the places are not those of a model's call, but some that `at` or sequence parallelism took.
+        """
+        if self.called_shape is None:
+            raise InputError(
+                f"the model is not called with the {self.num_places} places of this layout, which are some of a batch:"
+                " take the layout before at() or sequence parallelism (Shards.called)"
+            )
+        batch, steps = self.called_shape
+        ids = torch.nn.functional.pad(self.token_ids, (1, 0), value=-1)[self._tokens()]
+        return ids.view(steps, batch).T.contiguous()
+
+    def _tokens(self) -> Tensor:
+        # 0 for padding: its sequence -1 picks what is put behind the last one, and its position is -1.
+        starts = torch.nn.functional.pad(self.cu_seqlens[:-1] + 1, (0, 1), value=1)
+        return starts[self.sequence] + self.position
+
     def by_sequence(self, tokens: Tensor) -> tuple[Tensor, ...]:
         """A tensor with an entry for each of `token_ids`, `[num_tokens, ...]`, cut at the bounds of the sequences."""
         return tokens.split(self.lengths.tolist())
@@ -220,33 +232,6 @@ def require_layout(layout: object) -> None:
     if not isinstance(layout, BatchLayout):
         found = "None" if layout is None else f"a {type(layout).__name__}"
         raise InputError(
-            f"the layout of a microbatch is {found}: build it with BatchLayout.padded(token_ids, lengths) or"
-            " BatchLayout.packed(token_ids, cu_seqlens)"
+            f"the layout of a microbatch is {found}: build it with BatchLayout.padded(token_ids, lengths),"
+            " BatchLayout.packed(token_ids, cu_seqlens) or BatchLayout.jagged(sequences)"
         )
-
-
-def _bounds(counts: Tensor) -> Tensor:
-    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-
-
-def _token_ids(values: Tensor) -> Tensor:
-    if not isinstance(values, Tensor) or values.is_floating_point() or values.dtype == torch.bool:
-        raise InputError(
-            f"token ids must be an int tensor, got {_described(values)}: pass what the model is called with"
-        )
-    return values.detach().cpu().long()
-
-
-def _integers(values: Integers, what: str) -> Tensor:
-    try:
-        tensor = values.detach().cpu() if isinstance(values, Tensor) else torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{what} must be integers, got {_described(values)}: {error}") from error
-    # An empty list has no dtype of its own.
-    if tensor.dim() != 1 or (tensor.numel() and (tensor.is_floating_point() or tensor.dtype == torch.bool)):
-        raise InputError(f"{what} must be a vector of integers, got {_described(tensor)}")
-    return tensor.long()
-
-
-def _described(value: object) -> str:
-    return f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
