@@ -81,6 +81,6 @@ def test_a_checkpoint_keeps_the_choice_of_its_forward_pass(routes, scores):
 
 
 def test_another_number_of_places(routes, scores):
-    message = "decoder layer 3 got 11 places, the layout of this microbatch has 12: build the layout from"
+    message = "decoder layer 3 got 11 places, the layout of this microbatch has 12 on this rank: build the"
     with pytest.raises(PairingError, match=message):
         replayed_experts(routes, State(), 3, "router", scores[:-1], worst_first)
