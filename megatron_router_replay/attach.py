@@ -93,9 +93,9 @@ class Replay:
         self.observer: ObservedRoutes | None = None
         self._routers = routers
         self._originals: dict[int, Any] | None = {layer: router.router_replay for layer, router in routers.items()}
+        CHECKPOINT_PATCH.apply()
         for layer, router in routers.items():
             router.router_replay = LayerReplay(self, layer)
-        CHECKPOINT_PATCH.apply()
 
     @property
     def attached(self) -> bool:
