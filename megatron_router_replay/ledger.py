@@ -202,6 +202,33 @@ LEDGER = Ledger(
 )
 """What `attach` needs."""
 
+TRANSFORMER_ENGINE_LEDGER = Ledger(
+    distribution="transformer-engine",
+    title="Transformer Engine",
+    prefix="transformer_engine.pytorch.distributed.",
+    subject="replay in activation checkpoints",
+    tested=(),
+    checked=("1.5", "2.0", "2.9", "2.18"),
+    way_out="train without replay",
+    seams=(
+        Seam(
+            "_CheckpointFunction.forward",
+            ("ctx", "run_function"),
+            "wrapped by recompute.CheckpointPatch",
+            "its run_function is what a recompute of fp8 and fp4 layers calls",
+            _CHECKPOINT,
+        ),
+        Seam(
+            "get_activation_recompute_contexts",
+            (),
+            "wrapped by recompute.CheckpointPatch",
+            "its checkpoint with use_reentrant=False asks there for what holds in a forward pass and in its recompute",
+            _CHECKPOINT,
+        ),
+    ),
+)
+"""What `attach` needs of Transformer Engine, where it is installed."""
+
 AVERAGES_LEDGER = Ledger(
     distribution="megatron-core",
     title="Megatron-Core",

@@ -63,19 +63,20 @@ class Replay:
         self._not_yet_compared = set(self.layers)
         self._checks = DeviceChecks(geometry, device, groups.tensor_groups, groups.step_groups)
         self._metrics = ReplayMetrics(self.layers, geometry.top_k, device)
-        self._undo = contextlib.ExitStack()
         self._attached = True
-        settings.apply()
-        self._undo.callback(settings.remove)
         dtype = index_dtype(device)
-        for layer, router in self._routers.items():
-            ours = LayerReplay(self, layer, router.layer_number, dtype)
-            self._undo.callback(_put_back, router, ours, router.router_replay)
-            router.router_replay = ours
-        for embedding in embeddings:
-            self._undo.callback(watch(embedding, self._compare_ids).remove)
-        CHECKPOINT_PATCH.apply()
-        self._undo.callback(CHECKPOINT_PATCH.remove)
+        with contextlib.ExitStack() as undo:
+            CHECKPOINT_PATCH.apply()
+            undo.callback(CHECKPOINT_PATCH.remove)
+            settings.apply()
+            undo.callback(settings.remove)
+            for layer, router in self._routers.items():
+                ours = LayerReplay(self, layer, router.layer_number, dtype)
+                undo.callback(_put_back, router, ours, router.router_replay)
+                router.router_replay = ours
+            for embedding in embeddings:
+                undo.callback(watch(embedding, self._compare_ids).remove)
+            self._undo = undo.pop_all()
 
     @property
     def attached(self) -> bool:

@@ -5,6 +5,7 @@ One ledger, two readers: `installed` reads by import, at a start; `source` reads
 
 from router_replay.upstream.check import Problem, check, message, require
 from router_replay.upstream.installed import Installed
+from router_replay.upstream.patch import Patch
 from router_replay.upstream.reader import Found, Reader
 from router_replay.upstream.refusals import Refusal, check_settings, refuse
 from router_replay.upstream.seam import At, Attribute, Ledger, Seam
@@ -16,6 +17,7 @@ __all__ = [
     "Found",
     "Installed",
     "Ledger",
+    "Patch",
     "Problem",
     "Reader",
     "Refusal",

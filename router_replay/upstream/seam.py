@@ -153,6 +153,8 @@ class Ledger:
     @property
     def releases(self) -> str:
         """Half a sentence: which releases are tested, and which only checked."""
+        if not self.tested:
+            return f"tested with no {self.title}; names and parameters fit {_listed(self.checked)}"
         checked = f"; names and parameters also fit {_listed(self.checked)}" if self.checked else ""
         return f"tested with {self.title} {_listed(self.tested)}{checked}"
 

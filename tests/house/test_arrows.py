@@ -32,7 +32,7 @@ PARTS: dict[str, set[str]] = {
     "files": {"errors"},
     "masks": _BELOW_ALL,
     "upstream": _BELOW_ALL,
-    "replay": _BELOW_ALL | {"masks"},
+    "replay": _BELOW_ALL | {"masks", "upstream"},
     "mismatch": _BELOW_ALL | {"masks"},
     "run": _BELOW_ALL | {"masks", "mismatch"},
     "report": _BELOW_ALL | {"masks", "upstream", "replay", "mismatch", "run"},
@@ -137,7 +137,7 @@ def test_packages_import_along_the_arrows() -> None:
 
 
 def test_parts_of_router_replay_import_along_the_arrows() -> None:
-    rule = "masks and upstream stand at the bottom, replay and mismatch on masks, run on mismatch, report on all"
+    rule = "masks and upstream stand at the bottom, replay on both, mismatch on masks, run on mismatch, report on all"
     _assert_none(broken_parts(_imports("router_replay")), rule)
 
 

@@ -53,7 +53,7 @@ def test_mismatch_loads_no_engine() -> None:
     [
         ("masks", set()),
         ("upstream", set()),
-        ("replay", {"masks"}),
+        ("replay", {"masks", "upstream"}),
         ("mismatch", {"masks"}),
         ("run", {"masks", "mismatch"}),
     ],

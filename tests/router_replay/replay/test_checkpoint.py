@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from router_replay.errors import CallOrderError
-from router_replay.replay import MicrobatchRoutes, ObservedRoutes
+from router_replay.replay import ObservedRoutes, place
 from router_replay.replay.binding import NATIVE, bound, current
 from router_replay.replay.checkpoint import carry
+from router_replay.replay.bound_pass import BoundPass
 from router_replay.replay.choice import replayed_experts
 from tests.router_replay.replay.batches import GEOMETRY, padded, recorded
 
@@ -41,17 +42,18 @@ class Router(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         state = current()
         scores = hidden @ self.weight
-        routes = state.bindings[self.replay]
-        assert isinstance(routes, MicrobatchRoutes)
+        binding = state.bindings[self.replay]
+        assert isinstance(binding, BoundPass) and binding.routes is not None
+        routes = binding.routes
         experts = replayed_experts(routes, state, 1, self, scores, lambda of: of.topk(3).indices)
         self.seen.append((state.recomputing, experts))
         gates = scores.gather(1, experts).softmax(1)
         return hidden + (gates[..., None] * self.experts[experts]).sum(1)
 
 
-def microbatch(seed: int) -> MicrobatchRoutes:
+def microbatch(seed: int) -> BoundPass:
     ids, masks, _ = recorded([6, 3], seed)
-    return MicrobatchRoutes(masks, padded(ids), GEOMETRY, torch.device("cpu"))
+    return BoundPass(place(masks, padded(ids), GEOMETRY, torch.device("cpu")))
 
 
 def inputs() -> Tensor:
@@ -84,7 +86,7 @@ def test_a_recompute_repeats_its_own_forward_pass(reentrant):
     assert (was, again, later) == (False, True, False)
     assert torch.equal(recomputed, forward)
     assert not torch.equal(other, forward)
-    assert first.num_native >= 2 and first.num_replayed >= 2
+    assert first.routes.num_native >= 2 and first.routes.num_replayed >= 2
 
 
 @reentrant
@@ -127,8 +129,8 @@ def test_bindings_of_two_replays_are_apart_and_end_with_their_blocks():
     one, other = Replay(), Replay()
     routes = microbatch(0)
     with bound(one, routes):
-        with bound(other, NATIVE), contextlib.suppress(KeyError), bound(one, NATIVE):
-            assert dict(current().bindings) == {one: NATIVE, other: NATIVE}
+        with contextlib.suppress(KeyError), bound(other, NATIVE):
+            assert dict(current().bindings) == {one: routes, other: NATIVE}
             raise KeyError
         assert dict(current().bindings) == {one: routes}
     assert dict(current().bindings) == {}
