@@ -6,14 +6,17 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
+from megatron_router_replay.flex_gates import FlexGates
+from megatron_router_replay.layer_plan import config_of
 from megatron_router_replay.layer_replay import LayerReplay
 from megatron_router_replay.ledger import LEDGER
-from megatron_router_replay.live_model import check_live_layers, find_routers, geometry_of
+from megatron_router_replay.live_model import live_layers
 from megatron_router_replay.recompute import CHECKPOINT_PATCH
-from megatron_router_replay.refusals import check_config
+from megatron_router_replay.router_settings import RouterSettings
 from router_replay.errors import CallOrderError, InputError
 from router_replay.masks.arguments import require_type
 from router_replay.masks.geometry import RoutingGeometry
@@ -46,21 +49,20 @@ def attach(model_chunks: nn.Module | Iterable[nn.Module], geometry: RoutingGeome
     """
     require(LEDGER)
     chunks = _chunks(model_chunks)
-    routers = find_routers(chunks)
+    if geometry is not None:
+        require_type("geometry", geometry, RoutingGeometry)
+    own, by_chunk = live_layers(chunks, geometry)
+    routers = {layer: router for of_chunk in by_chunk for layer, router in of_chunk.items()}
     for layer, router in routers.items():
         if isinstance(router.router_replay, LayerReplay):
             raise CallOrderError(
                 f"the router of decoder layer {layer} belongs to an attached replay already: use that one, or call its "
                 "remove() first"
             )
-        check_config(router.config)
-    config = next(iter(routers.values())).config
-    own = geometry_of(config)
-    check_live_layers(chunks, routers, own, "the model's configuration")
-    if geometry is not None:
-        require_type("geometry", geometry, RoutingGeometry)
-        geometry.require_same(own, "the rollout", "this model")
-    return Replay(routers, own)
+    settings = RouterSettings([config_of(chunk) for chunk in chunks], routers.values())
+    flex = FlexGates(chunks, routers.values())
+    device = next((parameter.device for chunk in chunks for parameter in chunk.parameters()), torch.device("cpu"))
+    return Replay(routers, own, device, (settings, flex))
 
 
 def _chunks(given: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
@@ -87,14 +89,24 @@ class Replay:
         observer: where the routes of the current forward pass are recorded, inside `observe`.
     """
 
-    def __init__(self, routers: dict[int, TopKRouter], geometry: RoutingGeometry) -> None:
+    def __init__(
+        self,
+        routers: dict[int, TopKRouter],
+        geometry: RoutingGeometry,
+        device: torch.device,
+        patches: tuple[RouterSettings, FlexGates],
+    ) -> None:
         self.geometry = geometry
         self.layers = tuple(routers)
         self.observer: ObservedRoutes | None = None
         self._routers = routers
+        self._device = device
+        self._settings, self._flex = patches
         self._originals: dict[int, Any] | None = {layer: router.router_replay for layer, router in routers.items()}
         for layer, router in routers.items():
             router.router_replay = LayerReplay(self, layer)
+        self._settings.apply()
+        self._flex.apply()
         CHECKPOINT_PATCH.apply()
 
     @property
@@ -123,8 +135,8 @@ class Replay:
             PairingError: the masks are not this model's or not this batch's; raised before anything is computed.
         """
         self._require_attached()
-        device = next(iter(self._routers.values())).weight.device
-        routes = MicrobatchRoutes(masks, layout, self.geometry, device, partial=partial)
+        self._settings.check_now()
+        routes = MicrobatchRoutes(masks, layout, self.geometry, self._device, partial=partial)
         with bound(self, routes):
             yield routes
 
@@ -154,6 +166,8 @@ class Replay:
         for layer, original in self._originals.items():
             self._routers[layer].router_replay = original
         self._originals = None
+        self._settings.remove()
+        self._flex.remove()
         CHECKPOINT_PATCH.remove()
 
     def _require_attached(self) -> None:
