@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 import torch
-from router_replay.replay.shards import ContextOrder
 from torch import Tensor, nn
 
+from megatron_router_replay.flex_gates import FlexGates
 from megatron_router_replay.input_ids import first_embeddings
 from megatron_router_replay.layer_plan import config_of
 from megatron_router_replay.layer_replay import LayerReplay
@@ -19,6 +19,7 @@ from megatron_router_replay.router_settings import RouterSettings
 from router_replay.errors import CallOrderError, InputError
 from router_replay.masks.arguments import as_integer, require_type
 from router_replay.masks.geometry import RoutingGeometry
+from router_replay.replay.shards import ContextOrder
 from router_replay.upstream import require
 
 
@@ -65,13 +66,19 @@ def attach(
                 "remove() first"
             )
     configs = [config_of(chunk) for chunk in chunks]
-    settings = RouterSettings(configs, [router for of_chunk in routers for router in of_chunk.values()])
-    groups = ModelGroups(configs[0], context_order)
-    return Replay(routers, first_embeddings(chunks), found, _device(chunks), settings, groups, overlap_every)
-
-
-def _device(chunks: list[nn.Module]) -> torch.device:
-    return next(parameter.device for chunk in chunks for parameter in chunk.parameters())
+    all_routers = [router for of_chunk in routers for router in of_chunk.values()]
+    settings, flex = RouterSettings(configs, all_routers), FlexGates(chunks, all_routers)
+    device = next((parameter.device for chunk in chunks for parameter in chunk.parameters()), torch.device("cpu"))
+    return Replay(
+        routers,
+        found,
+        device,
+        settings=settings,
+        flex=flex,
+        embeddings=first_embeddings(chunks),
+        groups=ModelGroups(configs[0], context_order),
+        overlap_every=overlap_every,
+    )
 
 
 def _chunks(given: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from router_replay.upstream import Attribute, Ledger, Seam
+from router_replay.upstream import At, Attribute, Ledger, Seam
 
 TESTED = ("0.19.2",)
 CHECKED = ("0.17.1", "0.18.2")
@@ -12,6 +12,7 @@ _PROTOCOL = "Megatron-Core publishes a protocol for router_replay"
 _NUMBERS = "never: rows are matched to layers by this number"
 _LIVE = "never: the live layers are checked against the rollout's"
 _MTP = "MTP routers count their layers on from the decoder's"
+_FLEX = "DeepEP's dispatcher reads its indices from the routing map"
 _CHECKPOINT = "Megatron-Core lets a caller add state to an activation checkpoint"
 _SHARDED = "never: averages are sharded as the parameters are"
 _STALE = "never: stale parameters must not be averaged"
@@ -21,6 +22,8 @@ _ROUTER = "transformer.moe.router.TopKRouter"
 _CONFIG = "transformer.transformer_config.TransformerConfig"
 _ROUTES_TESTS = "tests/megatron_router_replay/test_replay_routes.py"
 _ROUTES_TEST = f"{_ROUTES_TESTS}::test_recorded_rows_are_dispatched_to_their_experts_and_others_natively"
+
+_FLEX_TEST = "tests/megatron_router_replay/test_flex_gates.py::test_experts_whose_gate_is_zero_keep_their_tokens"
 
 _ROUTING = (
     Seam(
@@ -87,6 +90,23 @@ _ROUTING = (
         _MTP,
     ),
     Seam(
+        "models.common.language_module.language_module.LanguageModule",
+        None,
+        "read by layer_plan.config_of",
+        "the language model has the configuration that counts, whatever is around or beside it",
+        _LIVE,
+    ),
+    Seam(
+        (
+            At("models.hybrid.hybrid_model.HybridModel.__init__", ">=0.18"),
+            At("models.mamba.mamba_model.MambaModel.__init__", "<0.18"),
+        ),
+        ("*", "config", "hybrid_layer_pattern"),
+        "read by layer_plan.layer_plan",
+        "its pattern tells which layers of the whole model have experts",
+        _NUMBERS,
+    ),
+    Seam(
         "tensor_parallel.random.CheckpointFunction.forward",
         ("ctx", "run_function", "distribute_saved_activations"),
         "wrapped by recompute.CheckpointPatch",
@@ -96,37 +116,65 @@ _ROUTING = (
     Seam(
         _CONFIG,
         None,
-        "read by live_model.geometry_of",
+        "read by layer_plan.config_of",
         "the model's geometry and the settings to refuse are in it",
         _LIVE,
     ),
     Seam(
         f"{_CONFIG}.moe_layer_freq",
         None,
-        "read by live_model.geometry_of",
+        "read by layer_plan.geometry_of",
         "it tells which decoder layers route",
         _LIVE,
     ),
     Seam(
         f"{_CONFIG}.num_layers",
         None,
-        "read by live_model.geometry_of",
+        "read by layer_plan.geometry_of",
         "masks are of a model with as many decoder layers",
         _LIVE,
     ),
     Seam(
         f"{_CONFIG}.num_moe_experts",
         None,
-        "read by live_model.geometry_of",
+        "read by layer_plan.geometry_of",
         "masks are of a model with as many experts",
         _LIVE,
     ),
     Seam(
         f"{_CONFIG}.moe_router_topk",
         None,
-        "read by live_model.geometry_of",
+        "read by layer_plan.geometry_of",
         "masks are of a model with as many experts for every token",
         _LIVE,
+    ),
+    Seam(
+        f"{_CONFIG}.moe_router_fusion",
+        None,
+        "overridden by router_settings.UnfusedConfig",
+        "the fused router never asks for replayed experts",
+        _HOOK,
+    ),
+    Seam(
+        "transformer.moe.moe_layer.BaseMoELayer",
+        None,
+        "read by flex_gates.FlexGates",
+        "a router's dispatcher is found in the layer of both",
+        _FLEX,
+    ),
+    Seam(
+        "transformer.moe.token_dispatcher.MoEFlexTokenDispatcher",
+        None,
+        "read by flex_gates.FlexGates",
+        "flex dispatchers are found by their class",
+        _FLEX,
+    ),
+    Seam(
+        "transformer.moe.token_dispatcher._DeepepManager.setup_metadata",
+        ("routing_map", "probs"),
+        "wrapped by flex_gates.FlexGates",
+        "it takes the experts with the largest gates, where a replayed one with a gate of 0 would be swapped",
+        _FLEX,
     ),
 )
 
@@ -179,6 +227,47 @@ _ROUTING_ATTRIBUTES = (
         "read by attach.attach",
         "settings are refused by what the live router reads",
         "tests/megatron_router_replay/test_replay_refusals.py::test_settings_that_would_ignore_or_undo_replay",
+    ),
+    Attribute(
+        None,
+        "config",
+        "read by layer_plan.config_of",
+        "which layers of the whole model route is read from the chunk's model, since a stage may have no router",
+        "tests/megatron_router_replay/test_live_model.py::test_a_stage_without_moe_layers_has_no_routers",
+    ),
+    Attribute(
+        None,
+        "hybrid_layer_pattern",
+        "read by layer_plan.layer_plan",
+        "HybridModel has it, also where the pattern came in by a deprecated name",
+        "tests/megatron_router_replay/test_hybrid_model.py::test_routers_are_matched_by_ordinal",
+    ),
+    *(
+        Attribute(
+            "transformer.moe.moe_layer.BaseMoELayer",
+            name,
+            "read by flex_gates.FlexGates",
+            "the dispatcher of a replayed router is beside it",
+            _FLEX_TEST,
+        )
+        for name in ("router", "token_dispatcher")
+    ),
+    Attribute(
+        "transformer.moe.token_dispatcher.MoEFlexTokenDispatcher",
+        "_comm_manager",
+        "read by flex_gates.FlexGates",
+        "it is the part that knows DeepEP",
+        _FLEX_TEST,
+    ),
+    *(
+        Attribute(
+            "transformer.moe.token_dispatcher._DeepepManager",
+            name,
+            "read by flex_gates.FlexGates",
+            "gates are taken again where the indices say",
+            _FLEX_TEST,
+        )
+        for name in ("num_experts", "token_indices", "token_probs")
     ),
     Attribute(
         "transformer.transformer_layer.TransformerLayer",

@@ -14,13 +14,6 @@ _CONFIG = "transformer.transformer_config.TransformerConfig"
 
 SETTINGS = (
     Refusal(
-        "fused routers",
-        f"{_CONFIG}.moe_router_fusion",
-        lambda value: not value,
-        "the fused router never asks for replayed experts",
-        "set it to False",
-    ),
-    Refusal(
         "expert capacity limits",
         f"{_CONFIG}.moe_expert_capacity_factor",
         lambda value: value is None,
@@ -49,12 +42,11 @@ SETTINGS = (
         "set it to None",
     ),
     Refusal(
-        "flex dispatchers",
-        f"{_CONFIG}.moe_token_dispatcher_type",
-        lambda value: value in ("allgather", "alltoall"),
-        "it chooses the experts with the largest gates once more, and a replayed expert whose gate is 0 in float32 is"
-        " swapped for another",
-        "use allgather or alltoall",
+        "flex dispatchers but DeepEP's",
+        f"{_CONFIG}.moe_flex_dispatcher_backend",
+        lambda value: value == "deepep",
+        "whether a replayed expert whose gate is 0 is kept is decided in kernels that were not looked into",
+        "set it to 'deepep', also where it is not used",
     ),
     Refusal(
         "CUDA graphs",

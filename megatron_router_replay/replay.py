@@ -9,6 +9,7 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor, nn
 
+from megatron_router_replay.flex_gates import FlexGates
 from megatron_router_replay.input_ids import require_same_shape, watch
 from megatron_router_replay.layer_replay import LayerReplay, index_dtype
 from megatron_router_replay.model_groups import ModelGroups
@@ -43,10 +44,12 @@ class Replay:
     def __init__(
         self,
         routers_by_chunk: Sequence[dict[int, TopKRouter]],
-        embeddings: Sequence[nn.Module],
         geometry: RoutingGeometry,
         device: torch.device,
+        *,
         settings: RouterSettings,
+        flex: FlexGates,
+        embeddings: Sequence[nn.Module],
         groups: ModelGroups,
         overlap_every: int | None,
     ) -> None:
@@ -68,8 +71,9 @@ class Replay:
         with contextlib.ExitStack() as undo:
             CHECKPOINT_PATCH.apply()
             undo.callback(CHECKPOINT_PATCH.remove)
-            settings.apply()
-            undo.callback(settings.remove)
+            for made_right in (settings, flex):
+                made_right.apply()
+                undo.callback(made_right.remove)
             for layer, router in self._routers.items():
                 ours = LayerReplay(self, layer, router.layer_number, dtype)
                 undo.callback(_put_back, router, ours, router.router_replay)

@@ -118,9 +118,13 @@ def test_mixed_codecs(replay, geometry, batch):
 
 
 def test_dense_model(build_model):
-    dense = build_model().decoder.layers[0]
-    with pytest.raises(UnsupportedError, match="needs a mixture-of-experts model"):
-        attach(dense)
+    model = build_model()
+    model.config.moe_layer_freq = [0, 0, 0, 0]
+    with pytest.raises(UnsupportedError, match=r"4 decoder layers routes.*moe_layer_freq.*a mixture-of-experts model"):
+        attach(model)
+    model.config.moe_layer_freq, model.config.num_moe_experts = 1, None
+    with pytest.raises(UnsupportedError, match="num_moe_experts is None"):
+        attach(model)
 
 
 @pytest.mark.parametrize(
@@ -164,13 +168,13 @@ def test_two_routers_of_one_number(build_model):
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        ("moe_router_fusion", True),
         ("moe_expert_capacity_factor", 1.5),
         ("moe_router_load_balancing_type", "sinkhorn"),
         ("moe_router_load_balancing_type", ["aux_loss", "quantile_balancing"]),
         ("moe_router_force_load_balancing", True),
         ("moe_router_force_biased", 0.5),
-        ("moe_token_dispatcher_type", "flex"),
+        ("moe_flex_dispatcher_backend", "hybridep"),
+        ("moe_flex_dispatcher_backend", "ncclep"),
         ("cuda_graph_impl", "local"),
         ("overlap_moe_expert_parallel_comm", True),
         ("mlp_chunks_for_training", 2),
@@ -188,13 +192,13 @@ def test_a_setting_that_megatron_no_longer_has(build_model):
     """A renamed flag would otherwise pass for one that is off."""
     model = build_model()
     config = model.config
-    fields = {name: value for name, value in vars(config).items() if name != "moe_router_fusion"}
+    fields = {name: value for name, value in vars(config).items() if name != "moe_expert_capacity_factor"}
     for layer in model.decoder.layers:
         if hasattr(layer.mlp, "router"):
             layer.mlp.router.config = SimpleNamespace(**fields)
     with pytest.raises(
         SeamError,
-        match=r"a setting 'moe_router_fusion', found none\.[^$]*tested with Megatron-Core 0\.19\.2",
+        match=r"a setting 'moe_expert_capacity_factor', found none\.[^$]*tested with Megatron-Core 0\.19\.2",
     ):
         attach(model)
 
@@ -273,7 +277,7 @@ def test_observation_is_of_one_whole_pass(build_model, batch):
 
 def test_geometry_of_an_interval(build_model):
     """moe_layer_freq as a number: every N-th layer routes, beginning with the first."""
-    from megatron_router_replay.live_model import geometry_of
+    from megatron_router_replay.layer_plan import geometry_of
 
     config = build_model().config
     config.moe_layer_freq = 2

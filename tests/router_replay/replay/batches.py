@@ -21,6 +21,8 @@ def recorded(lengths: list[int], seed: int) -> tuple[list[Tensor], list[RoutingM
         ids.append(torch.randint(0, 1000, (length,), generator=generator))
         indices.append(torch.rand((rows, 2, 37), generator=generator).argsort(-1)[..., :3])
         valid = torch.rand(rows, generator=generator) < 0.7
+        # Masks of a microbatch without any valid row are refused.
+        valid[:1] |= ~valid.any()
         masks.append(
             RoutingMasks.from_indices(
                 indices[-1], valid, start=0, geometry=GEOMETRY, codec="ordered", token_ids=ids[-1]

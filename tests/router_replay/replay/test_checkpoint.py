@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from router_replay.errors import CallOrderError
 from router_replay.replay import ObservedRoutes, place
 from router_replay.replay.binding import NATIVE, bound, current
-from router_replay.replay.checkpoint import carry
 from router_replay.replay.bound_pass import BoundPass
+from router_replay.replay.checkpoint import carry
 from router_replay.replay.choice import replayed_experts
 from tests.router_replay.replay.batches import GEOMETRY, padded, recorded
 
