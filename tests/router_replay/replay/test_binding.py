@@ -32,7 +32,7 @@ def test_blocks_of_one_replay_do_not_nest():
     replay, other = Replay(), Replay()
     first = BoundPass(routes())
     with bound(replay, first), bound(other, NATIVE):
-        with pytest.raises(CallOrderError, match="open already: .*must not yield inside"), bound(replay, NATIVE):
+        with pytest.raises(CallOrderError, match=r"open already: .*must not yield inside"), bound(replay, NATIVE):
             pass
         assert current().bindings == {replay: first, other: NATIVE}
     assert not current().bindings

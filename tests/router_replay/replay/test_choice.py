@@ -40,8 +40,8 @@ def test_native_places_take_the_trainers_choice_best_first(routes, scores):
     native = set(routes.native_places.tolist())
     assert 2 <= len(native) < routes.num_places
     best, placed = scores.topk(3).indices, routes.experts(3)
-    for place in range(routes.num_places):
-        assert experts[place].tolist() == (best if place in native else placed)[place].tolist()
+    for at in range(routes.num_places):
+        assert experts[at].tolist() == (best if at in native else placed)[at].tolist()
 
 
 def test_the_choice_is_not_part_of_the_graph(routes, scores):

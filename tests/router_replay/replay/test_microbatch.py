@@ -23,17 +23,17 @@ def check(routes: MicrobatchRoutes, layout: BatchLayout, masks: list[RoutingMask
     for layer_index, layer in enumerate(GEOMETRY.moe_layers):
         experts = routes.experts(layer)
         places = zip(layout.sequence.tolist(), layout.position.tolist(), strict=True)
-        for place, (sequence, position) in enumerate(places):
+        for at, (sequence, position) in enumerate(places):
             known = sequence >= 0 and position < masks[sequence].num_tokens and masks[sequence].valid[position]
             if sequence < 0 or (not known and position == layout.lengths[sequence] - 1):
                 padding += 1
-                assert len(set(experts[place].tolist())) == 3 and place not in native
+                assert len(set(experts[at].tolist())) == 3 and at not in native
             elif known:
                 replayed += 1
-                assert experts[place].tolist() == indices[sequence][position, layer_index].tolist()
-                assert place not in native
+                assert experts[at].tolist() == indices[sequence][position, layer_index].tolist()
+                assert at not in native
             else:
-                assert place in native
+                assert at in native
     assert (routes.num_replayed, routes.num_padding, routes.num_native) == (replayed // 2, padding // 2, len(native))
     assert routes.num_places == layout.num_places
 
