@@ -68,6 +68,6 @@ def _rank_among(context_size: int) -> int:
     except (KeyError, AssertionError) as error:
         ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
         raise PairingError(
-            f"no group of {context_size} of the {ranks} data- and context-parallel ranks is there to share a microbatch:"
-            " initialise parallel_state with hybrid_context_parallel=True and take a power of two"
+            f"no group of {context_size} of the {ranks} data- and context-parallel ranks is there to share a"
+            " microbatch: initialise parallel_state with hybrid_context_parallel=True and take a power of two"
         ) from error
