@@ -16,6 +16,7 @@ _FLEX = "DeepEP's dispatcher reads its indices from the routing map"
 _CHECKPOINT = "Megatron-Core lets a caller add state to an activation checkpoint"
 _SHARDED = "never: averages are sharded as the parameters are"
 _STALE = "never: stale parameters must not be averaged"
+_RANKS = "never: a rank's places are found by its process groups"
 _MAIN = "Megatron-Core has a function that returns a parameter's main parameter"
 
 _ROUTER = "transformer.moe.router.TopKRouter"
@@ -178,6 +179,79 @@ _ROUTING = (
     ),
 )
 
+_SHARDS = (
+    Seam(
+        "parallel_state.model_parallel_is_initialized",
+        (),
+        "called by shards.rank_shards",
+        "it tells whether there are process groups to ask",
+        _RANKS,
+    ),
+    Seam(
+        "parallel_state.get_tensor_model_parallel_world_size",
+        (),
+        "called by shards.rank_shards",
+        "sequence parallelism cuts a batch into as many parts",
+        _RANKS,
+    ),
+    Seam(
+        "parallel_state.get_tensor_model_parallel_rank",
+        (),
+        "called by shards.rank_shards",
+        "it is the number of this rank's part under sequence parallelism",
+        _RANKS,
+    ),
+    Seam(
+        "parallel_state.get_context_parallel_world_size",
+        (),
+        "called by shards.rank_shards",
+        "as many ranks share a sequence",
+        _RANKS,
+    ),
+    Seam(
+        "parallel_state.get_context_parallel_rank",
+        (),
+        "called by shards.rank_shards",
+        "it tells which part of every sequence is here",
+        _RANKS,
+    ),
+    Seam(
+        "parallel_state.get_hybrid_data_context_parallel_groups",
+        ("*", "group_size"),
+        "called by shards.rank_shards",
+        "it has this rank's number among those that share one microbatch",
+        _RANKS,
+    ),
+    Seam(
+        "parallel_state.get_data_parallel_world_size",
+        ("with_context_parallel",),
+        "called by shards.rank_shards",
+        "an error names how many ranks could share a microbatch",
+        _RANKS,
+    ),
+    Seam(
+        f"{_CONFIG}.sequence_parallel",
+        None,
+        "read by shards.rank_shards",
+        "it tells whether tensor-parallel ranks route parts of a sequence or all of it",
+        _RANKS,
+    ),
+    Seam(
+        f"{_CONFIG}.tensor_model_parallel_size",
+        None,
+        "read by shards.rank_shards",
+        "a model of another size has process groups of its own",
+        _RANKS,
+    ),
+    Seam(
+        f"{_CONFIG}.context_parallel_size",
+        None,
+        "read by shards.rank_shards",
+        "a model of another size has process groups of its own",
+        _RANKS,
+    ),
+)
+
 _ROUTING_ATTRIBUTES = (
     Attribute(
         _ROUTER,
@@ -276,6 +350,13 @@ _ROUTING_ATTRIBUTES = (
         "a decoder layer that is dense here may be routed in the rollout",
         "tests/megatron_router_replay/test_replay_refusals.py::test_configuration_that_is_not_the_live_model",
     ),
+    Attribute(
+        None,
+        "get_dynamic_data_context_parallel_groups",
+        "called by shards.rank_shards",
+        "parallel_state has the hybrid groups under this name where it comes from Megatron-LM's dev branch",
+        "tests/megatron_router_replay/test_shards.py::test_groups_of_the_dev_branch",
+    ),
 )
 
 LEDGER = Ledger(
@@ -286,7 +367,7 @@ LEDGER = Ledger(
     tested=TESTED,
     checked=CHECKED,
     way_out="train without replay",
-    seams=_ROUTING,
+    seams=_ROUTING + _SHARDS,
     attributes=_ROUTING_ATTRIBUTES,
 )
 """What `attach` needs."""

@@ -112,7 +112,7 @@ class Shards:
             raise InputError(
                 f"{whole} has {int(lengths[index])} places, which {size} ranks of context parallelism cannot cut into"
                 f" {parts} parts ({self.context_order}): pad {'it' if len(lengths) == 1 else 'every sequence'} to a"
-                f" multiple of {self._multiple}, with its alignment padding inside of its bounds"
+                f" multiple of {self._multiple}{'' if len(lengths) == 1 else ', inside of its bounds in cu_seqlens'}"
             )
         part = lengths // parts
         starts = (bounds[:-1, None] + own * part[:, None]).flatten()
