@@ -116,8 +116,8 @@ def test_gradients_are_those_without_a_checkpoint(kind):
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
-# torch itself allows one backward pass only through a region of selective checkpointing.
-@pytest.mark.parametrize("kind", [_other, _to_the_end, _composable], ids=["early stop", "to the end", "composable"])
+# torch itself allows only one backward pass through selective and composable checkpoints.
+@pytest.mark.parametrize("kind", [_other, _to_the_end], ids=["early stop", "to the end"])
 def test_autograd_grad_with_the_graph_kept_recomputes_twice(kind):
     """And reads the same in another microbatch's block, and outside of any."""
     replay = Replay()
