@@ -53,18 +53,18 @@ class Batch:
                 yield self.place(sequence, position), set(indices[position, layer_index].tolist())
 
     def native(self) -> list[int]:
-        """Places of a padded batch whose tokens have no valid mask row: the last token of each sequence among them."""
-        places = []
-        for sequence, (one, length) in enumerate(zip(self.masks, self.lengths, strict=True)):
-            for position in range(length):
-                if position >= one.num_tokens or not one.valid[position]:
-                    places.append(self.place(sequence, position))
-        return places
+        """Places of a padded batch whose tokens have no valid mask row, but for the last token of each sequence."""
+        return [
+            self.place(sequence, position)
+            for sequence, (one, length) in enumerate(zip(self.masks, self.lengths, strict=True))
+            for position in range(length - 1)
+            if position >= one.num_tokens or not one.valid[position]
+        ]
 
-    def padding(self) -> list[int]:
-        """Places of a padded batch behind the end of their sequence."""
+    def unread(self) -> list[int]:
+        """Places of a padded batch behind the end of their sequence, and of its last token, which was not fed back."""
         width = self.token_ids.shape[1]
-        return [self.place(i, position) for i, n in enumerate(self.lengths) for position in range(n, width)]
+        return [self.place(i, position) for i, n in enumerate(self.lengths) for position in range(n - 1, width)]
 
 
 def random_indices(geometry: RoutingGeometry, num_tokens: int, generator: torch.Generator) -> Tensor:

@@ -30,7 +30,7 @@ def _numbers(pattern: str, **arguments) -> dict[int, int]:
 def test_routers_are_matched_by_ordinal():
     model = hybrid(PATTERN)
     batch = random_batch(QWEN, lengths=(12, 9, 5), seed=1)
-    with attach(model) as replay:
+    with attach(model, overlap_every=None) as replay:
         assert replay.geometry == QWEN
         assert replay.layers == (1, 2, 3)
         with dispatched_maps(model) as maps, replay.microbatch(batch.masks, batch.layout):
@@ -109,7 +109,7 @@ def test_stages_have_the_whole_models_layers(pattern, config, first):
             ends = {"pre_process": rank == 0, "post_process": rank == 1}
             model = hybrid(pattern, config=settings, pg_collection=groups, **ends)
             geometry, (routers,) = live_layers([model])
-            with attach(model) as replay:
+            with attach(model, overlap_every=None) as replay:
                 assert replay.layers == tuple(routers)
         assert geometry == QWEN
         stages.append({layer: router.layer_number for layer, router in routers.items()})
@@ -161,6 +161,6 @@ def test_dense_patterns_and_other_live_layers_are_refused():
     model = hybrid(PATTERN)
     model.hybrid_layer_pattern = "*E*E*E*E"
     with pytest.raises(PairingError, match=r"decoder layers \[1\] are dense in this model \(hybrid_layer_pattern\)"):
-        attach(model)
+        attach(model, overlap_every=None)
     with pytest.raises(InputError, match=r"chunk 0 is of a model .*\[3, 5, 7\].*chunk 1 of one with \[1, 3\]"):
         attach([hybrid(PATTERN), hybrid("*E*E")])

@@ -26,7 +26,7 @@ def test_router_gradient_is_the_formula_in_every_layer(build_model, geometry, di
     model = build_model(dtype=dtype, moe_token_dispatcher_type=dispatcher)
     batch = random_batch(geometry, (12, 9, 5), seed=7)
     probes = {layer: LayerProbe(model.decoder.layers[layer].mlp) for layer in geometry.moe_layers}
-    with attach(model) as replay, replay.microbatch(batch.masks, batch.layout):
+    with attach(model, overlap_every=None) as replay, replay.microbatch(batch.masks, batch.layout):
         logprobs = token_logprobs(model, batch.token_ids)
     weights = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(8), dtype=logprobs.dtype)
     (logprobs * weights).sum().backward()
@@ -49,7 +49,7 @@ def test_unrouted_experts_get_no_gradient(build_model, geometry):
         codec="bitset",
         token_ids=batch.token_ids[0],
     )
-    with attach(model) as replay, replay.microbatch([masks], batch.layout):
+    with attach(model, overlap_every=None) as replay, replay.microbatch([masks], batch.layout):
         token_logprobs(model, batch.token_ids).sum().backward()
     for layer in geometry.moe_layers:
         for index, expert in enumerate(model.decoder.layers[layer].mlp.experts.local_experts):

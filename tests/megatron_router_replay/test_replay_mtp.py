@@ -31,7 +31,7 @@ def test_mtp_routers_are_left_alone(checkpoint, batch):
     ids = batch.token_ids
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
-    with attach(model) as replay:
+    with attach(model, overlap_every=None) as replay:
         assert replay.layers == (1, 2, 3)
         assert mtp_routers[0].router_replay is None
         with replay.microbatch(batch.masks, batch.layout), replay.observe() as observed:

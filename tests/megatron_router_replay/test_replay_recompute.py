@@ -38,7 +38,7 @@ def _forward(model, replay, batch):
 
 
 def _train(model, batches, order):
-    with attach(model) as replay:
+    with attach(model, overlap_every=None) as replay:
         losses = [_forward(model, replay, batch) for batch in batches]
         for index in order:
             losses[index].backward()
@@ -62,7 +62,7 @@ def test_gradients_are_bitwise_those_without_recompute(build_model, batches, dis
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_recompute_dispatches_the_masks_of_its_own_forward(build_model, batches, recompute, order):
     model = build_model(**RECOMPUTE[recompute])
-    with attach(model) as replay, dispatched_maps(model) as maps:
+    with attach(model, overlap_every=None) as replay, dispatched_maps(model) as maps:
         losses = [_forward(model, replay, batch) for batch in batches]
         forward_maps = {layer: list(seen) for layer, seen in maps.items()}
         for index in ORDERS[order]:
@@ -82,7 +82,7 @@ def test_backward_inside_another_microbatch_keeps_both(build_model, batches):
     """1F1B may run a backward pass while the next microbatch is bound."""
     first, second = batches
     model = build_model(**RECOMPUTE["full, uniform"])
-    with attach(model) as replay, dispatched_maps(model) as maps:
+    with attach(model, overlap_every=None) as replay, dispatched_maps(model) as maps:
         loss = _forward(model, replay, first)
         with replay.microbatch(second.masks, second.layout):
             loss.backward()
@@ -97,7 +97,7 @@ def test_native_choice_is_frozen_for_the_recompute(build_model, batches, recompu
     """Router weights change between forward and backward: native places still repeat the forward pass's choice."""
     batch, _ = batches
     model = build_model(**RECOMPUTE[recompute])
-    with attach(model) as replay, dispatched_maps(model) as maps:
+    with attach(model, overlap_every=None) as replay, dispatched_maps(model) as maps:
         loss = _forward(model, replay, batch)
         for layer in batch.geometry.moe_layers:
             model.decoder.layers[layer].mlp.router.weight.data.neg_()
@@ -118,7 +118,7 @@ def test_nested_checkpoints_freeze_native_choices_too(build_model, batches):
     ids = batch.token_ids
     hidden = torch.randn(ids.shape[1], ids.shape[0], 48, generator=torch.Generator().manual_seed(6), requires_grad=True)
     moe = model.decoder.layers[2].mlp
-    with attach(model) as replay, dispatched_maps(model) as maps:
+    with attach(model, overlap_every=None) as replay, dispatched_maps(model) as maps:
         with replay.microbatch(batch.masks, batch.layout):
             output = tensor_parallel.checkpoint(lambda x: moe(x)[0], False, hidden)
         moe.router.weight.data.neg_()
@@ -131,7 +131,7 @@ def test_native_pass_recomputes_natively(build_model, batches):
     batch, _ = batches
     untouched, attached = (build_model(**RECOMPUTE["full, uniform"]) for _ in range(2))
     token_logprobs(untouched, batch.token_ids).sum().backward()
-    with attach(attached) as replay:
+    with attach(attached, overlap_every=None) as replay:
         with replay.off():
             loss = token_logprobs(attached, batch.token_ids).sum()
         loss.backward()
@@ -142,7 +142,7 @@ def test_native_pass_recomputes_natively(build_model, batches):
 def test_remove_between_forward_and_recompute_is_refused(build_model, batches):
     batch, _ = batches
     model = build_model(**RECOMPUTE["full, uniform"])
-    replay = attach(model)
+    replay = attach(model, overlap_every=None)
     loss = _forward(model, replay, batch)
     replay.remove()
     try:
@@ -156,7 +156,7 @@ def test_remove_between_forward_and_recompute_is_refused(build_model, batches):
 def test_observed_routes_are_of_the_forward_pass_alone(build_model, batches):
     batch, _ = batches
     model = build_model(**RECOMPUTE["full, uniform"])
-    with attach(model) as replay, dispatched_maps(model) as maps, replay.observe() as observed:
+    with attach(model, overlap_every=None) as replay, dispatched_maps(model) as maps, replay.observe() as observed:
         _forward(model, replay, batch).backward()
     assert all(len(seen) == 2 for seen in maps.values())
     for routes, length in zip(observed.indices(batch.layout), batch.lengths, strict=True):

@@ -17,7 +17,7 @@ def test_forward_never_waits_for_the_device(build_model, geometry, codec):
     model, batch = build_model(), random_batch(geometry, (12, 9, 5), seed=31, codec=codec)
     hidden = torch.randn(12, 3, 48, generator=torch.Generator().manual_seed(32))
     router = model.decoder.layers[2].mlp.router
-    with attach(model) as replay, replay.microbatch(batch.masks, batch.layout), RefuseWaiting():
+    with attach(model, overlap_every=None) as replay, replay.microbatch(batch.masks, batch.layout), RefuseWaiting():
         _, routing_map = router(hidden)
     recorded = dict(batch.recorded(2))
     assert {place: experts_of(routing_map, place) for place in recorded} == recorded
@@ -36,7 +36,11 @@ def test_expert_bias_moves_native_choices_only_and_counts_the_replayed_map(build
     favoured = torch.tensor([5.0] * 4 + [0.0] * 12)
     for layer in batch.geometry.moe_layers:
         model.decoder.layers[layer].mlp.router.expert_bias.copy_(favoured)
-    with attach(model) as replay, dispatched_maps(model) as maps, replay.microbatch(batch.masks, batch.layout):
+    with (
+        attach(model, overlap_every=None) as replay,
+        dispatched_maps(model) as maps,
+        replay.microbatch(batch.masks, batch.layout),
+    ):
         forward_logits(model, batch.token_ids)
     for layer, (routing_map,) in maps.items():
         recorded = dict(batch.recorded(layer))
@@ -52,7 +56,7 @@ def test_gates_are_the_scores_of_the_recorded_experts(build_model, batch):
     router = model.decoder.layers[1].mlp.router
     router.expert_bias.copy_(torch.linspace(-1, 1, 16))
     hidden = torch.randn(12, 3, 48, generator=torch.Generator().manual_seed(33))
-    with attach(model) as replay, replay.microbatch(batch.masks, batch.layout):
+    with attach(model, overlap_every=None) as replay, replay.microbatch(batch.masks, batch.layout):
         probs, routing_map = router(hidden)
     scores = (hidden.reshape(-1, 48).double() @ router.weight.detach().double().T).sigmoid() * routing_map
     expected = scores / scores.sum(-1, keepdim=True)
@@ -63,7 +67,7 @@ def test_gates_are_the_scores_of_the_recorded_experts(build_model, batch):
 def test_wrapped_bfloat16_model(build_model, batch):
     wrapped = build_model(dtype=torch.bfloat16, moe_router_dtype="fp32")
     model = Float16Module(wrapped.config, wrapped)
-    with attach([model]) as replay, dispatched_maps(wrapped) as maps:
+    with attach([model], overlap_every=None) as replay, dispatched_maps(wrapped) as maps:
         assert replay.layers == (1, 2, 3)
         with replay.microbatch(batch.masks, batch.layout):
             logits = forward_logits(model, batch.token_ids)

@@ -22,7 +22,7 @@ SCORE_FUNCTIONS = {
 @pytest.mark.parametrize("scores", SCORE_FUNCTIONS)
 def test_recorded_rows_are_dispatched_to_their_experts_and_others_natively(build_model, batch, dispatcher, scores):
     model = build_model(moe_token_dispatcher_type=dispatcher, **SCORE_FUNCTIONS[scores])
-    with attach(model) as replay, dispatched_maps(model) as maps:
+    with attach(model, overlap_every=None) as replay, dispatched_maps(model) as maps:
         with replay.microbatch(batch.masks, batch.layout) as bound:
             forward_logits(model, batch.token_ids)
         native_by_hand = _native_choice_under_replay(model, replay, batch, scores)
@@ -71,7 +71,11 @@ def _best_groups_only(logits: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("codec", ["bitset", "ordered"])
 def test_codecs_carry_the_same_routes(build_model, geometry, codec):
     model, batch = build_model(), random_batch(geometry, (10, 7), seed=3, codec=codec, invalid=0.0)
-    with attach(model) as replay, dispatched_maps(model) as maps, replay.microbatch(batch.masks, batch.layout):
+    with (
+        attach(model, overlap_every=None) as replay,
+        dispatched_maps(model) as maps,
+        replay.microbatch(batch.masks, batch.layout),
+    ):
         forward_logits(model, batch.token_ids)
     for layer in maps:
         assert {place: experts_of(maps[layer][0], place) for place, _ in batch.recorded(layer)} == dict(
@@ -81,7 +85,11 @@ def test_codecs_carry_the_same_routes(build_model, geometry, codec):
 
 def test_padding_loads_experts_evenly_and_with_distinct_experts(build_model, geometry):
     model, batch = build_model(), random_batch(geometry, (20, 4, 4, 4), seed=4)
-    with attach(model) as replay, dispatched_maps(model) as maps, replay.microbatch(batch.masks, batch.layout):
+    with (
+        attach(model, overlap_every=None) as replay,
+        dispatched_maps(model) as maps,
+        replay.microbatch(batch.masks, batch.layout),
+    ):
         forward_logits(model, batch.token_ids)
     assert len(batch.padding()) == 48
     for layer in maps:
@@ -92,7 +100,7 @@ def test_padding_loads_experts_evenly_and_with_distinct_experts(build_model, geo
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_packed_equals_padded(build_model, batch, dtype):
     model = build_model(dtype=dtype)
-    with attach(model) as replay:
+    with attach(model, overlap_every=None) as replay:
         with replay.microbatch(batch.masks, batch.layout), replay.observe() as padded:
             from_padded = token_logprobs(model, batch.token_ids)
         with replay.microbatch(batch.masks, batch.packed_layout) as bound, replay.observe() as packed:
@@ -118,7 +126,7 @@ def test_packed_alignment_padding_gets_no_sequence_row(build_model, batch):
     ids = torch.cat(parts)
     bounds = torch.tensor([0, *aligned]).cumsum(0).to(torch.int32)
     layout = BatchLayout.packed(ids, bounds, lengths=batch.lengths)
-    with attach(model) as replay:
+    with attach(model, overlap_every=None) as replay:
         with replay.microbatch(batch.masks, layout) as bound, replay.observe() as observed:
             token_logprobs(model, ids[None], bounds)
         with replay.microbatch(batch.masks, batch.packed_layout), replay.observe() as plain:
@@ -131,7 +139,7 @@ def test_packed_alignment_padding_gets_no_sequence_row(build_model, batch):
 def test_off_routes_as_stock_megatron(build_model, batch):
     model = build_model()
     stock = forward_logits(model, batch.token_ids)
-    with attach(model) as replay:
+    with attach(model, overlap_every=None) as replay:
         with replay.off(), replay.observe() as observed:
             native = forward_logits(model, batch.token_ids)
         with replay.microbatch(batch.masks, batch.layout):
@@ -145,7 +153,7 @@ def test_own_routes_replayed_change_nothing(build_model, batch, geometry):
     """R2: the trainer's own routes, observed and replayed, give the stock result bit for bit where order is kept."""
     model = build_model()
     ids, bounds, layout = batch.packed_ids, batch.cu_seqlens, batch.packed_layout
-    with attach(model) as replay:
+    with attach(model, overlap_every=None) as replay:
         with replay.off(), replay.observe() as observed:
             native = forward_logits(model, ids, bounds)
         masks = [
@@ -168,8 +176,8 @@ def test_own_routes_replayed_change_nothing(build_model, batch, geometry):
 def test_two_replays_are_bound_apart(build_model, batch):
     policy, reference = build_model(), build_model()
     with (
-        attach(policy) as first,
-        attach(reference) as second,
+        attach(policy, overlap_every=None) as first,
+        attach(reference, overlap_every=None) as second,
         dispatched_maps(reference) as maps,
         first.microbatch(batch.masks, batch.layout),
         second.off(),

@@ -1,128 +1,174 @@
-"""Bindings in torch's own activation checkpoints, with a router of a few lines and no trainer."""
+"""The wrappers that carry bindings, each on the bare form of checkpoint that it is for."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from router_replay.errors import CallOrderError
-from router_replay.replay import ObservedRoutes, place
 from router_replay.replay.binding import NATIVE, bound, current
-from router_replay.replay.bound_pass import BoundPass
-from router_replay.replay.checkpoint import carry
-from router_replay.replay.choice import replayed_experts
-from tests.router_replay.replay.batches import GEOMETRY, padded, recorded
+from router_replay.replay.checkpoint import carried_by_contexts, carried_by_forward, carried_by_generator, carry
+from tests.router_replay.replay.small_router import Replay, Router, inputs, microbatch
 
-reentrant = pytest.mark.parametrize("reentrant", [True, False])
-
-
-@dataclass(eq=False)
-class Replay:
-    attached: bool = True
-    observer: ObservedRoutes | None = None
+Run = Callable[[], Tensor]
+Form = Callable[[Callable[..., Tensor], Tensor], tuple[Tensor, Run]]
+"""Runs the forward pass of a checkpointed function, and gives its output and what recomputes it."""
 
 
-class Router(nn.Module):
-    """Decoder layer 1: experts by the binding, gates by its own scores; keeps every choice that it made."""
-
-    def __init__(self, replay: Replay) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(2)
-        self.weight = nn.Parameter(torch.randn(8, GEOMETRY.num_experts, generator=generator))
-        self.experts = nn.Parameter(torch.randn(GEOMETRY.num_experts, 8, generator=generator))
-        self.replay = replay
-        self.seen: list[tuple[bool, Tensor]] = []
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        state = current()
-        scores = hidden @ self.weight
-        binding = state.bindings[self.replay]
-        assert isinstance(binding, BoundPass) and binding.routes is not None
-        routes = binding.routes
-        experts = replayed_experts(routes, state, 1, self, scores, lambda of: of.topk(3).indices)
-        self.seen.append((state.recomputing, experts))
-        gates = scores.gather(1, experts).softmax(1)
-        return hidden + (gates[..., None] * self.experts[experts]).sum(1)
+def _function(function, hidden):
+    carried = carry(function)
+    return carried(hidden), lambda: carried(hidden)
 
 
-def microbatch(seed: int) -> BoundPass:
-    ids, masks, _ = recorded([6, 3], seed)
-    return BoundPass(place(masks, padded(ids), GEOMETRY, torch.device("cpu")))
+def _forward(function, hidden):
+    kept = []
+
+    def forward(ctx, run_function, *args):
+        kept.append(run_function)
+        return run_function(*args)
+
+    return carried_by_forward(forward)(None, function, hidden), lambda: kept[0](hidden)
 
 
-def inputs() -> Tensor:
-    return torch.randn(12, 8, generator=torch.Generator().manual_seed(3), requires_grad=True)
+def _generator(function, hidden):
+    kept = []
+
+    def generator(fn) -> Iterator[None]:
+        kept.append(fn)
+        yield
+
+    around = carried_by_generator(generator)(function)
+    next(around)
+    try:
+        output = function(hidden)
+    except BaseException as error:
+        around.throw(error)
+    assert next(around, "ended") == "ended"
+    # What a generator's function returns in a recompute is of no use to it.
+    return output, lambda: kept[0](hidden)
 
 
-def checkpointed(function: Callable[[Tensor], Tensor], hidden: Tensor, reentrant: bool) -> Tensor:
-    return checkpoint(carry(function), hidden, use_reentrant=reentrant)
+def _contexts(function, hidden):
+    forward, recompute = carried_by_contexts(lambda: (contextlib.nullcontext(), contextlib.nullcontext()))()
+    with forward:
+        output = function(hidden)
+
+    def again():
+        with recompute:
+            return function(hidden)
+
+    return output, again
 
 
-def test_nothing_bound_leaves_the_function_alone():
-    assert carry(inputs) is inputs
+FORMS = {"function": _function, "forward": _forward, "generator": _generator, "contexts": _contexts}
+forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 
 
-@reentrant
-def test_a_recompute_repeats_its_own_forward_pass(reentrant):
+def _clean() -> bool:
+    return dict(current().bindings) == {} and current().frames == ()
+
+
+@forms
+def test_nothing_bound_leaves_the_function_alone(form):
+    seen = []
+
+    def function(hidden):
+        seen.append(current())
+        return hidden
+
+    _, again = form(function, inputs())
+    with bound(Replay(), NATIVE):
+        again()
+        assert seen[1] is current()
+    assert carry(function) is function
+
+
+@forms
+def test_a_recompute_repeats_its_own_forward_pass(form):
     replay = Replay()
     router = Router(replay)
     first, second = microbatch(0), microbatch(1)
     with bound(replay, first):
-        output = checkpointed(router, inputs(), reentrant)
-    # The backward pass finds other weights, which would choose otherwise, and another microbatch around it.
+        _, again = form(router, inputs())
+    assert _clean()
+    # The recompute finds other weights, which would choose otherwise, and another microbatch around it.
     router.weight.data.neg_()
     with bound(replay, second):
-        output.sum().backward()
+        again()
         assert current().bindings[replay] is second and current().frames == ()
         router(inputs())
-    assert dict(current().bindings) == {}
-    (was, forward), (again, recomputed), (later, other) = router.seen
-    assert (was, again, later) == (False, True, False)
+    assert _clean()
+    (was, forward), (repeated, recomputed), (later, other) = router.seen
+    assert (was, repeated, later) == (False, True, False)
     assert torch.equal(recomputed, forward)
     assert not torch.equal(other, forward)
     assert first.routes.num_native >= 2 and first.routes.num_replayed >= 2
 
 
-@reentrant
-def test_gradients_are_those_without_a_checkpoint(reentrant):
-    gradients = []
-    for run in (lambda router, hidden: router(hidden), lambda router, x: checkpointed(router, x, reentrant)):
-        replay = Replay()
-        router, hidden = Router(replay), inputs()
-        with bound(replay, microbatch(0)):
-            output = run(router, hidden)
-        output.square().sum().backward()
-        gradients.append((hidden.grad, router.weight.grad, router.experts.grad))
-    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
-
-
-@reentrant
-def test_a_checkpoint_inside_a_recompute_repeats_the_forward_pass_too(reentrant):
+@forms
+def test_an_error_leaves_nothing_bound(form):
     replay = Replay()
-    router = Router(replay)
+
+    def function(hidden):
+        assert current().bindings
+        raise KeyError
+
+    with bound(replay, NATIVE):
+        with pytest.raises(KeyError):
+            form(function, inputs())
+        assert dict(current().bindings) == {replay: NATIVE} and current().frames == ()
+    assert _clean()
+
+
+@forms
+def test_an_error_in_a_recompute_leaves_what_is_bound_there(form):
+    replay = Replay()
+    calls = []
+
+    def function(hidden):
+        calls.append(current().recomputing)
+        if current().recomputing:
+            raise KeyError
+        return hidden
+
     with bound(replay, microbatch(0)):
-        output = checkpointed(lambda hidden: checkpointed(router, hidden, reentrant) * 2, inputs(), reentrant)
-    router.weight.data.neg_()
-    output.sum().backward()
-    (was, forward), *recomputes = router.seen
-    assert not was and recomputes
-    assert all(again and torch.equal(experts, forward) for again, experts in recomputes)
+        _, again = form(function, inputs())
+    with bound(replay, NATIVE):
+        with pytest.raises(KeyError):
+            again()
+        assert dict(current().bindings) == {replay: NATIVE} and current().frames == ()
+    assert _clean() and calls == [False, True]
 
 
-@reentrant
-def test_a_replay_that_was_removed_since(reentrant):
+@forms
+def test_a_replay_that_was_removed_since(form):
     replay = Replay()
     with bound(replay, microbatch(0)):
-        output = checkpointed(Router(replay), inputs(), reentrant)
+        _, again = form(Router(replay), inputs())
     replay.attached = False
     with pytest.raises(CallOrderError, match=r"the replay was removed since.*call remove\(\) after the backward pass"):
-        output.sum().backward()
+        again()
+    assert _clean()
+
+
+@forms
+def test_tensors_are_passed_on_as_they_are(form):
+    """What is kept until backward is a reference: no copy, on whatever device."""
+    seen = []
+
+    def function(hidden):
+        seen.append(hidden)
+        return hidden
+
+    hidden = inputs()
+    with bound(Replay(), NATIVE):
+        output, again = form(function, hidden)
+    again()
+    assert seen[0] is hidden and seen[1] is hidden and output is hidden
 
 
 def test_bindings_of_two_replays_are_apart_and_end_with_their_blocks():
