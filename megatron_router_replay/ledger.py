@@ -10,6 +10,7 @@ CHECKED = ("0.17.1", "0.18.2")
 _HOOK = "never: this is the hook that replay uses"
 _PROTOCOL = "Megatron-Core publishes a protocol for router_replay"
 _NUMBERS = "never: rows are matched to layers by this number"
+_GROUPS = "Megatron-Core hands a model its process groups only"
 _LIVE = "never: the live layers are checked against the rollout's"
 _MTP = "MTP routers count their layers on from the decoder's"
 _FLEX = "DeepEP's dispatcher reads its indices from the routing map"
@@ -54,6 +55,20 @@ _ROUTING = (
         "answered by layer_replay.LayerReplay.get_replay_topk",
         "it is the call that the object put into router_replay answers",
         _PROTOCOL,
+    ),
+    Seam(
+        "transformer.moe.moe_utils.group_limited_topk",
+        ("scores", "topk", "num_tokens", "num_experts", "num_groups", "group_topk"),
+        "called by layer_replay.LayerReplay",
+        "it routes some of the places by themselves, which the function that the router hands over cannot",
+        "the top-k that a router hands over takes any number of places",
+    ),
+    Seam(
+        "models.common.embeddings.language_model_embedding.LanguageModelEmbedding.forward",
+        ("input_ids",),
+        "watched by input_ids.watch",
+        "it is called with the model's token ids, which are compared with those of the layout",
+        _LIVE,
     ),
     Seam(
         f"{_ROUTER}.__init__",
@@ -195,6 +210,27 @@ _SHARDS = (
         _RANKS,
     ),
     Seam(
+        "parallel_state.get_tensor_model_parallel_group",
+        (),
+        "called by model_groups.ModelGroups",
+        "its ranks must be given the same microbatches, and are told what one of them finds wrong",
+        _GROUPS,
+    ),
+    Seam(
+        "parallel_state.get_context_parallel_group",
+        (),
+        "called by model_groups.ModelGroups",
+        "its ranks must be given the same microbatches, and are told what one of them finds wrong",
+        _GROUPS,
+    ),
+    Seam(
+        "parallel_state.get_pipeline_model_parallel_group",
+        (),
+        "called by model_groups.ModelGroups",
+        "its ranks must be given the same microbatches, and are told what one of them finds wrong",
+        _GROUPS,
+    ),
+    Seam(
         "parallel_state.get_tensor_model_parallel_rank",
         (),
         "called by shards.rank_shards",
@@ -259,6 +295,20 @@ _ROUTING_ATTRIBUTES = (
         "answered by layer_replay.LayerReplay",
         "the object that chooses the experts is put there",
         "tests/megatron_router_replay/test_replay_remove.py::test_objects_are_put_back",
+    ),
+    Attribute(
+        "models.common.language_module.language_module.LanguageModule",
+        "pre_process",
+        "read by input_ids.first_embeddings",
+        "it tells the stage that is called with token ids from the one that only predicts further ones",
+        "tests/megatron_router_replay/test_replay_mistakes.py::test_model_that_runs_on_other_tokens_than_the_layout",
+    ),
+    Attribute(
+        "models.common.language_module.language_module.LanguageModule",
+        "embedding",
+        "read by input_ids.first_embeddings",
+        "it is where the model's token ids are seen",
+        "tests/megatron_router_replay/test_replay_mistakes.py::test_model_that_runs_on_other_tokens_than_the_layout",
     ),
     Attribute(
         _ROUTER,

@@ -117,8 +117,9 @@ def test_nested_checkpoints_freeze_native_choices_too(build_model, batches):
     model = build_model(**RECOMPUTE["selective, moe"])
     ids = batch.token_ids
     hidden = torch.randn(ids.shape[1], ids.shape[0], 48, generator=torch.Generator().manual_seed(6), requires_grad=True)
-    moe = model.decoder.layers[2].mlp
-    with attach(model, overlap_every=None) as replay, dispatched_maps(model) as maps:
+    layer = model.decoder.layers[2]
+    moe = layer.mlp
+    with attach(layer, overlap_every=None) as replay, dispatched_maps(model) as maps:
         with replay.microbatch(batch.masks, batch.layout):
             output = tensor_parallel.checkpoint(lambda x: moe(x)[0], False, hidden)
         moe.router.weight.data.neg_()

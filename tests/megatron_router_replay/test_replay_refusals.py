@@ -105,10 +105,10 @@ def test_masks_of_the_first_turn_only(replay, geometry, batch):
     masks = [first_turn, *batch.masks[1:]]
     parts = ("masks of sequence 0 cover 5 tokens, the layout gives it 12", "RoutingMasks.join", "partial=True")
     _refused(replay, masks, batch.layout, PairingError, *parts)
-    with replay.microbatch(masks, batch.layout, partial=True) as routes:
-        # Tokens 5 to 11 of sequence 0, the last token of the others, and what the masks themselves call invalid.
-        invalid = sum(int((~one.valid).sum()) for one in batch.masks[1:])
-        assert routes.num_native == 7 + 2 + invalid
+    routes = replay.place(masks, batch.layout, partial=True)
+    # Tokens 5 to 10 of sequence 0, and what the masks themselves call invalid; the last tokens take any experts.
+    invalid = sum(int((~one.valid).sum()) for one in batch.masks[1:])
+    assert routes.native_causes == {"invalid": invalid, "stale": 0, "no routes": 0, "not in the rollout": 6}
 
 
 def test_mixed_codecs(replay, geometry, batch):
@@ -252,13 +252,17 @@ def test_forward_after_the_block_ended(build_model, batch):
 
 def test_router_sees_other_rows_than_the_layout(build_model, batch):
     model = build_model()
-    message = "decoder layer 1 got 33 places, the layout of this microbatch has 36: build the layout"
-    with (
-        attach(model) as replay,
-        replay.microbatch(batch.masks, batch.layout),
-        pytest.raises(PairingError, match=message),
-    ):
+    with attach(model) as replay, pytest.raises(PairingError) as caught, replay.microbatch(batch.masks, batch.layout):
         forward_logits(model, batch.token_ids[:, :11])
+    assert "called with token ids of shape [3, 11], the layout of this microbatch has [3, 12]" in str(caught.value)
+    layer = model.decoder.layers[1]
+    message = "decoder layer 1 got 33 places, the layout of this microbatch has 36 on this rank: build the layout"
+    with (
+        attach(layer) as replay,
+        pytest.raises(PairingError, match=message),
+        replay.microbatch(batch.masks, batch.layout),
+    ):
+        layer.mlp.router(torch.zeros(11, 3, 48))
 
 
 def test_observation_is_of_one_whole_pass(build_model, batch):

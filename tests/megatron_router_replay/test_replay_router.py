@@ -16,9 +16,9 @@ from tests.no_waiting import RefuseWaiting
 def test_forward_never_waits_for_the_device(build_model, geometry, codec):
     model, batch = build_model(), random_batch(geometry, (12, 9, 5), seed=31, codec=codec)
     hidden = torch.randn(12, 3, 48, generator=torch.Generator().manual_seed(32))
-    router = model.decoder.layers[2].mlp.router
-    with attach(model, overlap_every=None) as replay, replay.microbatch(batch.masks, batch.layout), RefuseWaiting():
-        _, routing_map = router(hidden)
+    layer = model.decoder.layers[2]
+    with attach(layer) as replay, replay.microbatch(batch.masks, batch.layout), RefuseWaiting():
+        _, routing_map = layer.mlp.router(hidden)
     recorded = dict(batch.recorded(2))
     assert {place: experts_of(routing_map, place) for place in recorded} == recorded
 
@@ -56,7 +56,7 @@ def test_gates_are_the_scores_of_the_recorded_experts(build_model, batch):
     router = model.decoder.layers[1].mlp.router
     router.expert_bias.copy_(torch.linspace(-1, 1, 16))
     hidden = torch.randn(12, 3, 48, generator=torch.Generator().manual_seed(33))
-    with attach(model, overlap_every=None) as replay, replay.microbatch(batch.masks, batch.layout):
+    with attach(model.decoder.layers[1]) as replay, replay.microbatch(batch.masks, batch.layout):
         probs, routing_map = router(hidden)
     scores = (hidden.reshape(-1, 48).double() @ router.weight.detach().double().T).sigmoid() * routing_map
     expected = scores / scores.sum(-1, keepdim=True)
