@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,7 @@ class Microbatch:
         mtp_mask: float64 `[B, S]`, places that count in the loss of multi-token prediction.
         bounds: where the sequences of a pack begin and end, the tail pad last; None for a padded batch.
         masks: one per sequence.
+        indices: experts that the masks were made from, int64 `[num_tokens, L, K]` per sequence.
         layout: of whole sequences, without the tail pad's bound.
     """
 
@@ -46,7 +48,20 @@ class Microbatch:
     mtp_mask: Tensor
     bounds: tuple[int, ...] | None
     masks: list[RoutingMasks]
+    indices: list[Tensor]
     layout: BatchLayout
+
+    def place(self, sequence: int, position: int) -> int:
+        """Place of a token among those of the whole microbatch, flattened from `[S, B]`."""
+        if self.bounds is not None:
+            return self.bounds[sequence] + position
+        return position * self.token_ids.shape[0] + sequence
+
+    def recorded(self, layer_index: int) -> Iterator[tuple[int, list[int]]]:
+        """(place, experts) of every token with a valid row, for the MoE layer of that ordinal."""
+        for sequence, (masks, indices) in enumerate(zip(self.masks, self.indices, strict=True)):
+            for position in masks.valid.nonzero().flatten().tolist():
+                yield self.place(sequence, position), sorted(indices[position, layer_index].tolist())
 
 
 def geometry(case: Case) -> RoutingGeometry:
@@ -92,7 +107,7 @@ def _microbatch(case: Case, index: int) -> Microbatch:
         starts, shape = [row * width for row in range(len(lengths))], (len(lengths), width)
     # Padding has token ids, too, and routes.
     ids = torch.randint(0, 96, shape, generator=generator)
-    labels, weights, mtp_mask = torch.zeros_like(ids), torch.zeros(shape).double(), torch.zeros(shape).double()
+    labels, weights, mtp_mask = torch.zeros_like(ids), torch.zeros(shape).double(), torch.ones(shape).double()
     random_weights = torch.randn(shape, generator=generator, dtype=torch.float64)
     positions = torch.arange(shape[1]).expand(shape).clone()
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
@@ -102,10 +117,8 @@ def _microbatch(case: Case, index: int) -> Microbatch:
         weights.view(-1)[start : start + length - 1] = random_weights.view(-1)[start : start + length - 1]
         if case.packed:
             positions.view(-1)[tokens] = torch.arange(length)
-    if not case.packed:
-        return Microbatch(
-            index, ids, labels, positions, weights, mtp_mask + 1, None, batch.masks, BatchLayout.padded(ids, lengths)
-        )
-    layout = BatchLayout.packed(ids, [*bounds[:-1], PACK_SIZE], lengths)
-    whole = (*bounds, PACK_SIZE)
-    return Microbatch(index, ids, labels, positions, weights, mtp_mask + 1, whole, batch.masks, layout)
+    if case.packed:
+        layout, whole = BatchLayout.packed(ids, [*bounds[:-1], PACK_SIZE], lengths), (*bounds, PACK_SIZE)
+    else:
+        layout, whole = BatchLayout.padded(ids, lengths), None
+    return Microbatch(index, ids, labels, positions, weights, mtp_mask, whole, batch.masks, batch.indices, layout)
