@@ -7,7 +7,10 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch.overrides import TorchFunctionMode
+
+from cpu_engines.megatron.norms import new_torch_norm
 
 
 class _Event:
@@ -74,6 +77,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.empty(0, dtype=torch.uint8)),
         (megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None),
         (megatron_random.CudaRNGStatesTracker, "fork", lambda tracker, *args, **kwargs: contextlib.nullcontext()),
+        (WrappedTorchNorm, "__new__", staticmethod(new_torch_norm)),
     ]
 
 

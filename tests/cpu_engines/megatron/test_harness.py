@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from cpu_engines.megatron import CpuDevice, PackedDotProductAttention, single_process
 from cpu_engines.megatron.logprobs import forward_logits
@@ -18,6 +19,7 @@ def _touched() -> list[object]:
         megatron_random._get_cuda_rng_state,
         megatron_random._set_cuda_rng_state,
         vars(megatron_random.CudaRNGStatesTracker)["fork"],
+        WrappedTorchNorm.__new__,
     ]
 
 
