@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 VOCABULARY = 96
 NUM_EXPERTS = 8
@@ -35,6 +35,7 @@ class Case:
         score: `moe_router_score_function`.
         top_k: experts of a token.
         num_microbatches: of all data-parallel ranks together.
+        config: fields of `TransformerConfig` that win over what the others say.
     """
 
     tp: int = 1
@@ -58,6 +59,7 @@ class Case:
     score: Literal["softmax", "sigmoid"] = "softmax"
     top_k: int = 2
     num_microbatches: int = 4
+    config: tuple[tuple[str, Any], ...] = ()
 
     @property
     def world_size(self) -> int:
@@ -79,11 +81,12 @@ class Case:
 
     def __str__(self) -> str:
         """Names what differs from the defaults: a test's name."""
-        parts = []
-        for field in dataclasses.fields(self):
+        parts = [f"{name}={value}" for name, value in self.config]
+        for field in dataclasses.fields(self)[:-1]:
             value = getattr(self, field.name)
-            if value != field.default:
-                flag = value is True or (isinstance(value, str) and field.name in ("dispatcher", "context_order"))
-                text = "".join(map(str, value)) if isinstance(value, tuple) else str(value)
-                parts.append((value if isinstance(value, str) else field.name) if flag else f"{field.name}{text}")
+            if value is True or value in ("alltoall", "contiguous"):
+                parts.append(field.name if value is True else value)
+            elif value != field.default:
+                text = "".join(map(str, value)) if isinstance(value, tuple) else value
+                parts.append(f"{field.name}{text}")
         return "-".join(parts) or "one-rank"

@@ -207,4 +207,4 @@ def _config(case: Case) -> TransformerConfig:
         fields |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     if case.recompute == "selective":
         fields |= {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
-    return TransformerConfig(**fields)
+    return TransformerConfig(**(fields | dict(case.config)))

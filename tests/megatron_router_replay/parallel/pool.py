@@ -93,7 +93,7 @@ class RankPool:
         self._call(rank_module.ready, (), START_TIMEOUT)
 
     def _call(self, function: Callable[..., Any], args: tuple[Any, ...], timeout: float) -> list[Any]:
-        message = _packed((function.__module__, function.__qualname__, args, timeout))
+        message = pack((function.__module__, function.__qualname__, args, timeout))
         answers: dict[int, tuple[bool, Any]] = {}
         try:
             for connection in self._connections:
@@ -114,7 +114,7 @@ class RankPool:
             for ready in multiprocessing.connection.wait(list(ranks), left):
                 rank = ranks.pop(ready)  # type: ignore[call-overload]
                 try:
-                    answers[rank] = _unpacked(ready.recv_bytes())  # type: ignore[union-attr]
+                    answers[rank] = unpack(ready.recv_bytes())  # type: ignore[union-attr]
                 except (EOFError, ConnectionError):
                     self._processes[rank].join(1)
                     answers[rank] = (False, f"the process ended with {self._processes[rank].exitcode}")
@@ -133,12 +133,14 @@ class RankPool:
         return "\n".join(lines)
 
 
-def _packed(value: Any) -> bytes:
+def pack(value: Any) -> bytes:
+    """A message between the test and a rank."""
     # torch's own pickling sends file descriptors of shared memory, which run out.
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
 
 
-def _unpacked(data: bytes) -> Any:
+def unpack(data: bytes) -> Any:
+    """What `pack` was given."""
     return torch.load(io.BytesIO(data), weights_only=False)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cpu_engines.megatron import CpuDevice
-from tests.megatron_router_replay.parallel import training
-from tests.megatron_router_replay.parallel.pool import _packed, _unpacked
+import tests.megatron_router_replay.parallel.replaying  # noqa: F401 (what cases need, before the fork)
+from cpu_engines.megatron import CpuDevice, world
+from tests.megatron_router_replay.parallel.pool import pack, unpack
 
 
 def serve(connection: Connection, rank: int, world_size: int, folder: Path) -> None:
@@ -32,16 +32,15 @@ def serve(connection: Connection, rank: int, world_size: int, folder: Path) -> N
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world_size)
-    with CpuDevice():
+    with CpuDevice(), world(rank, world_size, folder / "rendezvous"):
         while True:
             try:
-                module, name, args, seconds = _unpacked(connection.recv_bytes())
+                module, name, args, seconds = unpack(connection.recv_bytes())
             except EOFError:
                 return
             # Says where a rank hangs, before it is killed.
             faulthandler.dump_traceback_later(max(1.0, seconds - 5), file=log)
-            connection.send_bytes(_packed(_answer(module, name, args)))
+            connection.send_bytes(pack(_answer(module, name, args)))
             faulthandler.cancel_dump_traceback_later()
 
 
@@ -56,6 +55,3 @@ def ready() -> int:
     """This rank's number, once all of them are there."""
     dist.barrier()
     return dist.get_rank()
-
-
-__all__ = ["ready", "serve", "training"]

@@ -84,6 +84,15 @@ def native_step(case: Case) -> RankStep:
         return train_step(case, build_chunks(case))
 
 
+def refusal(case: Case) -> str:
+    """What the exception says with which `native_step` ends on this rank; "" where there is none."""
+    try:
+        native_step(case)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def train_step(case: Case, chunks: list[nn.Module], around: Around | None = None) -> RankStep:
     """One step of the model of `build_chunks`, inside `parallel_layout`.
 
