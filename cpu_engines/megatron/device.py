@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch.overrides import TorchFunctionMode
 
@@ -63,6 +64,11 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """`maybe_move_tensor_to_cpu`, which leaves CPU tensors as they are where `all_to_all_single` needs sequences."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def _replacements() -> list[tuple[Any, str, Any]]:
     """The (owner, attribute, stand-in) triples that CpuDevice installs."""
     return [
@@ -77,6 +83,7 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.empty(0, dtype=torch.uint8)),
         (megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None),
         (megatron_random.CudaRNGStatesTracker, "fork", lambda tracker, *args, **kwargs: contextlib.nullcontext()),
+        (token_dispatcher, "maybe_move_tensor_to_cpu", _on_host),
         (WrappedTorchNorm, "__new__", staticmethod(new_torch_norm)),
     ]
 

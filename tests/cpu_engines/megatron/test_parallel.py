@@ -16,6 +16,8 @@ from tests.cpu_engines.megatron import small_step
 
 # Without these, which Megatron's own arguments demand of two stages, sends to the next and the previous rank cross.
 INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
+ALL_TO_ALL = {"moe_token_dispatcher_type": "alltoall"}
+TP_EP = {"tensor_parallel": 2, "expert_parallel": 2, "expert_tensor_parallel": 1}
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "data": ({}, {}),
@@ -24,6 +26,10 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "pipeline": ({"pipeline_parallel": 2}, {}),
     "interleaved pipeline": ({"pipeline_parallel": 2, "virtual_pipeline": 2}, INTERLEAVED),
     "experts, all-gather": ({"expert_parallel": 2}, {}),
+    "experts, all-to-all": ({"expert_parallel": 2}, ALL_TO_ALL),
+    "tensor+sequence, whole experts, all-gather": (TP_EP, {}),
+    "tensor+sequence, whole experts, all-to-all": (TP_EP, ALL_TO_ALL),
+    "tensor+sequence, split experts, all-to-all": ({"tensor_parallel": 2}, ALL_TO_ALL),
 }
 
 Step = tuple[dict[int, Tensor], dict[str, Tensor]]
