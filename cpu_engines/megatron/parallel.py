@@ -6,10 +6,12 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 import torch.distributed as dist
 from megatron.core import parallel_state
+
+ContextOrder = Literal["zigzag", "contiguous"]
 
 
 class Layout(TypedDict, total=False):
@@ -17,6 +19,8 @@ class Layout(TypedDict, total=False):
 
     `expert_tensor_parallel` is `tensor_parallel` when left out, as in Megatron: experts that shall be whole on each
     expert-parallel rank of a tensor-parallel group need a 1. `order` is that of the ranks, fastest first.
+    `context_order` says how sequences are cut over the context-parallel ranks, zigzag when left out: nothing that
+    Megatron keeps, but what stands in for its attention and rotary positions has to know it.
     """
 
     tensor_parallel: int
@@ -26,6 +30,7 @@ class Layout(TypedDict, total=False):
     expert_parallel: int
     expert_tensor_parallel: int | None
     order: str
+    context_order: ContextOrder
 
 
 _MEGATRON_NAMES = {
@@ -37,6 +42,13 @@ _MEGATRON_NAMES = {
     "expert_tensor_parallel": "expert_tensor_parallel_size",
     "order": "order",
 }
+
+_context_order: ContextOrder = "zigzag"
+
+
+def context_order() -> ContextOrder:
+    """Of the layout in place."""
+    return _context_order
 
 
 @contextlib.contextmanager
@@ -73,12 +85,15 @@ def model_parallel(**layout: Unpack[Layout]) -> Iterator[None]:
     """
     if parallel_state.model_parallel_is_initialized():
         raise RuntimeError(f"another parallel layout is in place, and {layout} was to be entered: leave that one first")
+    global _context_order
+    _context_order = layout.pop("context_order", "zigzag")
     try:
         parallel_state.initialize_model_parallel(**{_MEGATRON_NAMES[name]: size for name, size in layout.items()})
         yield
         # Who closes its sockets early breaks a collective that another rank is still in.
         dist.barrier()
     finally:
+        _context_order = "zigzag"
         groups = parallel_state._global_process_group_list or []
         parallel_state.destroy_model_parallel()
         # Megatron forgets its groups and leaves their sockets open.

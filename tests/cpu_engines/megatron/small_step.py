@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from cpu_engines.megatron import PackedDotProductAttention
+from cpu_engines.megatron.context_parallel import rows_of_rank
+
+Kind = Literal["padded", "packed", "uncut packs"]
 
 NUM_LAYERS, EXPERTS, VOCABULARY = 4, 4, 32
 LENGTH, MICROBATCH, NUM_MICROBATCHES = 16, 2, 4
@@ -73,11 +80,14 @@ def model_chunks(config: TransformerConfig) -> list[DistributedDataParallel]:
     chunks = []
     for stage in range(stages or 1):
         vp_stage = stage if stages else None
+        spec = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
+        )
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = PackedDotProductAttention
         model = GPTModel(
             config,
-            get_gpt_decoder_block_spec(
-                config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
-            ),
+            spec,
             vocab_size=VOCABULARY,
             max_sequence_length=LENGTH,
             position_embedding_type="rope",
@@ -133,46 +143,88 @@ def _whole(model: GPTModel, name: str, parameter: Tensor) -> tuple[Tensor, tuple
     return torch.empty(shape, dtype=parameter.dtype), tuple(own)
 
 
-def microbatches() -> list[Tensor]:
-    """Token ids `[MICROBATCH, LENGTH]` of the whole step."""
+@dataclass(frozen=True)
+class Batch:
+    """Whole sequences, `[B, S]` each, before any rank takes its part."""
+
+    token_ids: Tensor
+    labels: Tensor
+    weights: Tensor
+    bounds: Tensor
+    packed: PackedSeqParams | None
+
+
+def batches(kind: Kind) -> list[Batch]:
+    """The microbatches of the whole step. A pack's sequences end in padding, with which eight divides them."""
     generator = torch.Generator().manual_seed(3)
-    shape = (NUM_MICROBATCHES, MICROBATCH, LENGTH)
-    return list(torch.randint(VOCABULARY, shape, generator=generator))
+    found = []
+    for _ in range(NUM_MICROBATCHES):
+        token_ids = torch.randint(VOCABULARY, (MICROBATCH, LENGTH), generator=generator)
+        weights = torch.ones(MICROBATCH, LENGTH)
+        weights[:, -1] = 0
+        bounds, packed = torch.tensor([0, LENGTH]), None
+        if kind != "padded":
+            token_ids, weights = token_ids.view(1, -1), torch.zeros(1, MICROBATCH * LENGTH)
+            lengths, bounds = torch.tensor([7, 11, 5]), torch.tensor([0, 8, 24, 32])
+            for start, length in zip(bounds.tolist(), lengths.tolist(), strict=False):
+                weights[0, start : start + length - 1] = 1
+            ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+            packed = PackedSeqParams(
+                qkv_format="thd",
+                cu_seqlens_q=ends.int(),
+                cu_seqlens_kv=ends.int(),
+                cu_seqlens_q_padded=bounds.int(),
+                cu_seqlens_kv_padded=bounds.int(),
+                max_seqlen_q=16,
+                max_seqlen_kv=16,
+                local_cp_size=1 if kind == "uncut packs" else None,
+            )
+        found.append(Batch(token_ids, token_ids.roll(-1, 1), weights, bounds, packed))
+    return found
 
 
-def _forward_step(batches: Iterator[Tensor], model: torch.nn.Module) -> tuple[Tensor, Any]:
-    token_ids = next(batches)
-    positions = torch.arange(LENGTH).expand_as(token_ids)
-    causal = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
-    output = model(token_ids, positions, causal)
+def _forward_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+    batch = next(batches)
+    length = batch.token_ids.shape[1]
+    mask = None if batch.packed else torch.ones(1, 1, length, length, dtype=torch.bool).triu(1)
+    size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
+    rows = torch.arange(length)
+    if not (batch.packed and batch.packed.local_cp_size):
+        rows = rows_of_rank(batch.bounds, size, rank)
+    token_ids = batch.token_ids[:, rows]
+    output = model(token_ids, rows.expand_as(token_ids), mask, packed_seq_params=batch.packed)
 
     def loss(logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        whole = gather_from_tensor_model_parallel_region(logits)
-        nats = -whole[:, :-1].log_softmax(-1).gather(-1, token_ids[:, 1:, None]).sum()
+        logprobs = gather_from_tensor_model_parallel_region(logits).log_softmax(-1)
+        nats = -logprobs.gather(-1, batch.labels[:, rows, None]).squeeze(-1)
+        nats = (nats * batch.weights[:, rows]).sum()
         return nats, torch.tensor(token_ids.numel(), dtype=torch.int), {"loss": nats.detach()}
 
     return output, loss
 
 
-def step(overrides: dict[str, Any]) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
+def step(kind: Kind, overrides: dict[str, Any]) -> tuple[dict[int, Tensor], dict[str, Tensor]]:
     """Forward and backward by Megatron's own schedule, `finalize_model_grads` included.
 
     Returns:
-        The losses of this data-parallel rank's microbatches by their number, where the last stage is; and by global
-        name the gradients as the whole model has them, NaN in the parts of other ranks.
+        The losses of this rank's part of its microbatches by their number, where the last stage is; and by global name
+        the gradients as the whole model has them, NaN in the parts of other ranks.
     """
     model_config = config(**overrides)
     model_config.finalize_model_grads_func = finalize_model_grads
     chunks = model_chunks(model_config)
-    size, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    mine = microbatches()[rank::size]
+    # Ranks that do not cut a batch together have batches of their own.
+    uncut = kind == "uncut packs"
+    size = parallel_state.get_data_parallel_world_size(with_context_parallel=uncut)
+    rank = parallel_state.get_data_parallel_rank(with_context_parallel=uncut)
+    mine = batches(kind)[rank::size]
     losses = get_forward_backward_func()(
         forward_step_func=_forward_step,
         data_iterator=[iter(mine) for _ in chunks] if len(chunks) > 1 else iter(mine),
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(mine),
-        seq_length=LENGTH,
-        micro_batch_size=MICROBATCH,
+        seq_length=mine[0].token_ids.shape[1],
+        micro_batch_size=mine[0].token_ids.shape[0],
         forward_only=False,
     )
     gradients = {}

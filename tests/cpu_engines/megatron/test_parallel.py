@@ -19,26 +19,37 @@ INTERLEAVED = {"overlap_p2p_comm": True, "batch_p2p_comm": False}
 ALL_TO_ALL = {"moe_token_dispatcher_type": "alltoall"}
 TP_EP = {"tensor_parallel": 2, "expert_parallel": 2, "expert_tensor_parallel": 1}
 
-CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "data": ({}, {}),
-    "tensor+sequence": ({"tensor_parallel": 2}, {}),
-    "tensor+sequence, LayerNorm": ({"tensor_parallel": 2}, {"normalization": "LayerNorm"}),
-    "pipeline": ({"pipeline_parallel": 2}, {}),
-    "interleaved pipeline": ({"pipeline_parallel": 2, "virtual_pipeline": 2}, INTERLEAVED),
-    "experts, all-gather": ({"expert_parallel": 2}, {}),
-    "experts, all-to-all": ({"expert_parallel": 2}, ALL_TO_ALL),
-    "tensor+sequence, whole experts, all-gather": (TP_EP, {}),
-    "tensor+sequence, whole experts, all-to-all": (TP_EP, ALL_TO_ALL),
-    "tensor+sequence, split experts, all-to-all": ({"tensor_parallel": 2}, ALL_TO_ALL),
+CONTIGUOUS = {"context_parallel": 2, "context_order": "contiguous"}
+
+CASES: dict[str, tuple[dict[str, Any], small_step.Kind, dict[str, Any]]] = {
+    "data": ({}, "padded", {}),
+    "tensor+sequence": ({"tensor_parallel": 2}, "padded", {}),
+    "tensor+sequence, LayerNorm": ({"tensor_parallel": 2}, "padded", {"normalization": "LayerNorm"}),
+    "tensor+sequence, packed": ({"tensor_parallel": 2}, "packed", {}),
+    "pipeline": ({"pipeline_parallel": 2}, "padded", {}),
+    "interleaved pipeline": ({"pipeline_parallel": 2, "virtual_pipeline": 2}, "padded", INTERLEAVED),
+    "experts, all-gather": ({"expert_parallel": 2}, "padded", {}),
+    "experts, all-to-all": ({"expert_parallel": 2}, "padded", ALL_TO_ALL),
+    "tensor+sequence, whole experts, all-gather": (TP_EP, "padded", {}),
+    "tensor+sequence, whole experts, all-to-all": (TP_EP, "padded", ALL_TO_ALL),
+    "tensor+sequence, split experts, all-to-all": ({"tensor_parallel": 2}, "padded", ALL_TO_ALL),
+    "context, zigzag": ({"context_parallel": 2}, "padded", {}),
+    "context, zigzag, packed": ({"context_parallel": 2}, "packed", {}),
+    "context, zigzag, uncut packs": ({"context_parallel": 2}, "uncut packs", {}),
+    "context, contiguous": (CONTIGUOUS, "padded", {}),
+    "context, contiguous, packed": (CONTIGUOUS, "packed", {}),
+    "context, contiguous, uncut packs": (CONTIGUOUS, "uncut packs", {}),
+    "context and experts": ({"context_parallel": 2, "expert_parallel": 2}, "packed", ALL_TO_ALL),
 }
 
 Step = tuple[dict[int, Tensor], dict[str, Tensor]]
 
 
 @pytest.fixture(scope="module")
-def one_rank(megatron) -> dict[str, Step]:
-    """`small_step.step` of this process, by normalization."""
-    return {kind: small_step.step({"normalization": kind}) for kind in ("RMSNorm", "LayerNorm")}
+def one_rank(megatron) -> dict[tuple[str, str], Step]:
+    """`small_step.step` of this process, by kind of batch and normalization."""
+    kinds: list[tuple[small_step.Kind, str]] = [("padded", "RMSNorm"), ("padded", "LayerNorm"), ("packed", "RMSNorm")]
+    return {(kind, norm): small_step.step(kind, {"normalization": norm}) for kind, norm in kinds}
 
 
 def bound(reference: Tensor) -> float:
@@ -54,20 +65,25 @@ def bound(reference: Tensor) -> float:
 
 @pytest.mark.parametrize("case", CASES)
 def test_step_is_that_of_one_rank(case, ranks, one_rank):
-    layout, overrides = CASES[case]
-    losses, gradients = one_rank[overrides.get("normalization", "RMSNorm")]
-    found = ranks.run(layout, small_step.step, overrides)
-    seen: dict[str, Tensor] = {}
-    for rank_losses, rank_gradients in found:
-        for number, loss in rank_losses.items():
-            assert (loss - losses[number]).abs() <= bound(losses[number]), f"microbatch {number}"
+    layout, kind, overrides = CASES[case]
+    reference_kind = "padded" if kind == "padded" else "packed"
+    losses, gradients = one_rank[reference_kind, overrides.get("normalization", "RMSNorm")]
+    found = ranks.run(layout, small_step.step, kind, overrides)
+    for number, loss in losses.items():
+        parts = [rank_losses[number] for rank_losses, _ in found if number in rank_losses]
+        if layout.get("tensor_parallel"):
+            # Each has the loss of the gathered logits.
+            assert torch.equal(*parts)
+            parts.pop()
+        assert (torch.stack(parts).sum() - loss).abs() <= bound(loss), f"microbatch {number}"
+    covered: dict[str, Tensor] = {}
+    for _, rank_gradients in found:
         for name, gradient in rank_gradients.items():
             own = ~gradient.isnan()
             difference = (gradient - gradients[name])[own].abs().max()
             assert difference <= bound(gradients[name]), f"{name}: {difference}"
-            seen[name] = seen.get(name, False) | own
-    assert {number for rank_losses, _ in found for number in rank_losses} == losses.keys()
-    assert seen.keys() == gradients.keys() and all(covered.all() for covered in seen.values())
+            covered[name] = covered.get(name, torch.tensor(False)) | own
+    assert covered.keys() == gradients.keys() and all(each.all() for each in covered.values())
 
 
 def test_gradients_are_far_above_the_bound(one_rank):
