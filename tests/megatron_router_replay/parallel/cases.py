@@ -21,8 +21,8 @@ class Case:
         vpp: model chunks of a pipeline stage.
         etp: tensor parallel size of the experts; None: Megatron's default, `tp`.
         dispatcher: Megatron's `moe_token_dispatcher_type`.
-        context_order: which places of a sequence a context-parallel rank has: two of 2 CP chunks, the outer ones on
-            rank 0, or one of CP chunks.
+        context_order: which places of a sequence a context-parallel rank has: of 2 CP equal parts of each sequence
+            the r-th from either end, or the r-th of CP parts of the whole pack.
         first, last: decoder layers of the first and last pipeline stage, where that is uneven.
         standalone: the embedding and the loss count as layers of their stages.
         stages: a `PipelineParallelLayerLayout`, "Et|tt|tt|tL".

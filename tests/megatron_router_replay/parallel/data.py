@@ -76,15 +76,14 @@ def microbatches(case: Case) -> list[Microbatch]:
 
 def columns(case: Case, microbatch: Microbatch, cp_rank: int) -> Tensor:
     """Columns of `[B, S]` that a context-parallel rank has, in its order."""
-    bounds = microbatch.bounds or (0, microbatch.token_ids.shape[1])
+    length = microbatch.token_ids.shape[1]
+    if case.cp == 1 or case.context_order == "contiguous":
+        return torch.arange(length).chunk(case.cp)[cp_rank]
     parts = []
-    for start, end in itertools.pairwise(bounds):
-        if case.context_order == "zigzag":
-            chunks = torch.arange(start, end).chunk(2 * case.cp)
-            parts += [chunks[cp_rank], chunks[2 * case.cp - 1 - cp_rank]]
-        else:
-            parts.append(torch.arange(start, end).chunk(case.cp)[cp_rank])
-    return torch.cat(parts) if case.cp > 1 else torch.arange(bounds[-1])
+    for start, end in itertools.pairwise(microbatch.bounds or (0, length)):
+        chunks = torch.arange(start, end).chunk(2 * case.cp)
+        parts += [chunks[cp_rank], chunks[2 * case.cp - 1 - cp_rank]]
+    return torch.cat(parts)
 
 
 def places(case: Case, microbatch: Microbatch, cp_rank: int, tp_rank: int) -> Tensor:
@@ -100,14 +99,15 @@ def _microbatch(case: Case, index: int) -> Microbatch:
     generator = torch.Generator().manual_seed(1000 + index)
     if case.packed:
         rooms = [-(-length // ALIGNMENT) * ALIGNMENT for length in lengths]
-        bounds = [0, *torch.tensor(rooms).cumsum(0).tolist()]
-        starts, shape = bounds[:-1], (1, PACK_SIZE)
+        whole = (0, *torch.tensor(rooms).cumsum(0).tolist(), PACK_SIZE)
+        starts, shape = whole[:-2], (1, PACK_SIZE)
     else:
         width = batch.token_ids.shape[1]
-        starts, shape = [row * width for row in range(len(lengths))], (len(lengths), width)
+        whole = None
+        starts, shape = tuple(row * width for row in range(len(lengths))), (len(lengths), width)
     # Padding has token ids, too, and routes.
     ids = torch.randint(0, 96, shape, generator=generator)
-    labels, weights, mtp_mask = torch.zeros_like(ids), torch.zeros(shape).double(), torch.ones(shape).double()
+    labels, weights, mtp_mask = torch.zeros_like(ids), torch.zeros(shape).double(), _mtp_mask(shape, whole)
     random_weights = torch.randn(shape, generator=generator, dtype=torch.float64)
     positions = torch.arange(shape[1]).expand(shape).clone()
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
@@ -117,8 +117,21 @@ def _microbatch(case: Case, index: int) -> Microbatch:
         weights.view(-1)[start : start + length - 1] = random_weights.view(-1)[start : start + length - 1]
         if case.packed:
             positions.view(-1)[tokens] = torch.arange(length)
-    if case.packed:
-        layout, whole = BatchLayout.packed(ids, [*bounds[:-1], PACK_SIZE], lengths), (*bounds, PACK_SIZE)
+    if whole is None:
+        layout = BatchLayout.padded(ids, lengths)
     else:
-        layout, whole = BatchLayout.padded(ids, lengths), None
+        layout = BatchLayout.packed(ids, [*whole[:-2], PACK_SIZE], lengths)
     return Microbatch(index, ids, labels, positions, weights, mtp_mask, whole, batch.masks, batch.indices, layout)
+
+
+def _mtp_mask(shape: tuple[int, int], bounds: tuple[int, ...] | None) -> Tensor:
+    """Ones, but for one place in the middle of each sequence.
+
+    Megatron divides the loss of multi-token prediction by the places that count on the rank, and averages over the
+    ranks. It leaves out the last place of a sequence, which the first of two context-parallel ranks has; the one
+    before the middle is of the second.
+    """
+    mask = torch.ones(shape, dtype=torch.float64)
+    for start, end in itertools.pairwise(bounds or (0, shape[1])):
+        mask[:, (start + end) // 2] = 0
+    return mask

@@ -74,6 +74,7 @@ def parallel_layout(case: Case) -> Iterator[None]:
         virtual_pipeline=case.vpp if case.vpp > 1 else None,
         expert_parallel=case.ep,
         expert_tensor_parallel=case.etp,
+        context_order=case.context_order,
     ):
         yield
 
