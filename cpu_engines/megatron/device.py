@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding, yarn_rotary_pos_embedding
+from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel import random as megatron_random
 from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from cpu_engines.megatron.context_parallel import rotary_of_pack, rotary_on_this_rank
 from cpu_engines.megatron.norms import new_torch_norm
+from cpu_engines.megatron.uneven import gather_along_first_dim, reduce_scatter_along_first_dim
 
 
 class _Event:
@@ -89,6 +91,8 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (yarn_rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", rotary_on_this_rank),
         (rope_utils, "_apply_rotary_pos_emb_thd", rotary_of_pack),
         (token_dispatcher, "maybe_move_tensor_to_cpu", _on_host),
+        (mappings, "_gather_along_first_dim", gather_along_first_dim),
+        (mappings, "_reduce_scatter_along_first_dim", reduce_scatter_along_first_dim),
         (WrappedTorchNorm, "__new__", staticmethod(new_torch_norm)),
     ]
 
