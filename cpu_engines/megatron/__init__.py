@@ -15,6 +15,6 @@ if "flash_mla" not in sys.modules:
 
 from cpu_engines.megatron.attention import PackedDotProductAttention
 from cpu_engines.megatron.device import CpuDevice
-from cpu_engines.megatron.parallel import process_group, single_process
+from cpu_engines.megatron.parallel import model_parallel, process_group, single_process, world
 
-__all__ = ["CpuDevice", "PackedDotProductAttention", "process_group", "single_process"]
+__all__ = ["CpuDevice", "PackedDotProductAttention", "model_parallel", "process_group", "single_process", "world"]

@@ -6,8 +6,16 @@ import contextlib
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding, yarn_rotary_pos_embedding
+from megatron.core.tensor_parallel import mappings
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.moe import token_dispatcher
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from torch.overrides import TorchFunctionMode
+
+from cpu_engines.megatron.context_parallel import rotary_of_pack, rotary_on_this_rank
+from cpu_engines.megatron.norms import new_torch_norm
+from cpu_engines.megatron.uneven import gather_along_first_dim, reduce_scatter_along_first_dim
 
 
 class _Event:
@@ -60,6 +68,11 @@ class _CudaMeansCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _on_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """`maybe_move_tensor_to_cpu`, which leaves CPU tensors as they are where `all_to_all_single` needs sequences."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def _replacements() -> list[tuple[Any, str, Any]]:
     """The (owner, attribute, stand-in) triples that CpuDevice installs."""
     return [
@@ -74,6 +87,13 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         (megatron_random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.empty(0, dtype=torch.uint8)),
         (megatron_random, "_set_cuda_rng_state", lambda *args, **kwargs: None),
         (megatron_random.CudaRNGStatesTracker, "fork", lambda tracker, *args, **kwargs: contextlib.nullcontext()),
+        (rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", rotary_on_this_rank),
+        (yarn_rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", rotary_on_this_rank),
+        (rope_utils, "_apply_rotary_pos_emb_thd", rotary_of_pack),
+        (token_dispatcher, "maybe_move_tensor_to_cpu", _on_host),
+        (mappings, "_gather_along_first_dim", gather_along_first_dim),
+        (mappings, "_reduce_scatter_along_first_dim", reduce_scatter_along_first_dim),
+        (WrappedTorchNorm, "__new__", staticmethod(new_torch_norm)),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
 from cpu_engines.megatron import CpuDevice, PackedDotProductAttention, single_process
 from cpu_engines.megatron.logprobs import forward_logits
@@ -18,6 +19,7 @@ def _touched() -> list[object]:
         megatron_random._get_cuda_rng_state,
         megatron_random._set_cuda_rng_state,
         vars(megatron_random.CudaRNGStatesTracker)["fork"],
+        vars(WrappedTorchNorm)["__new__"],
     ]
 
 
@@ -28,7 +30,7 @@ def test_device_is_put_back():
     device.apply()
     # The folder's own CpuDevice is in place already; only its functions are new objects each time.
     functions = [(now, then) for now, then in zip(_touched(), before, strict=True) if not isinstance(then, type)]
-    assert len(functions) == 8 and all(now is not then for now, then in functions)
+    assert len(functions) == 9 and all(now is not then for now, then in functions)
     assert torch.zeros(1, device="cuda").device.type == "cpu"
     assert torch.zeros(1, dtype=torch.bfloat16).type() == "torch.cuda.BFloat16Tensor"
     assert torch.zeros(1).type(torch.int64).dtype == torch.int64
