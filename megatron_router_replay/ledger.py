@@ -66,7 +66,7 @@ _ROUTING = (
     Seam(
         "models.common.embeddings.language_model_embedding.LanguageModelEmbedding.forward",
         ("input_ids",),
-        "watched by input_ids.watch",
+        "hooked by input_ids.watch",
         "it is called with the model's token ids, which are compared with those of the layout",
         _LIVE,
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,7 @@ class Microbatch:
         bounds: where the sequences of a pack begin and end, the tail pad last; None for a padded batch.
         masks: one per sequence.
         indices: experts that the masks were made from, int64 `[num_tokens, L, K]` per sequence.
-        layout: of whole sequences, without the tail pad's bound.
+        layout: of whole sequences.
     """
 
     index: int
@@ -56,6 +56,13 @@ class Microbatch:
         if self.bounds is not None:
             return self.bounds[sequence] + position
         return position * self.token_ids.shape[0] + sequence
+
+    def is_read(self) -> Tensor:
+        """Places whose output something reads, `bool [S * B]`: not padding, nor the last token of a sequence."""
+        read = torch.zeros(self.token_ids.numel(), dtype=torch.bool)
+        for sequence, masks in enumerate(self.masks):
+            read[[self.place(sequence, position) for position in range(masks.num_tokens)]] = True
+        return read
 
     def recorded(self, layer_index: int) -> Iterator[tuple[int, list[int]]]:
         """(place, experts) of every token with a valid row, for the MoE layer of that ordinal."""
@@ -103,11 +110,12 @@ def _microbatch(case: Case, index: int) -> Microbatch:
         starts, shape = whole[:-2], (1, PACK_SIZE)
     else:
         width = batch.token_ids.shape[1]
-        whole = None
+        whole, rooms = None, [width] * len(lengths)
         starts, shape = tuple(row * width for row in range(len(lengths))), (len(lengths), width)
     # Padding has token ids, too, and routes.
     ids = torch.randint(0, 96, shape, generator=generator)
-    labels, weights, mtp_mask = torch.zeros_like(ids), torch.zeros(shape).double(), _mtp_mask(shape, whole)
+    labels, weights = torch.zeros_like(ids), torch.zeros(shape).double()
+    mtp_mask = _mtp_mask(shape, starts, rooms, lengths)
     random_weights = torch.randn(shape, generator=generator, dtype=torch.float64)
     positions = torch.arange(shape[1]).expand(shape).clone()
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
@@ -120,18 +128,23 @@ def _microbatch(case: Case, index: int) -> Microbatch:
     if whole is None:
         layout = BatchLayout.padded(ids, lengths)
     else:
-        layout = BatchLayout.packed(ids, [*whole[:-2], PACK_SIZE], lengths)
+        layout = BatchLayout.packed(ids, whole, lengths)
     return Microbatch(index, ids, labels, positions, weights, mtp_mask, whole, batch.masks, batch.indices, layout)
 
 
-def _mtp_mask(shape: tuple[int, int], bounds: tuple[int, ...] | None) -> Tensor:
-    """Ones, but for one place in the middle of each sequence.
+def _mtp_mask(shape: tuple[int, int], starts: Sequence[int], rooms: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Ones for some tokens that the two context-parallel ranks of a zigzag have as many of.
 
     Megatron divides the loss of multi-token prediction by the places that count on the rank, and averages over the
-    ranks. It leaves out the last place of a sequence, which the first of two context-parallel ranks has; the one
-    before the middle is of the second.
+    ranks. Of the four parts of a sequence the first is the first rank's, the second is the other's; the last token and
+    padding do not count, since what they compute is nobody's. Each one stands behind its place: Megatron shifts the
+    mask back by one, as it does the labels.
     """
-    mask = torch.ones(shape, dtype=torch.float64)
-    for start, end in itertools.pairwise(bounds or (0, shape[1])):
-        mask[:, (start + end) // 2] = 0
+    mask = torch.zeros(shape, dtype=torch.float64)
+    for start, room, length in zip(starts, rooms, lengths, strict=True):
+        part = room // 4
+        count = max(0, min(part, length - 1 - part))
+        for first in (start, start + part):
+            mask.view(-1)[first + 1 : first + 1 + count] = 1
+    assert mask.sum() > 0
     return mask

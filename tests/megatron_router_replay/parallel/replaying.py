@@ -11,20 +11,26 @@ from megatron_router_replay import attach
 from tests.megatron_router_replay.parallel.cases import Case
 from tests.megatron_router_replay.parallel.comparison import Step
 from tests.megatron_router_replay.parallel.data import Microbatch, microbatches
+from tests.megatron_router_replay.parallel.data import geometry as masks_geometry
 from tests.megatron_router_replay.parallel.model import build_chunks
 from tests.megatron_router_replay.parallel.training import RankStep, parallel_layout, train_step
 
 
 def replayed_step(case: Case) -> RankStep:
-    """Build this rank's model in an existing world, attach a replay, and train one step with masks."""
+    """Build this rank's model in an existing world, attach a replay, and train one step with masks.
+
+    Masks are random, so how far they are the model's own choice is not looked at; all other checks are on.
+    """
     with parallel_layout(case):
         chunks = build_chunks(case)
-        with attach(chunks) as replay:
+        with attach(chunks, masks_geometry(case), context_order=case.context_order, overlap_every=None) as replay:
 
             def around(microbatch: Microbatch, chunk: nn.Module) -> AbstractContextManager[Any]:
                 return replay.microbatch(microbatch.masks, microbatch.layout)
 
-            return train_step(case, chunks, around)
+            step = train_step(case, chunks, around)
+            replay.check()
+            return step
 
 
 def assert_recorded_experts(case: Case, step: Step) -> None:
