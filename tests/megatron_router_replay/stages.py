@@ -27,8 +27,8 @@ class _Group:
 
 
 @contextlib.contextmanager
-def pipeline_rank(rank: int, size: int) -> Iterator[ProcessGroupCollection]:
-    """Groups of one rank of a pipeline, for the models built inside the block."""
+def pipeline_rank(rank: int, size: int, chunks: int = 1) -> Iterator[ProcessGroupCollection]:
+    """Groups of one rank of a pipeline, for the models built inside the block; `chunks` on every rank."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
     groups.pp = _Group(rank, size)
     distributed = torch.distributed
@@ -38,6 +38,7 @@ def pipeline_rank(rank: int, size: int) -> Iterator[ProcessGroupCollection]:
         patch.setattr(distributed, "get_world_size", lambda group=None: _ask(group, "size", get_world_size))
         patch.setattr(parallel_state, "_MPU_PIPELINE_MODEL_PARALLEL_RANK", rank)
         patch.setattr(parallel_state, "_MPU_PIPELINE_MODEL_PARALLEL_WORLD_SIZE", size)
+        patch.setattr(parallel_state, "_VIRTUAL_PIPELINE_MODEL_PARALLEL_WORLD_SIZE", chunks if chunks > 1 else None)
         yield groups
 
 

@@ -120,7 +120,7 @@ def test_interleaved_chunks_are_told_apart():
     """Two ranks with two chunks each: rank 0 holds segments 0 and 2."""
     held = []
     for rank in range(2):
-        with pipeline_rank(rank, 2) as groups:
+        with pipeline_rank(rank, 2, chunks=2) as groups:
             config = {
                 "pipeline_model_parallel_size": 2,
                 "virtual_pipeline_model_parallel_size": 2,
