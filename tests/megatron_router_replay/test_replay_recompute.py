@@ -9,6 +9,7 @@ from megatron.core.tensor_parallel import random as megatron_random
 from cpu_engines.megatron.logprobs import token_logprobs
 from megatron_router_replay import attach
 from router_replay.errors import CallOrderError
+from router_replay.replay.binding import current
 from tests.megatron_router_replay.batches import dispatched_maps, experts_of, gradients, random_batch
 
 RECOMPUTE = {
@@ -21,6 +22,13 @@ RECOMPUTE = {
     "full, block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3},
     "selective, moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
     "selective, moe and attention": {"recompute_granularity": "selective", "recompute_modules": ["moe", "core_attn"]},
+}
+# Their bodies hold no router, so that replay has nothing to carry; `layernorm` goes through CheckpointWithoutOutput.
+WITHOUT_ROUTERS = {
+    "selective, core_attn": ["core_attn"],
+    "selective, layernorm": ["layernorm"],
+    "selective, mlp (of dense layers)": ["mlp"],
+    "selective, all of these": ["core_attn", "layernorm", "mlp"],
 }
 ORDERS = {"first in first out": (0, 1), "last in first out": (1, 0)}
 
@@ -56,6 +64,16 @@ def test_gradients_are_bitwise_those_without_recompute(build_model, batches, dis
     assert plain.keys() == recomputed.keys()
     different = [name for name in plain if not torch.equal(plain[name], recomputed[name])]
     assert different == []
+
+
+@pytest.mark.parametrize("modules", WITHOUT_ROUTERS.values(), ids=WITHOUT_ROUTERS)
+def test_recompute_of_what_holds_no_router_asks_none(build_model, batches, modules):
+    plain = _train(build_model(), batches, (0, 1))
+    model = build_model(recompute_granularity="selective", recompute_modules=modules)
+    with dispatched_maps(model) as maps:
+        recomputed = _train(model, batches, (0, 1))
+    assert [len(seen) for seen in maps.values()] == [len(batches)] * 3
+    assert [name for name in plain if not torch.equal(plain[name], recomputed[name])] == []
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -151,6 +169,34 @@ def test_remove_between_forward_and_recompute_is_refused(build_model, batches):
     finally:
         # Megatron leaves its flag set when a recompute raises.
         megatron_random._unset_checkpointing()
+
+
+@pytest.mark.parametrize("recompute", ["full, uniform", "selective, moe"])
+def test_after_an_error_in_a_recompute_nothing_is_left_bound(build_model, batches, recompute):
+    first, second = batches
+    model = build_model(**RECOMPUTE[recompute])
+    with attach(model) as replay, dispatched_maps(model) as maps:
+        loss = _forward(model, replay, first)
+        with replay.microbatch(second.masks, second.layout):
+            stop = model.decoder.layers[2].mlp.router.register_forward_pre_hook(_stop)
+            try:
+                with pytest.raises(KeyError):
+                    loss.backward()
+            finally:
+                # Megatron leaves its flag set when a recompute raises.
+                megatron_random._unset_checkpointing()
+            stop.remove()
+            assert current().frames == () and len(current().bindings) == 1
+            for seen in maps.values():
+                seen.clear()
+            token_logprobs(model, second.token_ids)
+        assert current().frames == () and dict(current().bindings) == {}
+    for layer, (after,) in maps.items():
+        assert {place: experts_of(after, place) for place, _ in second.recorded(layer)} == dict(second.recorded(layer))
+
+
+def _stop(module, args):
+    raise KeyError("the recompute stops here")
 
 
 def test_observed_routes_are_of_the_forward_pass_alone(build_model, batches):
