@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
+import megatron.core
 import pytest
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
 
+from cpu_engines.megatron import qwen3_moe
 from cpu_engines.megatron.logprobs import token_logprobs
 from megatron_router_replay import attach
 from router_replay.errors import CallOrderError
@@ -23,12 +28,12 @@ RECOMPUTE = {
     "selective, moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
     "selective, moe and attention": {"recompute_granularity": "selective", "recompute_modules": ["moe", "core_attn"]},
 }
-# Their bodies hold no router, so that replay has nothing to carry; `layernorm` goes through CheckpointWithoutOutput.
+# Modules whose bodies hold no router, so that there is nothing to carry.
 WITHOUT_ROUTERS = {
     "selective, core_attn": ["core_attn"],
-    "selective, layernorm": ["layernorm"],
     "selective, mlp (of dense layers)": ["mlp"],
-    "selective, all of these": ["core_attn", "layernorm", "mlp"],
+    "selective, shared_experts": ["shared_experts"],
+    "selective, all of these": ["core_attn", "mlp", "shared_experts"],
 }
 ORDERS = {"first in first out": (0, 1), "last in first out": (1, 0)}
 
@@ -67,13 +72,57 @@ def test_gradients_are_bitwise_those_without_recompute(build_model, batches, dis
 
 
 @pytest.mark.parametrize("modules", WITHOUT_ROUTERS.values(), ids=WITHOUT_ROUTERS)
-def test_recompute_of_what_holds_no_router_asks_none(build_model, batches, modules):
-    plain = _train(build_model(), batches, (0, 1))
-    model = build_model(recompute_granularity="selective", recompute_modules=modules)
+def test_recompute_of_what_holds_no_router_asks_none(build_model, batches, modules, monkeypatch):
+    # The checkpoint that the model is filled from has no shared experts.
+    monkeypatch.setattr(qwen3_moe, "_fill", _fill_at_random)
+    plain = _train(build_model(moe_shared_expert_intermediate_size=24), batches, (0, 1))
+    model = build_model(
+        moe_shared_expert_intermediate_size=24, recompute_granularity="selective", recompute_modules=list(modules)
+    )
+    ran = []
+    model.decoder.layers[2].mlp.shared_experts.register_forward_hook(lambda *call: ran.append(call))
     with dispatched_maps(model) as maps:
         recomputed = _train(model, batches, (0, 1))
+    assert len(ran) == len(batches) * (2 if "shared_experts" in modules else 1)
     assert [len(seen) for seen in maps.values()] == [len(batches)] * 3
     assert [name for name in plain if not torch.equal(plain[name], recomputed[name])] == []
+
+
+def _fill_at_random(model, tensors, config):
+    generator = torch.Generator().manual_seed(4)
+    for parameter in model.parameters():
+        parameter.data.normal_(0.0, 0.06, generator=generator)
+
+
+def test_megatrons_other_checkpoint_never_gets_a_router():
+    """CheckpointWithoutOutput, which needs Transformer Engine even in bfloat16, and of which nothing is wrapped."""
+    root = Path(megatron.core.__path__[0])
+    trees = {path: ast.parse(path.read_text()) for path in root.rglob("*.py")}
+    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
+    checkpoints = {
+        owner.name
+        for owner in nodes
+        if isinstance(owner, ast.ClassDef)
+        for method in owner.body
+        if isinstance(method, ast.FunctionDef) and "run_function" in [each.arg for each in method.args.args]
+    }
+    assert checkpoints == {"CheckpointFunction", "CheckpointWithoutOutputFunction", "CheckpointWithoutOutput"}
+    handed = {
+        ast.unparse(node.args[0])
+        for node in nodes
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "checkpoint"
+        and ast.unparse(node.func.value).endswith("_checkpoint")
+    }
+    assert handed == {
+        "apply_module(self.input_layernorm)",
+        "apply_module(self.pre_mlp_layernorm)",
+        "apply_module(layer.pre_mlp_layernorm)",
+        "qkv_up_proj_and_rope_apply",
+        "bias_act_func",
+        "norm_func",
+    }
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -85,15 +85,15 @@ def test_checkpoint_patch_stays_while_another_replay_needs_it(build_model):
 
 
 @pytest.mark.parametrize(
-    "checkpoint", [CheckpointFunction, torch.utils.checkpoint.CheckpointFunction], ids=["Megatron's", "torch's"]
+    "function", [CheckpointFunction, torch.utils.checkpoint.CheckpointFunction], ids=["Megatron's", "torch's"]
 )
-def test_what_others_wrapped_since_stays(build_model, batch, checkpoint, monkeypatch):
+def test_what_others_wrapped_since_stays(build_model, batch, function, monkeypatch):
     """And works with replay below it, before and after remove(), and with the next replay."""
     kind = "torch.utils.checkpoint, reentrant"
-    model = build_model(**RECOMPUTE) if checkpoint is CheckpointFunction else KINDS[kind].build(build_model)
+    model = build_model(**RECOMPUTE) if function is CheckpointFunction else KINDS[kind].build(build_model)
     calls = []
     replay = attach(model)
-    ours = checkpoint.forward
+    ours = function.forward
 
     @functools.wraps(ours)
     def theirs(ctx, run_function, *args):
@@ -101,17 +101,17 @@ def test_what_others_wrapped_since_stays(build_model, batch, checkpoint, monkeyp
         return ours(ctx, run_function, *args)
 
     # monkeypatch puts ours back in the end, which then passes everything through.
-    monkeypatch.setattr(checkpoint, "forward", staticmethod(theirs))
+    monkeypatch.setattr(function, "forward", staticmethod(theirs))
     for again in (True, False):
         calls.clear()
         with replay.microbatch(batch.masks, batch.layout):
             loss, _ = _step(model, batch)
-        assert calls and checkpoint.forward is theirs
+        assert calls and function.forward is theirs
         replay.remove()
-        assert checkpoint.forward is theirs
+        assert function.forward is theirs
         if again:
             replay = attach(model)
-            assert checkpoint.forward is theirs
+            assert function.forward is theirs
     calls.clear()
     untouched, _ = _step(model, batch)
     assert calls and not torch.equal(untouched, loss)
