@@ -442,7 +442,7 @@ TRANSFORMER_ENGINE_LEDGER = Ledger(
             "get_activation_recompute_contexts",
             (),
             "wrapped by recompute.CheckpointPatch",
-            "its checkpoint with use_reentrant=False asks there for what holds in a forward pass and in its recompute",
+            "its checkpoint that is not reentrant asks there for the contexts of a forward pass and of its recompute",
             _CHECKPOINT,
         ),
     ),

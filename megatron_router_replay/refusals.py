@@ -70,14 +70,6 @@ SETTINGS = (
         "set it to 1",
         releases=">=0.18",
     ),
-    Refusal(
-        "recompute of fp8 or fp4 layers",
-        f"{_CONFIG}.recompute_granularity",
-        lambda value: value is None,
-        "Transformer Engine's own checkpoint recomputes quantised layers, and masks do not follow it",
-        "turn recompute or fp8/fp4 off",
-        only_with=("fp8", "fp4"),
-    ),
 )
 """What `attach` refuses."""
 

@@ -120,8 +120,10 @@ def carried_by_contexts(contexts: Function) -> Function:
     """A function that is asked for the contexts of a forward pass and of its recompute."""
 
     @functools.wraps(contexts)
-    def contexts_with_bindings() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        forward, recompute = contexts()
+    def contexts_with_bindings(
+        *args: Any, **kwargs: Any
+    ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        forward, recompute = contexts(*args, **kwargs)
         checkpoint = Checkpoint.here()
         if checkpoint is None:
             return forward, recompute

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import re
 import tomllib
 from collections.abc import Iterator
@@ -11,19 +12,28 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from megatron_router_replay import ledger as megatron
 from megatron_router_replay.refusals import SETTINGS as REPLAY_SETTINGS
-from router_replay.upstream import Attribute, Found, Ledger, Refusal, Seam, check, check_settings, message
+from router_replay.replay.torch_checkpoint import TORCH_LEDGER
+from router_replay.upstream import Attribute, Found, Ledger, Refusal, Seam, check, check_settings, message, require
 from sglang_router_capture import ledger as sglang
 from sglang_router_capture.refusals import SETTINGS, WHOLE_ANSWERS
 
 REPOSITORY = Path(__file__).parents[2]
 LEDGERS = (sglang.LEDGER, megatron.LEDGER, megatron.AVERAGES_LEDGER)
-ROWS = [(ledger, row) for ledger in LEDGERS for row in (*ledger.seams, *ledger.attributes)]
+# Of what no extra brings: torch itself, and what Megatron-Core can do without.
+OTHERS = (TORCH_LEDGER, megatron.TRANSFORMER_ENGINE_LEDGER)
+ROWS = [(ledger, row) for ledger in (*LEDGERS, *OTHERS) for row in (*ledger.seams, *ledger.attributes)]
 REFUSALS = [(sglang.LEDGER, row) for row in (*SETTINGS, *WHOLE_ANSWERS)]
 REFUSALS += [(megatron.LEDGER, row) for row in REPLAY_SETTINGS]
-ENDS = {"sglang": "sglang_router_capture", "megatron-core": "megatron_router_replay"}
+ENDS = {
+    "sglang": "sglang_router_capture",
+    "megatron-core": "megatron_router_replay",
+    "transformer-engine": "megatron_router_replay",
+    "torch": "router_replay/replay",
+}
 # A clause of its own has a finite verb; "our flags on the command line" or "to a slot" has none.
 FINITE = (
     "is|are|has|have|may|must|can|would|keep|asks|tells|tell|takes|gives|keeps|knows|sets|sees|decides|hands|says|read|reads"
@@ -58,7 +68,7 @@ def _sentences(ledger: Ledger) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-@pytest.mark.parametrize("ledger", LEDGERS, ids=lambda ledger: ledger.subject)
+@pytest.mark.parametrize("ledger", LEDGERS + OTHERS, ids=lambda ledger: f"{ledger.title}, {ledger.subject}")
 def test_every_row_reads_as_sentences(ledger: Ledger) -> None:
     sentences = _sentences(ledger)
     named = {place.path for seam in ledger.seams for place in seam.places}
@@ -180,6 +190,19 @@ def test_extras_accept_what_is_tested_or_checked_and_nothing_older(ledger: Ledge
     (lowest,) = [one.version for one in requirement.specifier if one.operator == ">="]
     # A patch release of the lowest one's series may be what was checked.
     assert releases[0] == lowest or releases[0].startswith(f"{lowest}.")
+
+
+def test_the_message_of_a_ledger_whose_upstream_was_not_run() -> None:
+    ledger = megatron.TRANSFORMER_ENGINE_LEDGER
+    assert message(ledger, "3.0", check(ledger, Nothing("3.0"))[:1]).endswith(
+        "\nThis is tested with no Transformer Engine; names and parameters fit 1.5, 2.0, 2.9 and 2.18. Install one of"
+        " these, or train without replay."
+    )
+
+
+def test_the_installed_torch_is_a_tested_one() -> None:
+    require(TORCH_LEDGER)
+    assert Version(importlib.metadata.version("torch")).base_version in TORCH_LEDGER.tested
 
 
 def test_the_lock_has_tested_releases() -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
+import megatron.core
 import pytest
 import torch
 from megatron.core.tensor_parallel import random as megatron_random
 
+from cpu_engines.megatron import qwen3_moe
 from cpu_engines.megatron.logprobs import token_logprobs
 from megatron_router_replay import attach
 from router_replay.errors import CallOrderError
+from router_replay.replay.binding import current
 from tests.megatron_router_replay.batches import dispatched_maps, experts_of, gradients, random_batch
 
 RECOMPUTE = {
@@ -21,6 +27,13 @@ RECOMPUTE = {
     "full, block": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3},
     "selective, moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
     "selective, moe and attention": {"recompute_granularity": "selective", "recompute_modules": ["moe", "core_attn"]},
+}
+# Modules whose bodies hold no router, so that there is nothing to carry.
+WITHOUT_ROUTERS = {
+    "selective, core_attn": ["core_attn"],
+    "selective, mlp (of dense layers)": ["mlp"],
+    "selective, shared_experts": ["shared_experts"],
+    "selective, all of these": ["core_attn", "mlp", "shared_experts"],
 }
 ORDERS = {"first in first out": (0, 1), "last in first out": (1, 0)}
 
@@ -56,6 +69,60 @@ def test_gradients_are_bitwise_those_without_recompute(build_model, batches, dis
     assert plain.keys() == recomputed.keys()
     different = [name for name in plain if not torch.equal(plain[name], recomputed[name])]
     assert different == []
+
+
+@pytest.mark.parametrize("modules", WITHOUT_ROUTERS.values(), ids=WITHOUT_ROUTERS)
+def test_recompute_of_what_holds_no_router_asks_none(build_model, batches, modules, monkeypatch):
+    # The checkpoint that the model is filled from has no shared experts.
+    monkeypatch.setattr(qwen3_moe, "_fill", _fill_at_random)
+    plain = _train(build_model(moe_shared_expert_intermediate_size=24), batches, (0, 1))
+    model = build_model(
+        moe_shared_expert_intermediate_size=24, recompute_granularity="selective", recompute_modules=list(modules)
+    )
+    ran = []
+    model.decoder.layers[2].mlp.shared_experts.register_forward_hook(lambda *call: ran.append(call))
+    with dispatched_maps(model) as maps:
+        recomputed = _train(model, batches, (0, 1))
+    assert len(ran) == len(batches) * (2 if "shared_experts" in modules else 1)
+    assert [len(seen) for seen in maps.values()] == [len(batches)] * 3
+    assert [name for name in plain if not torch.equal(plain[name], recomputed[name])] == []
+
+
+def _fill_at_random(model, tensors, config):
+    generator = torch.Generator().manual_seed(4)
+    for parameter in model.parameters():
+        parameter.data.normal_(0.0, 0.06, generator=generator)
+
+
+def test_megatrons_other_checkpoint_never_gets_a_router():
+    """CheckpointWithoutOutput, which needs Transformer Engine even in bfloat16, and of which nothing is wrapped."""
+    root = Path(megatron.core.__path__[0])
+    trees = {path: ast.parse(path.read_text()) for path in root.rglob("*.py")}
+    nodes = [node for tree in trees.values() for node in ast.walk(tree)]
+    checkpoints = {
+        owner.name
+        for owner in nodes
+        if isinstance(owner, ast.ClassDef)
+        for method in owner.body
+        if isinstance(method, ast.FunctionDef) and "run_function" in [each.arg for each in method.args.args]
+    }
+    assert checkpoints == {"CheckpointFunction", "CheckpointWithoutOutputFunction", "CheckpointWithoutOutput"}
+    handed = {
+        ast.unparse(node.args[0])
+        for node in nodes
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "checkpoint"
+        and ast.unparse(node.func.value).endswith("_checkpoint")
+    }
+    assert handed == {
+        "apply_module(self.input_layernorm)",
+        "apply_module(self.pre_mlp_layernorm)",
+        "apply_module(layer.pre_mlp_layernorm)",
+        "qkv_up_proj_and_rope_apply",
+        "bias_act_func",
+        "norm_func",
+    }
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -152,6 +219,34 @@ def test_remove_between_forward_and_recompute_is_refused(build_model, batches):
     finally:
         # Megatron leaves its flag set when a recompute raises.
         megatron_random._unset_checkpointing()
+
+
+@pytest.mark.parametrize("recompute", ["full, uniform", "selective, moe"])
+def test_after_an_error_in_a_recompute_nothing_is_left_bound(build_model, batches, recompute):
+    first, second = batches
+    model = build_model(**RECOMPUTE[recompute])
+    with attach(model) as replay, dispatched_maps(model) as maps:
+        loss = _forward(model, replay, first)
+        with replay.microbatch(second.masks, second.layout):
+            stop = model.decoder.layers[2].mlp.router.register_forward_pre_hook(_stop)
+            try:
+                with pytest.raises(KeyError):
+                    loss.backward()
+            finally:
+                # Megatron leaves its flag set when a recompute raises.
+                megatron_random._unset_checkpointing()
+            stop.remove()
+            assert current().frames == () and len(current().bindings) == 1
+            for seen in maps.values():
+                seen.clear()
+            token_logprobs(model, second.token_ids)
+        assert current().frames == () and dict(current().bindings) == {}
+    for layer, (after,) in maps.items():
+        assert {place: experts_of(after, place) for place, _ in second.recorded(layer)} == dict(second.recorded(layer))
+
+
+def _stop(module, args):
+    raise KeyError("the recompute stops here")
 
 
 def test_observed_routes_are_of_the_forward_pass_alone(build_model, batches):

@@ -203,13 +203,6 @@ def test_a_setting_that_megatron_no_longer_has(build_model):
         attach(model)
 
 
-def test_recompute_of_quantised_layers(build_model):
-    model = build_model()
-    model.config.fp8, model.config.recompute_granularity = "hybrid", "full"
-    with pytest.raises(UnsupportedError, match="recompute_granularity is 'full' with fp8 'hybrid'"):
-        attach(model)
-
-
 def test_configuration_that_is_not_the_live_model(build_model):
     model = build_model()
     model.config.moe_layer_freq = [1, 1, 1, 1]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+import torch.utils.checkpoint
 from megatron.core.tensor_parallel.random import CheckpointFunction
 from megatron.core.transformer.moe.router_replay import RouterReplay
 
 from cpu_engines.megatron.logprobs import token_logprobs
 from megatron_router_replay import attach
-from router_replay.errors import RouterReplayError
+from router_replay.errors import RouterReplayError, SeamError
 from tests.megatron_router_replay.batches import gradients
+from tests.megatron_router_replay.checkpoint_kinds import KINDS
 
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
@@ -77,6 +81,53 @@ def test_checkpoint_patch_stays_while_another_replay_needs_it(build_model):
     first.remove()
     assert CheckpointFunction.__dict__["forward"] is not forward
     second.remove()
+    assert CheckpointFunction.__dict__["forward"] is forward
+
+
+@pytest.mark.parametrize(
+    "function", [CheckpointFunction, torch.utils.checkpoint.CheckpointFunction], ids=["Megatron's", "torch's"]
+)
+def test_what_others_wrapped_since_stays(build_model, batch, function, monkeypatch):
+    """And works with replay below it, before and after remove(), and with the next replay."""
+    kind = "torch.utils.checkpoint, reentrant"
+    model = build_model(**RECOMPUTE) if function is CheckpointFunction else KINDS[kind].build(build_model)
+    calls = []
+    replay = attach(model)
+    ours = function.forward
+
+    @functools.wraps(ours)
+    def theirs(ctx, run_function, *args):
+        calls.append(run_function)
+        return ours(ctx, run_function, *args)
+
+    # monkeypatch puts ours back in the end, which then passes everything through.
+    monkeypatch.setattr(function, "forward", staticmethod(theirs))
+    for again in (True, False):
+        calls.clear()
+        with replay.microbatch(batch.masks, batch.layout):
+            loss, _ = _step(model, batch)
+        assert calls and function.forward is theirs
+        replay.remove()
+        assert function.forward is theirs
+        if again:
+            replay = attach(model)
+            assert function.forward is theirs
+    calls.clear()
+    untouched, _ = _step(model, batch)
+    assert calls and not torch.equal(untouched, loss)
+
+
+def test_a_torch_that_does_not_fit_is_refused_and_nothing_is_touched(build_model, monkeypatch):
+    model = build_model()
+    forward = CheckpointFunction.__dict__["forward"]
+
+    def other(ctx, function, *args):
+        raise AssertionError("never called")
+
+    monkeypatch.setattr(torch.utils.checkpoint.CheckpointFunction, "forward", staticmethod(other))
+    with pytest.raises(SeamError, match=r"torch\.utils\.checkpoint\.CheckpointFunction\.forward: expected parameters"):
+        attach(model)
+    assert all(router.router_replay is None for router in _routers(model))
     assert CheckpointFunction.__dict__["forward"] is forward
 
 
