@@ -1,8 +1,9 @@
 """Make Megatron-Core take the experts that the rollout engine took, with gates from the trainer's own logits.
 
-    replay = attach(model)
-    with replay.microbatch(masks, BatchLayout.padded(token_ids, lengths)):
+    replay = attach(model_chunks)
+    with replay.microbatch(masks, BatchLayout.padded(token_ids, lengths)):  # in forward_step
         output = model(...)
+    replay.check()  # before optimizer.step()
     replay.remove()
 
 Needs Megatron-Core and nothing of the rollout engine; masks arrive as `router_replay.masks.RoutingMasks`.
@@ -12,11 +13,21 @@ import importlib.util
 
 from megatron_router_replay.ledger import LEDGER
 from router_replay.errors import SeamError
-from router_replay.replay import BatchLayout, MicrobatchRoutes, ObservedRoutes
+from router_replay.replay import (
+    BatchLayout,
+    FreshWeights,
+    MicrobatchRoutes,
+    ObservedRoutes,
+    RecordedPart,
+    RouteRecorder,
+    Shards,
+    join_parts,
+)
 from router_replay.upstream import require
 
 try:
-    from megatron_router_replay.attach import Replay, attach
+    from megatron_router_replay.attach import attach
+    from megatron_router_replay.replay import Replay
 except ImportError as error:
     # Of a release that lacks a name, the ledger knows what that was for.
     if (error.name or "").startswith("megatron.core.") and importlib.util.find_spec("megatron") is not None:
@@ -26,4 +37,15 @@ except ImportError as error:
         ' with pip install "rollout-routing-replay[megatron]"'
     ) from error
 
-__all__ = ["BatchLayout", "MicrobatchRoutes", "ObservedRoutes", "Replay", "attach"]
+__all__ = [
+    "BatchLayout",
+    "FreshWeights",
+    "MicrobatchRoutes",
+    "ObservedRoutes",
+    "RecordedPart",
+    "Replay",
+    "RouteRecorder",
+    "Shards",
+    "attach",
+    "join_parts",
+]

@@ -98,7 +98,7 @@ def _own_choice(
 
 
 def index_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of experts: int32 where this torch gathers and scatters by it on `device`, else int64, which is twice as large."""
+    """The dtype of experts: int32 where torch gathers and scatters by it on `device`, else int64, twice as large."""
     scores = torch.zeros(1, 2, device=device, requires_grad=True)
     index = torch.zeros(1, 1, dtype=torch.int32, device=device)
     try:

@@ -163,8 +163,7 @@ class Replay:
                     "this placement was made by the replay of another model: make it by this one's place()"
                 )
         else:
-            require_layout(layout)
-            routes = self.place(masks, layout, fresh=fresh, partial=partial, shards=shards)
+            routes = self.place(masks, require_layout(layout), fresh=fresh, partial=partial, shards=shards)
         self._checks.raise_copied()
         training = torch.is_grad_enabled()
         binding = BoundPass(routes, overlap=self._overlap(training))
@@ -172,11 +171,11 @@ class Replay:
             self._metrics.add_pass(routes)
             yield routes
         if binding.overlap is not None and binding.overlap.by_layer:
-            if training:
-                self._not_yet_compared -= set(binding.overlap.by_layer)
             self._metrics.add_overlap(routes.source, binding.overlap)
             few = binding.overlap.num_with_hardly_any(self.geometry)
-            self._checks.add_overlap(few, len(routes.sample), self._num_passes)
+            judged = self._checks.add_overlap(few, len(routes.sample), self._num_passes)
+            if training and judged:
+                self._not_yet_compared -= set(binding.overlap.by_layer)
             self._checks.copy_to_host()
 
     @contextlib.contextmanager

@@ -69,15 +69,20 @@ class DeviceChecks:
             dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
             self._raise(_OTHER_MASKS, extremes[0] != -extremes[1], number)
 
-    def add_overlap(self, with_hardly_any: Tensor, num_places: int, number: int) -> None:
-        """Of `num_places` places, how many share hardly any expert with the trainer's own choice."""
+    def add_overlap(self, with_hardly_any: Tensor, num_places: int, number: int) -> bool:
+        """Of `num_places` places, how many share hardly any expert with the trainer's own choice.
+
+        Returns:
+            Whether these and those before them were enough to be judged.
+        """
         self._num_sampled += num_places
         self._with_hardly_any += with_hardly_any
         if self._num_sampled < MIN_PLACES:
-            return
+            return False
         self._raise(_HARDLY_ANY, self._with_hardly_any * 2 > self._num_sampled, number)
         self._num_sampled = 0
         self._with_hardly_any.zero_()
+        return True
 
     def copy_to_host(self) -> None:
         """Begin to copy the flags to the host; `raise_copied` looks at them."""

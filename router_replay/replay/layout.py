@@ -227,11 +227,12 @@ class BatchLayout:
         return result
 
 
-def require_layout(layout: object) -> None:
-    """Raise InputError unless it is a `BatchLayout`."""
+def require_layout(layout: object) -> BatchLayout:
+    """`layout`, or InputError where it is no `BatchLayout`."""
     if not isinstance(layout, BatchLayout):
         found = "None" if layout is None else f"a {type(layout).__name__}"
         raise InputError(
             f"the layout of a microbatch is {found}: build it with BatchLayout.padded(token_ids, lengths),"
             " BatchLayout.packed(token_ids, cu_seqlens) or BatchLayout.jagged(sequences)"
         )
+    return layout

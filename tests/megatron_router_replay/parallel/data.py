@@ -125,10 +125,7 @@ def _microbatch(case: Case, index: int) -> Microbatch:
         weights.view(-1)[start : start + length - 1] = random_weights.view(-1)[start : start + length - 1]
         if case.packed:
             positions.view(-1)[tokens] = torch.arange(length)
-    if whole is None:
-        layout = BatchLayout.padded(ids, lengths)
-    else:
-        layout = BatchLayout.packed(ids, whole, lengths)
+    layout = BatchLayout.padded(ids, lengths) if whole is None else BatchLayout.packed(ids, whole, lengths)
     return Microbatch(index, ids, labels, positions, weights, mtp_mask, whole, batch.masks, batch.indices, layout)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from megatron_router_replay import attach
+from megatron_router_replay import RecordedPart, RouteRecorder, attach
 from tests.megatron_router_replay.parallel.cases import Case
 from tests.megatron_router_replay.parallel.comparison import Step
 from tests.megatron_router_replay.parallel.data import Microbatch, microbatches
@@ -31,6 +34,54 @@ def replayed_step(case: Case) -> RankStep:
             step = train_step(case, chunks, around)
             replay.check()
             return step
+
+
+@dataclass
+class RecordedStep:
+    """A step whose routes were recorded in a native one before it, which another model with the same weights took.
+
+    Attributes:
+        step: of the model that replays.
+        parts: what was recorded, by microbatch.
+    """
+
+    step: RankStep
+    parts: dict[int, list[RecordedPart]]
+
+
+def recorded_step(case: Case) -> RecordedStep:
+    """Train one step natively and record it, then the same step of a model of its own, which replays the recording."""
+    with parallel_layout(case):
+        chunks = build_chunks(case)
+        recorders: dict[tuple[int, int], RouteRecorder] = {}
+        with attach(chunks, masks_geometry(case), context_order=case.context_order) as replay:
+
+            @contextlib.contextmanager
+            def recording(microbatch: Microbatch, chunk: nn.Module) -> Iterator[None]:
+                with replay.record(microbatch.layout) as recorder:
+                    yield
+                recorders[microbatch.index, _number(chunks, chunk)] = recorder
+
+            train_step(case, chunks, recording)
+            replay.check()
+        again = build_chunks(case)
+        with attach(again, masks_geometry(case), context_order=case.context_order, overlap_every=1) as replay:
+
+            def around(microbatch: Microbatch, chunk: nn.Module) -> AbstractContextManager[Any]:
+                return replay.microbatch(recorders[microbatch.index, _number(again, chunk)].routes)
+
+            step = train_step(case, again, around)
+            replay.check()
+            # The model's own routes are the model's own choice.
+            assert {value for name, value in replay.metrics().items() if name.startswith("overlap")} == {1.0}
+    parts: dict[int, list[RecordedPart]] = {}
+    for (index, _), recorder in recorders.items():
+        parts.setdefault(index, []).append(recorder.part())
+    return RecordedStep(step, parts)
+
+
+def _number(chunks: list[nn.Module], chunk: nn.Module) -> int:
+    return next(number for number, each in enumerate(chunks) if any(part is each for part in chunk.modules()))
 
 
 def assert_recorded_experts(case: Case, step: Step) -> None:
