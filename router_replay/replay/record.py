@@ -9,7 +9,7 @@ the parts of all ranks are joined into masks.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,7 +65,9 @@ class RouteRecorder:
         """
         self._layout, self._geometry, self._fingerprint = layout, geometry, fingerprint
         self._called_ids = called_ids_on(called, device)
+        self._device = device
         self._experts: dict[int, Tensor] = {}
+        self._layers: tuple[int, ...] = ()
         self._routes: MicrobatchRoutes | None = None
 
     @property
@@ -93,12 +95,14 @@ class RouteRecorder:
 
     def finish(self) -> None:
         """Pack what was recorded, at the end of the pass."""
-        layers = tuple(sorted(self._experts))
-        if not layers:
-            return
-        here = RoutingGeometry(self._geometry.num_layers, layers, self._geometry.num_experts, self._geometry.top_k)
+        self._layers = tuple(sorted(self._experts))
+        here = _of_layers(self._geometry, self._layers)
         codec: Codec = choose_codec("auto", here, order=True)
-        rows = codec.pack(torch.stack([self._experts[layer] for layer in layers], dim=1), here)
+        if self._layers:
+            rows = codec.pack(torch.stack([self._experts[layer] for layer in self._layers], dim=1), here)
+        else:
+            # A chunk without MoE layers: rows that no codec unpacks.
+            rows = torch.empty(self.num_places, 0, dtype=torch.uint8, device=self._device)
         self._experts.clear()
         replayed = (~self._layout.is_padding).nonzero().flatten()
         self._routes = MicrobatchRoutes(
@@ -122,7 +126,7 @@ class RouteRecorder:
         Padding takes what it took in the recorded pass.
 
         Raises:
-            CallOrderError: the pass has not ended, or no router of this chunk was asked.
+            CallOrderError: the pass has not ended.
         """
         if self._routes is None:
             raise CallOrderError(
@@ -137,9 +141,7 @@ class RouteRecorder:
             CallOrderError: as of `routes`.
         """
         routes = self.routes
-        return RecordedPart(
-            self._layout, self._geometry, routes.geometry.moe_layers, routes.rows.cpu(), routes.codec.name
-        )
+        return RecordedPart(self._layout, self._geometry, self._layers, routes.rows.cpu(), routes.codec.name)
 
 
 def join_parts(parts: Iterable[RecordedPart]) -> list[RoutingMasks]:
@@ -181,12 +183,18 @@ def join_parts(parts: Iterable[RecordedPart]) -> list[RoutingMasks]:
 
 def _fill(experts: Tensor, part: RecordedPart) -> None:
     whole, layout = part.geometry, part.layout
-    here = RoutingGeometry(whole.num_layers, part.layers, whole.num_experts, whole.top_k)
+    if not part.layers:
+        return
+    here = _of_layers(whole, part.layers)
     inside = ~layout.is_padding
     tokens = layout.cu_seqlens[layout.sequence[inside]] + layout.position[inside]
     columns = torch.tensor([whole.index_of(layer) for layer in part.layers])
     found = choose_codec(part.codec, here).unpack_indices(part.rows[inside], here)
     experts[tokens[:, None], columns] = found
+
+
+def _of_layers(whole: RoutingGeometry, layers: tuple[int, ...]) -> RoutingGeometry:
+    return replace(whole, moe_layers=layers) if layers else whole
 
 
 def _by_sequence(layout: BatchLayout, *tensors: Tensor) -> Sequence[tuple[Tensor, ...]]:

@@ -10,7 +10,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from cpu_engines.megatron.logprobs import forward_logits, token_logprobs
 from megatron_router_replay import Replay, attach
-from router_replay.errors import CallOrderError, PairingError, UnsupportedError
+from router_replay.errors import CallOrderError, InputError, PairingError, UnsupportedError
 from router_replay.masks.masks import RoutingMasks
 from tests.megatron_router_replay.batches import dispatched_maps, random_batch
 from tests.megatron_router_replay.own_routes import own_masks, wrong_rows

@@ -92,3 +92,13 @@ def test_what_cannot_be_recorded():
         one.part()
     with pytest.raises(PairingError, match="got 13 places, the layout that is recorded has 14"):
         one.record(1, chosen(layout, 1)[1:])
+
+
+def test_a_chunk_without_moe_layers_records_nothing():
+    layout = padded(ids())
+    empty = recorder((), Shards(), layout)
+    assert empty.routes.num_places == 14 and empty.part().layers == ()
+    with pytest.raises(PairingError, match="do not fit"):
+        empty.routes.experts(1)
+    whole = [empty.part(), recorder((1, 2, 4), Shards(), layout).part()]
+    assert all(one.valid.all() for one in join_parts(whole))
