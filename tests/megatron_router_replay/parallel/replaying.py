@@ -73,7 +73,7 @@ def recorded_step(case: Case) -> RecordedStep:
             step = train_step(case, again, around)
             replay.check()
             # The model's own routes are the model's own choice.
-            assert {value for name, value in replay.metrics().items() if name.startswith("overlap")} == {1.0}
+            assert {value for name, value in replay.metrics().items() if name.startswith("overlap")} <= {1.0}
     parts: dict[int, list[RecordedPart]] = {}
     for (index, _), recorder in recorders.items():
         parts.setdefault(index, []).append(recorder.part())
