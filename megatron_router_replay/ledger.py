@@ -206,7 +206,7 @@ _SHARDS = (
         "parallel_state.get_tensor_model_parallel_world_size",
         (),
         "called by shards.rank_shards",
-        "sequence parallelism cuts a batch into as many parts",
+        "it is the number of parts into which sequence parallelism cuts a batch",
         _RANKS,
     ),
     Seam(
@@ -241,7 +241,7 @@ _SHARDS = (
         "parallel_state.get_context_parallel_world_size",
         (),
         "called by shards.rank_shards",
-        "as many ranks share a sequence",
+        "it is the number of ranks that share a sequence",
         _RANKS,
     ),
     Seam(

@@ -25,7 +25,7 @@ class Places(NamedTuple):
 
 
 def padded(token_ids: Tensor, lengths: Integers, side: Literal["right", "left"]) -> Places:
-    """Places of a batch of equal rows, for `BatchLayout.padded`."""
+    """Places of a padded batch; arguments and errors of `BatchLayout.padded`."""
     ids = _token_ids(token_ids)
     if ids.dim() != 2:
         raise InputError(f"a padded batch needs token ids of shape [B, S], got {list(ids.shape)}")
@@ -52,7 +52,7 @@ def padded(token_ids: Tensor, lengths: Integers, side: Literal["right", "left"])
 
 
 def packed(token_ids: Tensor, cu_seqlens: Integers, lengths: Integers | None) -> Places:
-    """Places of sequences one behind the other, for `BatchLayout.packed`."""
+    """Places of a pack; arguments and errors of `BatchLayout.packed`."""
     ids = _token_ids(token_ids)
     if ids.dim() == 2 and ids.shape[0] == 1:
         ids = ids[0]
@@ -75,7 +75,7 @@ def packed(token_ids: Tensor, cu_seqlens: Integers, lengths: Integers | None) ->
 
 
 def jagged(sequences: Tensor | Sequence[Tensor], multiple_of: int, cu_seqlens: Integers | None) -> Places:
-    """Places of sequences that are given one by one, for `BatchLayout.jagged`."""
+    """Places of a pack of sequences given one by one; arguments and errors of `BatchLayout.jagged`."""
     if isinstance(sequences, Tensor) and not sequences.is_nested:
         raise InputError(
             f"a jagged batch is a nested tensor [B, j] or a list of vectors, got {described(sequences)}: a padded one"

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router_replay.errors import InputError
 from router_replay.replay import BatchLayout, Shards
+
+# Every example cuts a batch for up to twelve ranks, which a busy machine does not do in a fixed time.
+EXAMPLES = settings(deadline=None, max_examples=50)
 
 SIZES = [(context, sequence) for context in (1, 2, 3, 4) for sequence in (1, 2, 3)]
 
@@ -48,6 +51,7 @@ def packs(draw: st.DrawFn) -> tuple[list[list[int]], int, int, int]:
     return [[next(ids) for _ in range(each)] for each in lengths], context, sequence, draw(st.integers(0, 3))
 
 
+@EXAMPLES
 @given(packs())
 def test_zigzag_packs_are_those_of_slime(pack):
     """There each sequence becomes 2 * C chunks of ceil(n / 2C), and each rank's joined halves are padded at the end."""
@@ -70,6 +74,7 @@ def test_zigzag_packs_are_those_of_slime(pack):
             assert ids_of(shards.routed(layout)) == run(expected, sequence, part)
 
 
+@EXAMPLES
 @given(packs())
 def test_contiguous_packs_are_runs_of_the_whole_stream(pack):
     """As slime's and miles' allgather_cp cut them: sequences are not aligned, the stream is padded as a whole."""
@@ -90,6 +95,7 @@ def test_contiguous_packs_are_runs_of_the_whole_stream(pack):
             assert ids_of(routed) == run(expected, sequence, part)
 
 
+@EXAMPLES
 @given(
     st.sampled_from(SIZES),
     st.lists(st.integers(0, 24), min_size=1, max_size=4),
@@ -116,6 +122,7 @@ def test_padded_batches(sizes, lengths, order, side):
             assert ids_of(routed) == [each for step in run(steps, sequence, part) for each in step]
 
 
+@EXAMPLES
 @given(st.sampled_from(SIZES), st.lists(st.integers(0, 4), min_size=1, max_size=4), st.sampled_from([1, 3]))
 def test_ranks_share_out_every_place_once_and_in_order(sizes, parts, batch):
     """Every place is of a token here, so that none can hide among padding."""
