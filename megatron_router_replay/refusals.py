@@ -42,7 +42,7 @@ SETTINGS = (
         "set it to None",
     ),
     Refusal(
-        "flex dispatchers but DeepEP's",
+        "flex dispatchers of HybridEP and NCCL EP",
         f"{_CONFIG}.moe_flex_dispatcher_backend",
         lambda value: value == "deepep",
         "whether a replayed expert whose gate is 0 is kept is decided in kernels that were not looked into",
