@@ -1,4 +1,4 @@
-"""Two processes that wait for functions to run, each in a parallel layout of its own."""
+"""Processes that wait for functions to run, one parallel layout after the other."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-SIZE = 2
-
 
 class Ranks:
-    """One gloo world for many calls. A call that fails or hangs ends both processes; the next call starts others."""
+    """One gloo world for many calls. A call that fails or hangs ends all processes; the next call starts others."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = 2) -> None:
+        self._size = size
+        self._folder = tempfile.TemporaryDirectory()
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
-    def run(self, layout: dict[str, Any], function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+    def run(self, layout: dict[str, Any], function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
         """What `function(*args)`, importable by its name, returns on each rank inside `model_parallel(**layout)`."""
         if not self._processes:
             self._start()
@@ -52,16 +52,17 @@ class Ranks:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        rendezvous = Path(tempfile.mkdtemp()) / "rendezvous"
-        for rank in range(SIZE):
+        self._folder = tempfile.TemporaryDirectory()
+        rendezvous = Path(self._folder.name) / "rendezvous"
+        for rank in range(self._size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, rendezvous, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self._size, rendezvous, theirs), daemon=True)
             process.start()
             self._processes.append(process)
             self._pipes.append(ours)
 
 
-def _serve(rank: int, rendezvous: Path, pipe: Connection) -> None:
+def _serve(rank: int, size: int, rendezvous: Path, pipe: Connection) -> None:
     import warnings
 
     import torch
@@ -70,7 +71,7 @@ def _serve(rank: int, rendezvous: Path, pipe: Connection) -> None:
     from cpu_engines.megatron import CpuDevice, model_parallel, world
 
     torch.set_num_threads(1)
-    with CpuDevice(), world(rank, SIZE, rendezvous):
+    with CpuDevice(), world(rank, size, rendezvous):
         while True:
             error, answer = "", None
             try:
