@@ -6,6 +6,7 @@ The fork server imports this module, so that every rank starts with torch and Me
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import os
 import traceback
@@ -32,6 +33,7 @@ def serve(connection: Connection, rank: int, world_size: int, folder: Path) -> N
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
+    gc.freeze()
     with CpuDevice(), world(rank, world_size, folder / "rendezvous"):
         while True:
             try:
@@ -49,6 +51,9 @@ def _answer(module: str, name: str, args: tuple[Any, ...]) -> tuple[bool, Any]:
         return True, getattr(importlib.import_module(module), name)(*args)
     except Exception:
         return False, traceback.format_exc()
+    finally:
+        # A process group ends with the last model that refers to it; each has threads that wake all the time.
+        gc.collect()
 
 
 def ready() -> int:

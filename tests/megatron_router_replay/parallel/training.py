@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -114,17 +115,31 @@ def train_step(case: Case, chunks: list[nn.Module], around: Around | None = None
         current.pop()
         return output, partial(_loss, case, microbatch, seen)
 
-    with KeepFloat64(), _dispatched(chunks, current, [each.index for each in batches], seen.maps):
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(batches) for _ in chunks],
-            model=wrapped,
-            num_microbatches=len(batches),
-            seq_length=batches[0].token_ids.shape[1],
-            micro_batch_size=batches[0].token_ids.shape[0],
-        )
-    seen.gradients = [(shard, parameter.main_grad.clone()) for chunk in chunks for shard, parameter in shards(chunk)]
+    try:
+        with KeepFloat64(), _dispatched(chunks, current, [each.index for each in batches], seen.maps):
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=[iter(batches) for _ in chunks],
+                model=wrapped,
+                num_microbatches=len(batches),
+                seq_length=batches[0].token_ids.shape[1],
+                micro_batch_size=batches[0].token_ids.shape[0],
+            )
+        seen.gradients = [(shard, each.main_grad.clone()) for chunk in chunks for shard, each in shards(chunk)]
+    finally:
+        _release(wrapped)
     return seen
+
+
+def _release(wrapped: list[DistributedDataParallel]) -> None:
+    """Undo what would keep a model alive for ever, and with it the threads of its process groups.
+
+    Hooks of gradient accumulators refer to the wrapper, whose dispatchers keep the graph that ends in them: a circle
+    that the garbage collector cannot see; rotary embeddings are keys in a cache of their own class.
+    """
+    for each in wrapped:
+        vars(each).clear()
+    RotaryEmbedding.forward.cache_clear()
 
 
 def _wrapped(chunks: list[nn.Module]) -> list[DistributedDataParallel]:
