@@ -13,6 +13,7 @@ _NUMBERS = "never: rows are matched to layers by this number"
 _LIVE = "never: the live layers are checked against the rollout's"
 _MTP = "MTP routers count their layers on from the decoder's"
 _CHECKPOINT = "Megatron-Core lets a caller add state to an activation checkpoint"
+_QUANTISED = "Transformer Engine lets a caller add state to its activation checkpoint"
 _SHARDED = "never: averages are sharded as the parameters are"
 _STALE = "never: stale parameters must not be averaged"
 _MAIN = "Megatron-Core has a function that returns a parameter's main parameter"
@@ -88,7 +89,7 @@ _ROUTING = (
     ),
     Seam(
         "tensor_parallel.random.CheckpointFunction.forward",
-        ("ctx", "run_function", "distribute_saved_activations"),
+        ("ctx", "run_function"),
         "wrapped by recompute.CheckpointPatch",
         "its run_function is wrapped, so that a recompute sees the masks of its own forward pass",
         _CHECKPOINT,
@@ -216,14 +217,14 @@ TRANSFORMER_ENGINE_LEDGER = Ledger(
             ("ctx", "run_function"),
             "wrapped by recompute.CheckpointPatch",
             "its run_function is what a recompute of fp8 and fp4 layers calls",
-            _CHECKPOINT,
+            _QUANTISED,
         ),
         Seam(
             "get_activation_recompute_contexts",
             (),
             "wrapped by recompute.CheckpointPatch",
             "its checkpoint that is not reentrant asks there for the contexts of a forward pass and of its recompute",
-            _CHECKPOINT,
+            _QUANTISED,
         ),
     ),
 )
