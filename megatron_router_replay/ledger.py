@@ -15,6 +15,7 @@ _LIVE = "never: the live layers are checked against the rollout's"
 _MTP = "MTP routers count their layers on from the decoder's"
 _FLEX = "DeepEP's dispatcher reads its indices from the routing map"
 _CHECKPOINT = "Megatron-Core lets a caller add state to an activation checkpoint"
+_QUANTISED = "Transformer Engine lets a caller add state to its activation checkpoint"
 _SHARDED = "never: averages are sharded as the parameters are"
 _STALE = "never: stale parameters must not be averaged"
 _RANKS = "never: a rank's places are found by its process groups"
@@ -124,7 +125,7 @@ _ROUTING = (
     ),
     Seam(
         "tensor_parallel.random.CheckpointFunction.forward",
-        ("ctx", "run_function", "distribute_saved_activations"),
+        ("ctx", "run_function"),
         "wrapped by recompute.CheckpointPatch",
         "its run_function is wrapped, so that a recompute sees the masks of its own forward pass",
         _CHECKPOINT,
@@ -436,14 +437,14 @@ TRANSFORMER_ENGINE_LEDGER = Ledger(
             ("ctx", "run_function"),
             "wrapped by recompute.CheckpointPatch",
             "its run_function is what a recompute of fp8 and fp4 layers calls",
-            _CHECKPOINT,
+            _QUANTISED,
         ),
         Seam(
             "get_activation_recompute_contexts",
             (),
             "wrapped by recompute.CheckpointPatch",
             "its checkpoint that is not reentrant asks there for the contexts of a forward pass and of its recompute",
-            _CHECKPOINT,
+            _QUANTISED,
         ),
     ),
 )
