@@ -77,7 +77,7 @@ def _managers(model):
 
 
 def _step(model, batch):
-    with attach(model) as replay, replay.microbatch(batch.masks, batch.layout):
+    with attach(model, overlap_every=None) as replay, replay.microbatch(batch.masks, batch.layout):
         logprobs = token_logprobs(model, batch.token_ids)
         logprobs.sum().backward()
     return logprobs.detach(), gradients(model)

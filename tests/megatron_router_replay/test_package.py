@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -66,5 +67,5 @@ def test_a_release_that_lacks_a_name_is_told_by_the_ledger():
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "megatron.core.transformer.moe.moe_utils.group_limited_topk: expected" in done.stdout
     assert "found nothing of that name" in done.stdout
-    assert "Megatron-Core 0.19.2 (megatron-core)" in done.stdout
+    assert f"Megatron-Core {importlib.metadata.version('megatron-core')} (megatron-core)" in done.stdout
     assert "pip install" not in done.stdout

@@ -225,7 +225,7 @@ def test_remove_between_forward_and_recompute_is_refused(build_model, batches):
 def test_after_an_error_in_a_recompute_nothing_is_left_bound(build_model, batches, recompute):
     first, second = batches
     model = build_model(**RECOMPUTE[recompute])
-    with attach(model) as replay, dispatched_maps(model) as maps:
+    with attach(model, overlap_every=None) as replay, dispatched_maps(model) as maps:
         loss = _forward(model, replay, first)
         with replay.microbatch(second.masks, second.layout):
             stop = model.decoder.layers[2].mlp.router.register_forward_pre_hook(_stop)

@@ -47,7 +47,11 @@ def build_shared(checkpoint):
 
 
 def _step(model, batch):
-    with attach(model) as replay, replay.microbatch(batch.masks, batch.layout), dispatched_maps(model) as maps:
+    with (
+        attach(model, overlap_every=None) as replay,
+        replay.microbatch(batch.masks, batch.layout),
+        dispatched_maps(model) as maps,
+    ):
         logprobs = token_logprobs(model, batch.token_ids)
         logprobs.sum().backward()
     return logprobs.detach(), gradients(model), maps

@@ -80,7 +80,7 @@ def _fp8(model):
 
 
 def _train(model, batches, order):
-    with attach(model) as replay:
+    with attach(model, overlap_every=None) as replay:
         ORDERS[order](model, replay, batches)
     return gradients(model)
 
@@ -114,7 +114,7 @@ def test_backward_in_another_block_repeats_the_forward_pass(build_model, batches
     """Router weights change before it, so that native places would choose otherwise."""
     first, second, _ = batches
     model = MODELS[name](build_model)
-    with attach(model) as replay, dispatched_maps(model) as maps:
+    with attach(model, overlap_every=None) as replay, dispatched_maps(model) as maps:
         loss = forward(model, replay, first)
         for layer in maps:
             model.decoder.layers[layer].mlp.router.weight.data.neg_()

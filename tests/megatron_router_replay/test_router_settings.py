@@ -39,7 +39,7 @@ def _routers(model):
 
 
 def _step(model, batch):
-    with attach(model) as replay, replay.microbatch(batch.masks, batch.layout):
+    with attach(model, overlap_every=None) as replay, replay.microbatch(batch.masks, batch.layout):
         logprobs = token_logprobs(model, batch.token_ids)
         logprobs.sum().backward()
     return logprobs.detach(), gradients(model)
@@ -81,7 +81,7 @@ def test_what_changes_on_the_shared_configuration_reaches_the_routers(build_mode
     model = build_model()
     model.config.moe_router_fusion = True
     first, *others = _routers(model)
-    with attach(model) as replay:
+    with attach(model, overlap_every=None) as replay:
         model.config.moe_z_loss_coeff = 0.5
         assert [router.config.moe_z_loss_coeff for router in (first, *others)] == [0.5] * 3
         first.config.moe_z_loss_coeff = 0.25
@@ -96,7 +96,7 @@ def test_what_changes_on_the_shared_configuration_reaches_the_routers(build_mode
 
 def test_a_router_fused_after_attach_is_unfused_by_the_next_binding(build_model, batch, fused_kernels):
     model = build_model()
-    with attach(model) as replay:
+    with attach(model, overlap_every=None) as replay:
         model.config.moe_router_fusion = True
         with (
             pytest.warns(UserWarning, match="replay runs 3 routers un-fused"),
@@ -119,7 +119,7 @@ def test_a_setting_that_changed_after_attach_is_refused(build_model, batch, fuse
     """The per-router view of a fused router's configuration must not hide it."""
     model = build_model()
     model.config.moe_router_fusion = fused
-    with attach(model) as replay:
+    with attach(model, overlap_every=None) as replay:
         with replay.microbatch(batch.masks, batch.layout):
             token_logprobs(model, batch.token_ids)
         setattr(model.config, flag, value)
@@ -136,7 +136,7 @@ def test_a_list_that_changed_in_place_and_another_configuration_are_seen(build_m
     model = build_model()
     model.config.moe_router_load_balancing_type = ["aux_loss"]
     last = _routers(model)[-1]
-    with attach(model) as replay:
+    with attach(model, overlap_every=None) as replay:
         model.config.moe_router_load_balancing_type.append("sinkhorn")
         with pytest.raises(UnsupportedError, match=r"was \['aux_loss'\]"), replay.microbatch(batch.masks, batch.layout):
             pytest.fail("bound under a setting that undoes replay")
@@ -159,7 +159,7 @@ def test_settings_are_judged_once_unless_they_change(build_model, batch, monkeyp
     judged = []
     check_config = subject.check_config
     monkeypatch.setattr(subject, "check_config", lambda config: judged.append(config) or check_config(config))
-    with attach(model) as replay:
+    with attach(model, overlap_every=None) as replay:
         assert judged == [model.config]
         for _ in range(2):
             with replay.microbatch(batch.masks, batch.layout):
