@@ -1,0 +1,106 @@
+"""One piece of work under native routing, under Megatron's RouterReplay, and under this package's replay."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_router_replay import BatchLayout, attach
+from router_replay.masks import RoutingMasks
+from router_replay.replay import MicrobatchRoutes, join_parts
+
+Work = Callable[[GPTModel, Callable[[], AbstractContextManager[Any]]], Any]
+"""Runs with a model; what is inside the context is the forward pass."""
+
+NATIVE, AGAIN, STOCK, OURS, WITH_NATIVE = (
+    *("native", "native again", "stock RouterReplay", "replay"),
+    "replay, 1 % of places native",
+)
+
+
+@dataclass(frozen=True)
+class Variants:
+    """The same work in each variant; every one replays the routes that native routing takes, with the same load.
+
+    Attributes:
+        runs: by name.
+        placement: what is bound in the variant `OURS`.
+    """
+
+    runs: dict[str, Callable[[], Any]]
+    placement: MicrobatchRoutes
+
+    def num_operators(self) -> dict[str, int]:
+        """Operators that each variant runs, but views."""
+        counts = {}
+        for name, run in self.runs.items():
+            with _Counter() as counter:
+                run()
+            counts[name] = counter.count
+        return counts
+
+
+@contextlib.contextmanager
+def variants(build: Callable[..., GPTModel], work: Work, layout: BatchLayout) -> Iterator[Variants]:
+    """Three models of equal weights, two of which stay attached for the block.
+
+    Args:
+        build: makes a model; keyword arguments go to its configuration.
+        work: with the token ids of `layout`.
+    """
+    RouterReplay.clear_global_router_replay_instances()
+    native, ours, stock = build(), build(), build(moe_enable_routing_replay=True)
+    # Its own routes agree with these weights: the check of the overlap runs as in training.
+    with attach(ours) as replay:
+        with replay.record(layout) as recorder:
+            work(ours, contextlib.nullcontext)
+        masks = join_parts([recorder.part()])
+        whole, holed = replay.place(masks, layout), replay.place(_with_holes(masks), layout)
+        targets = [whole.experts(layer).long() for layer in replay.layers]
+        yield Variants(
+            {
+                NATIVE: lambda: work(native, contextlib.nullcontext),
+                STOCK: lambda: work(stock, lambda: _stock(targets)),
+                OURS: lambda: work(ours, lambda: replay.microbatch(whole)),
+                WITH_NATIVE: lambda: work(ours, lambda: replay.microbatch(holed)),
+                AGAIN: lambda: work(native, contextlib.nullcontext),
+            },
+            whole,
+        )
+    RouterReplay.clear_global_router_replay_instances()
+
+
+@contextlib.contextmanager
+def _stock(targets: list[Tensor]) -> Iterator[None]:
+    """Megatron's guide: set the data, set the action, run, clear both."""
+    RouterReplay.set_replay_data(targets)
+    RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+    yield
+    RouterReplay.clear_global_indices()
+    RouterReplay.clear_global_router_replay_action()
+
+
+def _with_holes(masks: list[RoutingMasks]) -> list[RoutingMasks]:
+    generator = torch.Generator().manual_seed(1)
+    return [replace(one, valid=one.valid & (torch.rand(one.num_tokens, generator=generator) >= 0.01)) for one in masks]
+
+
+class _Counter(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
