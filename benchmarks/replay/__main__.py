@@ -21,11 +21,12 @@ def main(
     shapes: Annotated[
         list[str], typer.Option("--shape", help=f"Router shapes: {', '.join(SHAPES)}; several with several --shape.")
     ] = list(SHAPES),  # noqa: B006 (typer reads it)
-    tokens: Annotated[int, typer.Option(min=64, help="Places of a router and of a layer.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=64, help="Places of a router.")] = 4096,
+    layer_tokens: Annotated[int, typer.Option(min=64, help="Places of a layer and of a step.")] = 512,
     hidden: Annotated[
         int, typer.Option(min=16, help="Hidden size; far below the models' own, which a CPU would spend its time on.")
-    ] = 256,
-    rounds: Annotated[int, typer.Option(min=1, help="Of routers and binds; of layers and steps a third.")] = 30,
+    ] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; medians are reported.")] = 21,
     bind_tokens: Annotated[int, typer.Option(min=64, help="Of the microbatch that is bound.")] = 8192,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here, too.")] = None,
@@ -37,7 +38,7 @@ def main(
     # Here and not above: `--help` need not wait for torch.
     from benchmarks.replay.figures import measure
 
-    measure(shapes, tokens, hidden, rounds, bind_tokens, threads, json_file)
+    measure(shapes, tokens, layer_tokens, hidden, rounds, bind_tokens, threads, json_file)
 
 
 if __name__ == "__main__":

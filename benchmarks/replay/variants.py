@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_router_replay import BatchLayout, attach
 from router_replay.masks import RoutingMasks
-from router_replay.replay import MicrobatchRoutes, join_parts
+from router_replay.replay import join_parts
 
 Work = Callable[[GPTModel, Callable[[], AbstractContextManager[Any]]], Any]
 """Runs with a model; what is inside the context is the forward pass."""
@@ -25,33 +25,14 @@ NATIVE, AGAIN, STOCK, OURS, WITH_NATIVE = (
     *("native", "native again", "stock RouterReplay", "replay"),
     "replay, 1 % of places native",
 )
-
-
-@dataclass(frozen=True)
-class Variants:
-    """The same work in each variant; every one replays the routes that native routing takes, with the same load.
-
-    Attributes:
-        runs: by name.
-        placement: what is bound in the variant `OURS`.
-    """
-
-    runs: dict[str, Callable[[], Any]]
-    placement: MicrobatchRoutes
-
-    def num_operators(self) -> dict[str, int]:
-        """Operators that each variant runs, but views."""
-        counts = {}
-        for name, run in self.runs.items():
-            with _Counter() as counter:
-                run()
-            counts[name] = counter.count
-        return counts
+ORDER = (NATIVE, AGAIN, STOCK, OURS, WITH_NATIVE)
 
 
 @contextlib.contextmanager
-def variants(build: Callable[..., GPTModel], work: Work, layout: BatchLayout) -> Iterator[Variants]:
-    """Three models of equal weights, two of which stay attached for the block.
+def variants(build: Callable[..., GPTModel], work: Work, layout: BatchLayout) -> Iterator[dict[str, Callable[[], Any]]]:
+    """The same work in each variant, by name; all replay the routes that native routing takes, of the same load.
+
+    For the block, since a replay is attached.
 
     Args:
         build: makes a model; keyword arguments go to its configuration.
@@ -66,16 +47,14 @@ def variants(build: Callable[..., GPTModel], work: Work, layout: BatchLayout) ->
         masks = join_parts([recorder.part()])
         whole, holed = replay.place(masks, layout), replay.place(_with_holes(masks), layout)
         targets = [whole.experts(layer).long() for layer in replay.layers]
-        yield Variants(
-            {
-                NATIVE: lambda: work(native, contextlib.nullcontext),
-                STOCK: lambda: work(stock, lambda: _stock(targets)),
-                OURS: lambda: work(ours, lambda: replay.microbatch(whole)),
-                WITH_NATIVE: lambda: work(ours, lambda: replay.microbatch(holed)),
-                AGAIN: lambda: work(native, contextlib.nullcontext),
-            },
-            whole,
-        )
+        yield {
+            # No model runs twice in a row, which would find its weights in the cache.
+            NATIVE: lambda: work(native, contextlib.nullcontext),
+            OURS: lambda: work(ours, lambda: replay.microbatch(whole)),
+            AGAIN: lambda: work(native, contextlib.nullcontext),
+            WITH_NATIVE: lambda: work(ours, lambda: replay.microbatch(holed)),
+            STOCK: lambda: work(stock, lambda: _stock(targets)),
+        }
     RouterReplay.clear_global_router_replay_instances()
 
 
@@ -92,6 +71,13 @@ def _stock(targets: list[Tensor]) -> Iterator[None]:
 def _with_holes(masks: list[RoutingMasks]) -> list[RoutingMasks]:
     generator = torch.Generator().manual_seed(1)
     return [replace(one, valid=one.valid & (torch.rand(one.num_tokens, generator=generator) >= 0.01)) for one in masks]
+
+
+def num_operators(run: Callable[[], Any]) -> int:
+    """Operators that it runs, views left out."""
+    with _Counter() as counter:
+        run()
+    return counter.count
 
 
 class _Counter(TorchDispatchMode):
