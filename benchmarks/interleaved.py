@@ -20,8 +20,8 @@ class Seconds(NamedTuple):
     cpu: float
 
 
-def median_seconds(variants: Variants, rounds: int) -> dict[str, Seconds]:
-    """Median times of each variant over `rounds` rounds, every round running each of them once.
+def all_seconds(variants: Variants, rounds: int) -> dict[str, list[Seconds]]:
+    """Times of each variant in each of `rounds` rounds, every round running each of them once, in this order.
 
     One round before the first warms up and is not counted.
     """
@@ -31,10 +31,17 @@ def median_seconds(variants: Variants, rounds: int) -> dict[str, Seconds]:
         run()
         return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
-    return {
-        name: Seconds(*(statistics.median(column) for column in zip(*times, strict=True)))
-        for name, times in _in_turns(variants, rounds, timed).items()
-    }
+    return _in_turns(variants, rounds, timed)
+
+
+def median_seconds(variants: Variants, rounds: int) -> dict[str, Seconds]:
+    """Median times of each variant, as of `all_seconds`."""
+    return {name: median_of(times) for name, times in all_seconds(variants, rounds).items()}
+
+
+def median_of(times: Iterable[Seconds]) -> Seconds:
+    """Medians of wall and of CPU time."""
+    return Seconds(*(statistics.median(column) for column in zip(*times, strict=True)))
 
 
 def median_event_seconds(variants: Variants, rounds: int) -> dict[str, float]:

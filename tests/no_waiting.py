@@ -15,9 +15,14 @@ class RefuseWaiting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        assert name not in self.WAITS, f"aten::{name} waits for the device"
+        if name in self.WAITS:
+            self.refuse(f"aten::{name}")
         if name.startswith("index"):
             indices = args[1] if isinstance(args[1], list | tuple) else []
             masks = [each for each in indices if each is not None and str(each.dtype) == "torch.bool"]
-            assert not masks, f"aten::{name} with a mask waits for the device"
+            if masks:
+                self.refuse(f"aten::{name} with a mask")
         return func(*args, **(kwargs or {}))
+
+    def refuse(self, what: str) -> None:
+        raise AssertionError(f"{what} waits for the device")

@@ -83,7 +83,8 @@ def place(
     return MicrobatchRoutes(
         geometry=geometry,
         codec=codec,
-        rows=to_device(table[source], device),
+        # Whole rows at once; table[source] would go byte by byte.
+        rows=to_device(table.index_select(0, source), device),
         native_places=to_device((kind < _REPLAYED).nonzero().flatten(), device),
         sample=to_device(sample_of((kind == _REPLAYED).nonzero().flatten()), device),
         called_ids=called_ids_on(called, device),

@@ -1,0 +1,178 @@
+"""Times of the trainer's routers, layers and steps, and the tables of them."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import statistics
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+# Before anything of Megatron: see cpu_engines.megatron.
+from cpu_engines.megatron import CpuDevice, single_process  # isort: skip
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.interleaved import Seconds, all_seconds, median_of
+from benchmarks.machine import hardware, versions, write_json
+from benchmarks.replay import binding
+from benchmarks.replay.models import VOCABULARY, build
+from benchmarks.replay.variants import AGAIN, NATIVE, ORDER, OURS, WITH_NATIVE, Work, num_operators, variants
+from cpu_engines.megatron.logprobs import forward_logits
+from megatron_router_replay import BatchLayout
+
+NUM_SEQUENCES, STEP_LAYERS = 4, 2
+Block = Callable[[], AbstractContextManager[Any]]
+
+
+def works(hidden: int, token_ids: Tensor) -> dict[str, Work]:
+    """A router's forward pass, a MoE layer's forward and backward pass, and a training step."""
+    batch, steps = token_ids.shape
+    inputs = torch.randn(steps, batch, hidden, generator=torch.Generator().manual_seed(2))
+
+    def router(model: GPTModel, block: Block) -> None:
+        with block():
+            model.decoder.layers[0].mlp.router(inputs)
+
+    def layer(model: GPTModel, block: Block) -> None:
+        with block():
+            output, _ = model.decoder.layers[0].mlp(inputs)
+        output.square().mean().backward()
+        model.zero_grad()
+
+    def step(model: GPTModel, block: Block) -> None:
+        with block():
+            logits = forward_logits(model, token_ids)
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten()).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    # Too small a step for the routes to leave those that are replayed.
+                    parameter.sub_(parameter.grad, alpha=1e-6)
+        model.zero_grad()
+
+    return {"router": router, "MoE layer": layer, "step": step}
+
+
+def times_of(shape: str, kind: str, tokens: int, hidden: int, rounds: int) -> dict[str, dict[str, float]]:
+    """By variant: median seconds by the clock and of the CPU, the latter over native's, and the number of operators."""
+    generator = torch.Generator().manual_seed(3)
+    token_ids = torch.randint(0, VOCABULARY, (NUM_SEQUENCES, tokens // NUM_SEQUENCES), generator=generator)
+    layout = BatchLayout.padded(token_ids, [token_ids.shape[1]] * NUM_SEQUENCES)
+    made = functools.partial(build, shape, STEP_LAYERS if kind == "step" else 1, hidden, experts=kind != "router")
+    with variants(made, works(hidden, token_ids)[kind], layout) as runs:
+        times = all_seconds(runs, rounds)
+        operators = {name: num_operators(run) for name, run in runs.items()}
+    return {name: _summary(times[name], times[NATIVE]) | {"operators": operators[name]} for name in ORDER}
+
+
+def _summary(times: list[Seconds], native: list[Seconds]) -> dict[str, float]:
+    """Medians, and the median over rounds of the time over native's in the same round, with its error."""
+    ratios = [ours.cpu / theirs.cpu for ours, theirs in zip(times, native, strict=True)]
+    ratio = statistics.median(ratios)
+    # Two standard errors of a median of normal values whose deviation is estimated by the median absolute one.
+    error = 2 * 1.2533 * 1.4826 * statistics.median(abs(each - ratio) for each in ratios) / len(ratios) ** 0.5
+    taken = median_of(times)
+    return {"wall_seconds": taken.wall, "cpu_seconds": taken.cpu, "cpu_of_native": ratio, "error": error}
+
+
+def targets(times: dict[str, dict[str, dict[str, float]]], binds: dict[str, Seconds]) -> dict[str, dict[str, Any]]:
+    """What is aimed at, what was measured, and whether it holds.
+
+    All in CPU time, since others share the machine. A step may take what native takes, and as much more as native
+    differs from itself.
+    """
+    found = {}
+    for title, by_variant in times.items():
+        noise = abs(by_variant[AGAIN]["cpu_of_native"] - 1) + by_variant[AGAIN]["error"]
+        bound = {"router": 0.7, "step": 1 + noise}.get(title.rpartition(", ")[2])
+        for variant in (OURS, WITH_NATIVE) if bound is not None else ():
+            found[f"{title}: {variant}, of native"] = (bound, by_variant[variant]["cpu_of_native"])
+    for use, milliseconds in ((binding.FIRST, 15.0), (binding.SECOND, 5.0)):
+        found[f"{use}, ms"] = (milliseconds, binds[use].cpu * 1e3)
+    return {
+        name: {"at_most": bound, "measured": value, "holds": value <= bound} for name, (bound, value) in found.items()
+    }
+
+
+def measure(
+    shapes: list[str],
+    tokens: int,
+    layer_tokens: int,
+    hidden: int,
+    rounds: int,
+    bind_tokens: int,
+    threads: int,
+    json_file: Path | None,
+) -> None:
+    """Print the tables, and write their figures to `json_file`; arguments as of `python -m benchmarks.replay`."""
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    times = {}
+    with CpuDevice(), single_process():
+        for shape in shapes:
+            for kind in ("router", "MoE layer", "step"):
+                title, places = f"{shape}, {kind}", tokens if kind == "router" else layer_tokens
+                times[title] = times_of(shape, kind, places, hidden, rounds)
+                console.print(_times_table(f"{title}: {places:,} places, hidden size {hidden}", times[title]))
+        binds, held = binding.host_times(bind_tokens, rounds)
+    console.print(_bind_table(f"Host time of a bind, {bind_tokens:,} tokens of {binding.MODEL}", binds))
+    console.print({"bytes per token on the device": {name: round(size, 1) for name, size in held.items()}})
+    aims = targets(times, binds)
+    console.print(_aims_table(aims))
+    figures = {
+        "date": datetime.date.today().isoformat(),
+        "hardware": hardware(),
+        "versions": versions(),
+        "settings": {
+            "tokens": tokens, "layer_tokens": layer_tokens, "hidden": hidden, "rounds": rounds, "threads": threads,
+        },
+        "times": times,
+        "bind": {
+            "model": binding.MODEL, "tokens": bind_tokens,
+            "median_seconds": {name: taken._asdict() for name, taken in binds.items()},
+            "bytes_per_token": held,
+        },
+        "targets": aims,
+    }  # fmt: skip
+    console.print({key: figures[key] for key in ("date", "hardware", "versions", "settings")})
+    if json_file is not None:
+        write_json(figures, json_file)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table("", title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _times_table(title: str, times: dict[str, dict[str, float]]) -> Table:
+    table = _table(title, "wall ms", "CPU ms", "CPU of native", "+-", "operators")
+    for name, taken in times.items():
+        milliseconds = f"{taken['wall_seconds'] * 1e3:.2f}", f"{taken['cpu_seconds'] * 1e3:.2f}"
+        ratios = f"{taken['cpu_of_native']:.3f}", f"{taken['error']:.3f}"
+        table.add_row(name, *milliseconds, *ratios, f"{taken['operators']}")
+    return table
+
+
+def _bind_table(title: str, binds: dict[str, Seconds]) -> Table:
+    table = _table(title, "wall ms", "CPU ms")
+    for name, taken in binds.items():
+        table.add_row(name, f"{taken.wall * 1e3:.2f}", f"{taken.cpu * 1e3:.2f}")
+    return table
+
+
+def _aims_table(aims: dict[str, dict[str, Any]]) -> Table:
+    table = _table("Targets, by CPU time", "at most", "measured", "holds")
+    for name, aim in aims.items():
+        table.add_row(name, f"{aim['at_most']:.3f}", f"{aim['measured']:.3f}", "yes" if aim["holds"] else "NO")
+    return table
