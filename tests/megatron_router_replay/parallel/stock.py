@@ -144,7 +144,7 @@ def _around(case: Case, use: Use, batches: list[Microbatch], chunks: list[nn.Mod
         )
         mine = _routers(chunk)
         for layer, router in mine.items():
-            router.set_target_indices(_table(case, use, bound, layer)[own])
+            router.set_target_indices(stock_table(case, use, bound, layer)[own])
             router.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
         yield
         for router in mine.values():
@@ -155,7 +155,7 @@ def _around(case: Case, use: Use, batches: list[Microbatch], chunks: list[nn.Mod
 
 def _set_all(case: Case, use: Use, microbatch: Microbatch, chunks: list[nn.Module]) -> None:
     layers = [layer for chunk in chunks for layer in _routers(chunk)]
-    RouterReplay.set_replay_data([_table(case, use, microbatch, layer) for layer in layers])
+    RouterReplay.set_replay_data([stock_table(case, use, microbatch, layer) for layer in layers])
     RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
 
 
@@ -165,7 +165,7 @@ def _routers(chunk: nn.Module) -> dict[int, RouterReplay]:
     return {router.layer_number - 1: router.router_replay for router in routers if not router.is_mtp_layer}
 
 
-def _table(case: Case, use: Use, microbatch: Microbatch, layer: int) -> Tensor:
+def stock_table(case: Case, use: Use, microbatch: Microbatch, layer: int) -> Tensor:
     """Experts of one router, `int64 [S * B, K]`, for all places of the microbatch."""
     recorded = list(microbatch.recorded(case.moe_layers.index(layer)))
     if use.mistake == "end to end":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from tests.megatron_router_replay.parallel.comparison import TOLERANCE, Step, er
 from tests.megatron_router_replay.parallel.data import Microbatch, microbatches
 from tests.megatron_router_replay.parallel.pool import RankError, RankPool
 from tests.megatron_router_replay.parallel.stock import Use, attempt, given
+from tests.megatron_router_replay.parallel.stock_flex import flex_rows
 from tests.megatron_router_replay.parallel.training import RankStep, native_step
 
 # Of a rank that waits for a message which another one, that failed, will not send.
@@ -63,7 +65,7 @@ class Outcome:
 
 
 class Judge:
-    """Runs steps on pools of ranks, one pool at a time, and says what came of them."""
+    """Runs steps on pools of ranks, and says what came of them."""
 
     def __init__(self, pools: dict[int, RankPool]) -> None:
         self._pools = pools
@@ -75,11 +77,13 @@ class Judge:
         The right step is that of one rank by the other side: Megatron's for ours and ours for Megatron's, which agree
         where every token has a row. Where some have none, only ours takes the trainer's own choice.
         """
-        ranks = self._run(case, use)
-        if isinstance(ranks, str):
-            return Outcome(ranks)
-        recomputed = sum(sum(rank.recomputed_otherwise.values()) for rank in ranks)
-        found = joined(case, [dataclasses.replace(rank, recomputed_otherwise={}) for rank in ranks])
+        recomputed, found = 0, self._steps.get((case, use))
+        if found is None:
+            ranks = self._run(case, use)
+            if isinstance(ranks, str):
+                return Outcome(ranks)
+            recomputed = sum(sum(rank.recomputed_otherwise.values()) for rank in ranks)
+            found = joined(case, [dataclasses.replace(rank, recomputed_otherwise={}) for rank in ranks])
         other = "hand" if use.by == "ours" and use.missing is None else "ours"
         expected = self._one_rank(case.one_rank(), Use(other, missing=use.missing))
         batches = [given(microbatch, use) for microbatch in microbatches(case)]
@@ -94,29 +98,37 @@ class Judge:
             worst=max(errors(found, expected).values()),
         )
 
+    def prepare(self, cases: Iterable[Case]) -> Iterator[Case]:
+        """Compute the right steps of all cases ahead, by the pool of one rank; yields each case that is done."""
+        for case in dict.fromkeys(each.one_rank() for each in cases):
+            for by in ("ours", "hand"):
+                self._one_rank(case, Use(by))
+            yield case
+
+    def flex(self, use: Use) -> Outcome:
+        """Of DeepEP's dispatcher, which is not trained here: what it would be told to send."""
+        ((rows, wrong),) = self._pools[1].run(flex_rows, use)
+        return Outcome(rows=rows, wrong=wrong)
+
     def _run(self, case: Case, use: Use) -> list[RankStep] | str:
         try:
-            answers = self._pool(case.world_size).run(attempt, case, use, timeout=TIMEOUT)
+            answers = self._pools[case.world_size].run(attempt, case, use, timeout=TIMEOUT)
         except RankError as error:
             return f"RankError: {error}"
         failed = [answer for answer in answers if isinstance(answer, str)]
         return failed[0] if failed else answers
 
-    def _pool(self, size: int) -> RankPool:
-        for other, pool in self._pools.items():
-            if other != size:
-                pool.close()
-        return self._pools[size]
-
     def _one_rank(self, case: Case, use: Use | None) -> Step:
         if (case, use) not in self._steps:
-            pool = self._pool(1)
+            pool = self._pools[1]
             ranks = pool.run(native_step, case) if use is None else pool.run(attempt, case, use)
             self._steps[case, use] = joined(case, ranks)
         return self._steps[case, use]
 
     def _own_choice(self, case: Case, batches: list[Microbatch], found: Step) -> tuple[int, int]:
         """Of the first MoE layer, into which nothing goes that replay could have changed."""
+        if all(masks.valid.all() for microbatch in batches for masks in microbatch.masks):
+            return 0, 0
         layer = case.moe_layers[0]
         native = self._one_rank(case.one_rank(), None)
         without_row = not_own = 0
