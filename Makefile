@@ -4,7 +4,7 @@ ENGINE_TESTS := tests/sglang_router_capture tests/megatron_router_replay tests/c
 	tests/contract tests/docs/test_tables.py tests/router_replay/report/test_report_in_browser.py
 QUICK_PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -q -p no:cacheprovider
 
-.PHONY: help setup demo quick quick-checks quick-masks quick-others test contract kernels wheel lock
+.PHONY: help setup demo quick quick-checks quick-masks quick-others test contract stock kernels wheel lock
 
 help:  ## Show the targets.
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -38,6 +38,9 @@ test: setup  ## Lint, types and all tests.
 
 contract: setup  ## Hold the ledgers against other releases of SGLang and Megatron-Core (downloads their wheels).
 	.venv/bin/python scripts/contract.py
+
+stock: setup  ## Megatron's own RouterReplay beside this package's replay, in the same steps; writes docs/stock-replay.md.
+	.venv/bin/python -W ignore scripts/stock_replay.py --write
 
 kernels: setup  ## Compile the CUDA kernels anew; print their registers and spills.
 	@mkdir -p build

@@ -44,8 +44,12 @@ def joined(case: Case, ranks: list[RankStep]) -> Step:
     """Put the parts of all ranks together.
 
     Raises:
-        AssertionError: ranks that hold the same part hold different values, or a part is missing.
+        AssertionError: ranks that hold the same part hold different values, a part is missing, or a recompute went to
+            other experts than its forward pass.
     """
+    for number, rank in enumerate(ranks):
+        others = rank.recomputed_otherwise
+        assert not others, f"rank {number} recomputed rows with other experts, by (layer, microbatch): {others}"
     return Step(_losses(case, ranks), _maps(case, ranks), _gradients(ranks))
 
 
