@@ -94,6 +94,7 @@ def _fill_at_random(model, tensors, config):
         parameter.data.normal_(0.0, 0.06, generator=generator)
 
 
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
 def test_megatrons_other_checkpoint_never_gets_a_router():
     """CheckpointWithoutOutput, which needs Transformer Engine even in bfloat16, and of which nothing is wrapped."""
     root = Path(megatron.core.__path__[0])
