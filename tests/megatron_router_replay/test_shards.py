@@ -79,23 +79,23 @@ def routed_by_megatron(called: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("tensor", "context"), WORLDS)
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_padded_batches_are_cut_as_megatron_cuts_them(tensor, context, side):
-    width, batch = 4 * context * tensor, 3
-    ids = torch.arange(1, batch * width + 1).view(batch, width)
+def test_padded_batches_are_cut_as_megatron_cuts_them(tensor, context):
+    width, batch, world = 4 * context * tensor, 3, 2 * tensor * context
     lengths = torch.tensor([width, width - 3, 1])
-    from_left = torch.arange(width).expand(batch, width) if side == "right" else torch.arange(width).flip(0)
-    ids = ids.where(from_left < lengths[:, None], -1)
-    layout = BatchLayout.padded(ids, lengths, side=side)
-    for rank in range(2 * tensor * context):
-        with rank_of(rank, 2 * tensor * context, tensor, context):
+    whole = torch.arange(1, batch * width + 1).view(batch, width)
+    right = whole.where(torch.arange(width) < lengths[:, None], -1)
+    left = whole.where(torch.arange(width) >= width - lengths[:, None], -1)
+    layouts = [(ids, BatchLayout.padded(ids, lengths, side=side)) for ids, side in ((right, "right"), (left, "left"))]
+    for rank in range(world):
+        with rank_of(rank, world, tensor, context):
             # A context-parallel group of None would be the world.
             group = parallel_state.get_context_parallel_group()
-            batch_here = get_batch_on_this_cp_rank({"tokens": ids, "cu_seqlens": None}, False, cp_group=group)
             shards = rank_shards(config(tensor, context))
-            assert torch.equal(shards.called(layout).called_ids(), batch_here["tokens"])
-            expected = routed_by_megatron(batch_here["tokens"]) if tensor > 1 else batch_here["tokens"].T.flatten()
-            assert torch.equal(ids_of_places(shards.routed(layout)), expected)
+            for ids, layout in layouts:
+                called = get_batch_on_this_cp_rank({"tokens": ids, "cu_seqlens": None}, False, cp_group=group)["tokens"]
+                assert torch.equal(shards.called(layout).called_ids(), called)
+                expected = routed_by_megatron(called) if tensor > 1 else called.T.flatten()
+                assert torch.equal(ids_of_places(shards.routed(layout)), expected)
 
 
 @pytest.mark.parametrize(("tensor", "context"), WORLDS)
