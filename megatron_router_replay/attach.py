@@ -75,7 +75,7 @@ def attach(
         device,
         settings=settings,
         flex=flex,
-        embeddings=first_embeddings(chunks),
+        embeddings=[first_embeddings(chunk) for chunk in chunks],
         groups=ModelGroups(configs[0], context_order),
         overlap_every=overlap_every,
     )

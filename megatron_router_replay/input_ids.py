@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -14,12 +14,12 @@ from router_replay.errors import PairingError
 Compare = Callable[[Tensor], None]
 
 
-def first_embeddings(chunks: Sequence[nn.Module]) -> list[LanguageModelEmbedding]:
-    """Embeddings that a chunk's model is called through: those of models with `pre_process`.
+def first_embeddings(chunk: nn.Module) -> list[LanguageModelEmbedding]:
+    """Embeddings that a chunk's model is called through: that of the model with `pre_process`.
 
     The copy that the last stage has for multi-token prediction looks up the tokens after these and is left out.
     """
-    models = [module for chunk in chunks for module in chunk.modules() if getattr(module, "pre_process", False)]
+    models = [module for module in chunk.modules() if getattr(module, "pre_process", False)]
     embeddings = [getattr(model, "embedding", None) for model in models]
     return [each for each in embeddings if isinstance(each, LanguageModelEmbedding)]
 

@@ -23,8 +23,6 @@ _MAIN = "Megatron-Core has a function that returns a parameter's main parameter"
 
 _ROUTER = "transformer.moe.router.TopKRouter"
 _CONFIG = "transformer.transformer_config.TransformerConfig"
-_ROUTES_TESTS = "tests/megatron_router_replay/test_replay_routes.py"
-_ROUTES_TEST = f"{_ROUTES_TESTS}::test_recorded_rows_are_dispatched_to_their_experts_and_others_natively"
 
 _FLEX_TEST = "tests/megatron_router_replay/test_flex_gates.py::test_experts_whose_gate_is_zero_keep_their_tokens"
 
@@ -338,13 +336,6 @@ _ROUTING_ATTRIBUTES = (
         "read by live_model.check_live_layers",
         "a live router may choose another number of experts than the configuration",
         "tests/megatron_router_replay/test_replay_refusals.py::test_configuration_that_is_not_the_live_model",
-    ),
-    Attribute(
-        _ROUTER,
-        "weight",
-        "read by attach.Replay.microbatch",
-        "rows are put on the device where the router computes",
-        _ROUTES_TEST,
     ),
     Attribute(
         _ROUTER,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
@@ -49,7 +50,7 @@ class Replay:
         *,
         settings: RouterSettings,
         flex: FlexGates,
-        embeddings: Sequence[nn.Module],
+        embeddings: Sequence[Sequence[nn.Module]],
         groups: ModelGroups,
         overlap_every: int | None,
     ) -> None:
@@ -58,11 +59,13 @@ class Replay:
         self.layers = tuple(sorted(self._routers))
         self.observer: ObservedRoutes | None = None
         self._chunks = [frozenset(routers) for routers in routers_by_chunk]
+        self._with_ids = [layers for layers, each in zip(self._chunks, embeddings, strict=True) if each]
         self._device = device
         self._settings = settings
         self._groups = groups
         self._overlap_every = overlap_every
         self._num_passes = 0
+        self._num_training_passes = 0
         self._not_yet_compared = set(self.layers)
         self._checks = DeviceChecks(geometry, device, groups.tensor_groups, groups.step_groups)
         self._metrics = ReplayMetrics(self.layers, geometry.top_k, device)
@@ -78,7 +81,7 @@ class Replay:
                 ours = LayerReplay(self, layer, router.layer_number, dtype)
                 undo.callback(_put_back, router, ours, router.router_replay)
                 router.router_replay = ours
-            for embedding in embeddings:
+            for embedding in (each for of_chunk in embeddings for each in of_chunk):
                 undo.callback(watch(embedding, self._compare_ids).remove)
             self._undo = undo.pop_all()
 
@@ -98,7 +101,9 @@ class Replay:
     ) -> MicrobatchRoutes:
         """Put the rows of this rank's places of a microbatch on its device, once for all passes over it.
 
-        May run ahead of time; binding the result costs next to nothing.
+        May run ahead of time, on the CUDA stream on which the model runs; binding the result costs next to nothing. The
+        last token of a sequence that has no valid row takes experts like padding does, since nothing reads what it
+        computes: not for a model with a head that reads it.
 
         Args:
             masks: one per sequence of the layout, each from token 0; None for a sequence that the trainer is to route
@@ -123,7 +128,7 @@ class Replay:
         """What this rank's routers see of a microbatch that `context_size` context-parallel ranks share.
 
         Raises:
-            InputError: a number of ranks that cannot share one.
+            InputError, PairingError: a number of ranks that cannot share one.
         """
         return self._groups.shards(context_size)
 
@@ -158,16 +163,18 @@ class Replay:
             if layout is not None or fresh is not None or partial or shards is not None:
                 raise InputError("a placement has its layout already: pass it alone, or masks with their layout")
             routes = masks
-            if (routes.geometry.num_experts, routes.geometry.top_k) != (self.geometry.num_experts, self.geometry.top_k):
+            if not _belongs(routes, self.geometry):
                 raise PairingError(
-                    "this placement was made by the replay of another model: make it by this one's place()"
+                    f"this placement is of {routes.geometry}, this model has {self.geometry}: place masks by the replay"
+                    " of the model that they are bound to"
                 )
         else:
             routes = self.place(masks, require_layout(layout), fresh=fresh, partial=partial, shards=shards)
         self._checks.raise_copied()
         training = torch.is_grad_enabled()
-        binding = BoundPass(routes, overlap=self._overlap(training))
-        with self._whole_pass(binding, routes.fingerprint):
+        overlap, compared = self._next_comparisons(training)
+        binding = BoundPass(routes, overlap=overlap)
+        with self._whole_pass(binding, routes.fingerprint, compared=compared):
             self._metrics.add_pass(routes)
             yield routes
         if binding.overlap is not None and binding.overlap.by_layer:
@@ -246,29 +253,41 @@ class Replay:
         self._undo.close()
 
     @contextlib.contextmanager
-    def _whole_pass(self, binding: BoundPass, number: int) -> Iterator[None]:
+    def _whole_pass(self, binding: BoundPass, number: int, *, compared: bool = False) -> Iterator[None]:
         self._settings.check_now()
         self._num_passes += 1
-        self._checks.count(number)
         with bound(self, binding):
-            if binding.overlap is not None:
+            if compared:
                 self._checks.compare_fingerprints(number, self._num_passes)
             yield
         binding.require_whole(self._chunks)
-        self._settings.check_now()
+        if self.attached:
+            self._settings.check_now()
+        for chunk, layers in enumerate(self._chunks):
+            if binding.ran(layers):
+                self._checks.count(chunk, number)
+        if not binding.ids_compared and any(binding.ran(layers) for layers in self._with_ids):
+            self._metrics.add_pass_without_ids()
 
     def _part(self, shards: Shards | None) -> Shards:
         if shards is None:
             return self._groups.shards(None)
         # Each context-parallel rank may now have microbatches of its own.
-        self._checks.leave_out(self._groups.context_group)
+        self._checks.set_apart(self._groups.context_group)
         return shards
 
-    def _overlap(self, training: bool) -> OverlapSample | None:
+    def _next_comparisons(self, training: bool) -> tuple[OverlapSample | None, bool]:
+        """What the next pass compares: with the trainer's own choice, and with other ranks.
+
+        The latter is a collective, so nothing that may differ between ranks decides about it.
+        """
         if self._overlap_every is None:
-            return None
-        is_first = training and bool(self._not_yet_compared)
-        return OverlapSample() if is_first or self._num_passes % self._overlap_every == 0 else None
+            return None, False
+        every = self._num_passes % self._overlap_every == 0
+        compared = every or (training and self._num_training_passes < len(self._chunks))
+        self._num_training_passes += training
+        sampled = every or (training and bool(self._not_yet_compared))
+        return OverlapSample() if sampled else None, compared
 
     def _compare_ids(self, called_with: Tensor) -> None:
         binding = current().bindings.get(self)
@@ -296,3 +315,11 @@ class Replay:
 def _put_back(router: TopKRouter, ours: LayerReplay, original: object) -> None:
     if router.router_replay is ours:
         router.router_replay = original
+
+
+def _belongs(routes: MicrobatchRoutes, geometry: RoutingGeometry) -> bool:
+    """Whether routes are of this model: of all of its MoE layers, or of those that a chunk recorded."""
+    if routes.source == "rollout":
+        return routes.geometry == geometry
+    same_but_layers = replace(routes.geometry, moe_layers=geometry.moe_layers) == geometry
+    return same_but_layers and set(routes.geometry.moe_layers) <= set(geometry.moe_layers)

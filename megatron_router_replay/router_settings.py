@@ -99,6 +99,7 @@ class RouterSettings:
     def _accept_now(self, config: TransformerConfig, before: list[Any]) -> None:
         values = _values(config)
         if values == before:
+            self._accepted[id(config)] = (config, values)
             return
         try:
             check_config(config)

@@ -58,7 +58,8 @@ def packed(token_ids: Tensor, cu_seqlens: Integers, lengths: Integers | None) ->
         ids = ids[0]
     if ids.dim() != 1:
         raise InputError(f"a packed batch needs token ids of shape [T] or [1, T], got {list(ids.shape)}")
-    bounds = integers(cu_seqlens, "cu_seqlens")
+    # A copy, since the layout must not change with what the caller does to his own.
+    bounds = integers(cu_seqlens, "cu_seqlens").clone()
     last = int(bounds[-1]) if len(bounds) else -1
     if len(bounds) < 2 or int(bounds[0]) != 0 or last > len(ids) or (last < len(ids) and lengths is None):
         raise InputError(
@@ -96,7 +97,7 @@ def jagged(sequences: Tensor | Sequence[Tensor], multiple_of: int, cu_seqlens: I
     if cu_seqlens is None:
         bounds = _bounds((counts + multiple_of - 1) // multiple_of * multiple_of)
     else:
-        bounds = integers(cu_seqlens, "cu_seqlens")
+        bounds = integers(cu_seqlens, "cu_seqlens").clone()
         if len(bounds) < 2 or int(bounds[0]) != 0:
             raise InputError(f"cu_seqlens must bound the {len(parts)} sequences from 0 on, got {bounds.tolist()}")
     sequence, position = _in_bounds(bounds, counts, len(bounds) - 1)

@@ -81,11 +81,15 @@ def current() -> State:
 @contextlib.contextmanager
 def entered(state: State) -> Iterator[None]:
     """Make `state` current for the block."""
-    token = _state.set(state)
+    before = _state.get()
+    _state.set(state)
     try:
         yield
     finally:
-        _state.reset(token)
+        # A checkpoint that was left by an exception may end this late, when the block around it has ended: what is
+        # current by then stays.
+        if _state.get() is state:
+            _state.set(before)
 
 
 @contextlib.contextmanager
@@ -97,6 +101,7 @@ def bound(replay: Replays, binding: BoundPass | Native) -> Iterator[None]:
             yielded inside of it was closed in another thread or task.
     """
     state = current()
+    frames = state.frames
     if replay in state.bindings:
         raise CallOrderError(
             "a block of this replay is open already: microbatch(), record() and off() do not nest, and a generator must"
@@ -112,7 +117,7 @@ def bound(replay: Replays, binding: BoundPass | Native) -> Iterator[None]:
         is_here = state.bindings.get(replay) is binding
         if is_here:
             others = {key: value for key, value in state.bindings.items() if key is not replay}
-            _state.set(State(others, state.frames) if others or state.frames else _EMPTY)
+            _state.set(State(others, frames) if others or frames else _EMPTY)
     if not is_here:
         raise CallOrderError(
             "the block of this replay ended in another thread or task than the one in which it began, where it stays"

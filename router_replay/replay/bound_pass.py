@@ -58,6 +58,10 @@ class BoundPass:
             )
         self._asked.add(layer)
 
+    def ran(self, layers: frozenset[int]) -> bool:
+        """Whether a chunk with these layers ran in this pass; False where it has none."""
+        return bool(layers & self._asked)
+
     def require_whole(self, chunks: Sequence[frozenset[int]]) -> None:
         """At the end of the block: every layer of the chunks that ran was asked.
 

@@ -40,22 +40,24 @@ class DeviceChecks:
     ) -> None:
         self._geometry = geometry
         self.tensor_groups, self.step_groups = tuple(tensor_groups), tuple(step_groups)
+        self._apart: set[dist.ProcessGroup] = set()
         # Each holds the number of the pass that raised it first, from 1 on, or 0.
         self._flags = torch.zeros(3, dtype=torch.int64, device=device)
         self._on_host = torch.zeros(3, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._copied: torch.cuda.Event | None = None
-        self._order = 0
+        self._is_read = False
+        self._orders: dict[int, int] = {}
         self._num_sampled = 0
         self._with_hardly_any = torch.zeros((), dtype=torch.int64, device=device)
 
-    def leave_out(self, group: dist.ProcessGroup | None) -> None:
-        """Do not compare with these ranks any more, since each of them has microbatches of its own."""
-        self.tensor_groups = tuple(each for each in self.tensor_groups if each is not group)
-        self.step_groups = tuple(each for each in self.step_groups if each is not group)
+    def set_apart(self, group: dist.ProcessGroup | None) -> None:
+        """Its ranks have microbatches of their own from now on; what one of them finds wrong is still raised on all."""
+        if group is not None:
+            self._apart.add(group)
 
-    def count(self, fingerprint: int) -> None:
-        """A microbatch with this fingerprint is bound; the order of them is compared by `read`."""
-        self._order = (self._order * 1_000_003 + fingerprint) % _MODULUS
+    def count(self, chunk: int, fingerprint: int) -> None:
+        """A model chunk with MoE layers has run a microbatch with this fingerprint; `read` compares their order."""
+        self._orders[chunk] = (self._orders.get(chunk, 0) * 1_000_003 + fingerprint + 1) % _MODULUS
 
     def compare_ids(self, called_with: Tensor, expected: Tensor, number: int) -> None:
         """Token ids of the call, and those of the layout with -1 for padding; both of one shape, on the device."""
@@ -64,6 +66,8 @@ class DeviceChecks:
     def compare_fingerprints(self, fingerprint: int, number: int) -> None:
         """Whether all ranks of the tensor groups bound the same microbatch; every rank of them calls it."""
         for group in self.tensor_groups:
+            if group in self._apart:
+                continue
             # Filled by a kernel: a copy from the host's pageable memory would wait for the device.
             extremes = torch.stack([self._flags.new_full((), value) for value in (fingerprint, -fingerprint)])
             dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
@@ -92,12 +96,14 @@ class DeviceChecks:
             self._copied.record()
 
     def raise_copied(self) -> None:
-        """Raise what a copy that has arrived says; never waits.
+        """Raise what a copy that has arrived says; never waits, and does nothing once `read` has been called.
+
+        Whoever reads the flags on all ranks is not to meet them on one rank before.
 
         Raises:
             PairingError: as of `read`.
         """
-        if self._copied is None or self._copied.query():
+        if not self._is_read and (self._copied is None or self._copied.query()):
             self._explain(self._on_host.numpy().tolist())
 
     def read(self) -> None:
@@ -105,19 +111,26 @@ class DeviceChecks:
 
         Raises:
             PairingError: the model was called with other token ids than those of the layout, hardly any replayed expert
-                is the trainer's own choice, or ranks of one model were given different microbatches.
+                is the trainer's own choice, or chunks or ranks of one model were given different microbatches.
         """
-        order, self._order = self._order, 0
-        found = torch.cat([self._flags, torch.tensor([order, -order], device=self._flags.device)])
+        self._is_read = True
+        orders, self._orders = set(self._orders.values()), {}
+        # A rank without MoE layers has no order, and does not change the extremes.
+        largest, smallest = (max(orders), min(orders)) if orders else (-_MODULUS, _MODULUS)
+        extremes = torch.tensor([largest, -smallest], device=self._flags.device)
+        found = self._flags.clone()
         for group in self.step_groups:
             dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-        *flags, largest, negated_smallest = found.tolist()
-        self._explain(flags)
-        if largest != -negated_smallest:
+            if group not in self._apart:
+                dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
+        self._explain(found.tolist())
+        largest, negated = extremes.tolist()
+        if largest != -negated and largest != -_MODULUS:
             raise PairingError(
-                "the ranks of one model replayed different microbatches since the last check, or the same ones in"
-                " another order: pipeline stages and tensor- and context-parallel ranks must bind the same masks and"
-                " layouts, in the order of their forward passes, and all call check() after the same passes"
+                "chunks or ranks of one model replayed different microbatches since the last check, or the same ones in"
+                " another order: every model chunk, pipeline stage and tensor- or context-parallel rank must bind the"
+                " same masks and layouts, in the order of its forward passes, and all ranks call check() after the same"
+                " passes"
             )
 
     def _raise(self, flag: int, wrong: Tensor, number: int) -> None:

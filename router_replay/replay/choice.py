@@ -38,6 +38,11 @@ def replayed_experts(
             f" {routes.num_places} on this rank: build the layout from the token ids of whole sequences that the model"
             " is called with, in the same shape"
         )
+    if scores.device != routes.device:
+        raise PairingError(
+            f"the router of decoder layer {layer} computes on {scores.device}, the rows of this microbatch are on"
+            f" {routes.device}: attach and place when the model is on the device where it runs"
+        )
     experts = routes.experts(layer)
     if routes.num_native == 0:
         return experts

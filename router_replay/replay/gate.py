@@ -34,7 +34,8 @@ class FreshWeights:
     max_weight_lag: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.names, str) or not all(isinstance(name, str) for name in self.names):
+        listed = isinstance(self.names, Sequence) and not isinstance(self.names, str)
+        if not listed or not all(isinstance(name, str) for name in self.names):
             raise InputError(
                 f"names are {self.names!r}, but must be a list of the trainer's weight versions, the present one last"
             )
@@ -52,6 +53,8 @@ class FreshWeights:
         fresh = torch.zeros(masks.num_tokens, dtype=torch.bool)
         recent = set(self.names[-1 - self.max_weight_lag :])
         runs = masks.weight_versions
+        if not runs:
+            return fresh
         ends = [position for position, _ in runs[1:]] + [masks.end]
         for (begin, name), end in zip(runs, ends, strict=True):
             if name in recent:

@@ -122,8 +122,8 @@ def _row_numbers(recorded: Sequence[RoutingMasks | None], layout: BatchLayout) -
 
 def sample_of(places: Tensor) -> Tensor:
     """At most `SAMPLED_PLACES` of `int64 [n]`, evenly spread."""
-    step = max(1, len(places) // SAMPLED_PLACES)
-    return places[step // 2 :: step][:SAMPLED_PLACES]
+    count = min(SAMPLED_PLACES, len(places))
+    return places[torch.arange(count) * len(places) // max(count, 1)]
 
 
 def called_ids_on(called: BatchLayout, device: torch.device) -> Tensor | None:
@@ -142,7 +142,8 @@ def fingerprint(layout: BatchLayout, kinds: Tensor | None = None, masks: Sequenc
     """A number below 2**62 of what was bound; ranks with another number were given something else."""
     parts = [one.token_digest for one in masks]
     parts += [str(zlib.crc32(one.rows.cpu().contiguous().numpy())) for one in masks]
-    vectors = (layout.sequence, layout.position, layout.token_ids, *(() if kinds is None else (kinds,)))
+    # Not its places: a rank may have been given the layout of its own.
+    vectors = (layout.token_ids, layout.cu_seqlens, *(() if kinds is None else (kinds,)))
     parts += [str(zlib.crc32(each.contiguous().numpy())) for each in vectors]
     digest = hashlib.blake2b(" ".join(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2

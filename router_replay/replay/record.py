@@ -157,8 +157,8 @@ def join_parts(parts: Iterable[RecordedPart]) -> list[RoutingMasks]:
         InputError: no parts.
         PairingError: parts of other sequences or of another model.
     """
-    listed = list(parts)
-    if not listed:
+    listed = list(parts) if isinstance(parts, Iterable) else []
+    if not listed or not all(isinstance(part, RecordedPart) for part in listed):
         raise InputError("no parts to join: pass what part() gave on every rank, for every model chunk")
     first = listed[0]
     for number, part in enumerate(listed[1:], start=1):

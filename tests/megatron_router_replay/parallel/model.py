@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from cpu_engines.megatron import PackedDotProductAttention
 from tests.megatron_router_replay.parallel.cases import NUM_EXPERTS, VOCABULARY, Case
-from tests.megatron_router_replay.parallel.hybrid import build_hybrid
 
 # Wide enough that no two of a token's router logits are near to each other.
 STD = 0.15
@@ -72,7 +71,7 @@ def build_chunks(case: Case) -> list[nn.Module]:
     chunks = []
     stages: list[int | None] = list(range(case.vpp)) if case.vpp > 1 else [None]
     for stage in stages:
-        chunk = build_hybrid(case, config, stage) if case.hybrid else _build_gpt(case, config, stage)
+        chunk = _build_hybrid(case, config, stage) if case.hybrid else _build_gpt(case, config, stage)
         # Torch's norms are made in float32, whatever params_dtype says.
         chunk.double().train()
         with torch.no_grad():
@@ -119,6 +118,13 @@ def _shard(name: str, parameter: nn.Parameter) -> Shard:
     if not getattr(parameter, "tensor_model_parallel", False) or count == 1:
         return Shard(name)
     return Shard(name, parameter.partition_dim, index, count, name.endswith("linear_fc1.weight"))
+
+
+def _build_hybrid(case: Case, config: TransformerConfig, stage: int | None) -> nn.Module:
+    # Megatron-Core 0.17 has no HybridModel under this name.
+    from tests.megatron_router_replay.parallel.hybrid import build_hybrid
+
+    return build_hybrid(case, config, stage)
 
 
 def _build_gpt(case: Case, config: TransformerConfig, stage: int | None) -> GPTModel:

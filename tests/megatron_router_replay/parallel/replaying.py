@@ -65,7 +65,7 @@ def recorded_step(case: Case) -> RecordedStep:
             train_step(case, chunks, recording)
             replay.check()
         again = build_chunks(case)
-        with attach(again, masks_geometry(case), context_order=case.context_order, overlap_every=1) as replay:
+        with attach(again, masks_geometry(case), context_order=case.context_order) as replay:
 
             def around(microbatch: Microbatch, chunk: nn.Module) -> AbstractContextManager[Any]:
                 return replay.microbatch(recorders[microbatch.index, _number(again, chunk)].routes)
