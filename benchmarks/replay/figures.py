@@ -92,9 +92,10 @@ def targets(times: dict[str, dict[str, dict[str, float]]], binds: dict[str, Seco
     found = {}
     for title, by_variant in times.items():
         noise = abs(by_variant[AGAIN]["cpu_of_native"] - 1) + by_variant[AGAIN]["error"]
-        bound = {"router": 0.7, "step": 1 + noise}.get(title.rpartition(", ")[2])
-        for variant in (OURS, WITH_NATIVE) if bound is not None else ():
-            found[f"{title}: {variant}, of native"] = (bound, by_variant[variant]["cpu_of_native"])
+        bounds = {"router": 0.7, "step": 1 + noise}
+        kind = title.rpartition(", ")[2]
+        for variant in (OURS, WITH_NATIVE) if kind in bounds else ():
+            found[f"{title}: {variant}, of native"] = (bounds[kind], by_variant[variant]["cpu_of_native"])
     for use, milliseconds in ((binding.FIRST, 15.0), (binding.SECOND, 5.0)):
         found[f"{use}, ms"] = (milliseconds, binds[use].cpu * 1e3)
     return {
