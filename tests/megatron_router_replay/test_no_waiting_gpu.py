@@ -1,7 +1,7 @@
 """The same on a CUDA device, by torch's own check: a whole step in which whatever waits raises.
 
-Megatron's dispatchers wait (`test_no_waiting.py` has the list), so its MoE layers only route here: embedding, attention,
-checkpoints and routers are its own, and the gates are the output. On the CPU the same model runs under the guard.
+Megatron's dispatchers wait (`test_no_waiting.py` has the list), so its MoE layers only route here: embedding,
+attention, checkpoints and routers are its own, the gates are the output. On the CPU the same model is under the guard.
 """
 
 from __future__ import annotations
