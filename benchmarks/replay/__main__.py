@@ -21,12 +21,14 @@ def main(
     shapes: Annotated[
         list[str], typer.Option("--shape", help=f"Router shapes: {', '.join(SHAPES)}; several with several --shape.")
     ] = list(SHAPES),  # noqa: B006 (typer reads it)
-    tokens: Annotated[int, typer.Option(min=64, help="Places of a router.")] = 4096,
+    tokens: Annotated[int, typer.Option(min=64, help="Places of the routers.")] = 2048,
     layer_tokens: Annotated[int, typer.Option(min=64, help="Places of a layer and of a step.")] = 512,
     hidden: Annotated[
         int, typer.Option(min=16, help="Hidden size; far below the models' own, which a CPU would spend its time on.")
     ] = 128,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds; medians are reported.")] = 21,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Rounds of routers and binds; half as many of layers and steps.")
+    ] = 21,
     bind_tokens: Annotated[int, typer.Option(min=64, help="Of the microbatch that is bound.")] = 8192,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here, too.")] = None,

@@ -33,6 +33,7 @@ def test_the_programs_are_found() -> None:
     assert PROGRAMS == [
         "benchmarks.corrections",
         "benchmarks.mask_codec",
+        "benchmarks.replay",
         "examples.multi_turn_replay",
         "examples.small_model.train",
     ]
