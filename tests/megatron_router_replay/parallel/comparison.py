@@ -94,7 +94,9 @@ def _losses(case: Case, ranks: list[RankStep]) -> Tensor:
     for rank in ranks:
         for microbatch, loss in rank.losses.items():
             key = microbatch, rank.cp_rank
-            assert torch.equal(parts.setdefault(key, loss), loss), f"tensor-parallel ranks differ in the loss of {key}"
+            assert torch.equal(parts.setdefault(key, loss), loss), (
+                f"ranks differ in the loss of microbatch {microbatch}"
+            )
     return torch.stack(
         [torch.stack([parts[index, cp] for cp in range(case.cp)]).sum() for index in range(case.num_microbatches)]
     )
