@@ -170,3 +170,19 @@ def test_settings_are_judged_once_unless_they_change(build_model, batch, monkeyp
             with replay.microbatch(batch.masks, batch.layout):
                 pass
         assert len(judged) == 2
+
+
+def test_a_configuration_that_was_exchanged_is_watched_like_the_first(build_model, batch):
+    model = build_model()
+    router = next(iter(_routers(model)))
+    with attach(model, overlap_every=None) as replay:
+        for _ in range(2):
+            router.config = copy.copy(router.config)
+            with replay.microbatch(batch.masks, batch.layout):
+                token_logprobs(model, batch.token_ids)
+        router.config.moe_expert_capacity_factor = 1.0
+        with (
+            pytest.raises(UnsupportedError, match=r"moe_expert_capacity_factor .*changed after attach"),
+            replay.microbatch(batch.masks, batch.layout),
+        ):
+            raise AssertionError("bound")

@@ -12,7 +12,7 @@ import torch
 
 from router_replay.errors import CallOrderError
 from router_replay.replay import MicrobatchRoutes, ObservedRoutes, place
-from router_replay.replay.binding import NATIVE, bound, current
+from router_replay.replay.binding import NATIVE, Frame, State, bound, current, entered
 from router_replay.replay.bound_pass import BoundPass
 from tests.router_replay.replay.batches import GEOMETRY, padded, recorded
 
@@ -117,3 +117,22 @@ def test_a_block_is_around_a_whole_pass_of_whole_chunks(chunks, asked, message):
         return
     with pytest.raises(CallOrderError, match=message):
         one.require_whole(sets)
+
+
+def test_a_checkpoint_that_ends_after_the_block_brings_nothing_back():
+    """An exception left it suspended, and the garbage collector ends it when the block has long ended."""
+    replay = Replay()
+
+    def suspended() -> Iterator[None]:
+        with entered(State(current().bindings, (*current().frames, Frame()))):
+            yield
+
+    checkpoint = suspended()
+    with contextlib.suppress(ZeroDivisionError), bound(replay, NATIVE):
+        next(checkpoint)
+        raise ZeroDivisionError
+    assert current() == State()
+    checkpoint.close()
+    assert current() == State()
+    with bound(replay, NATIVE):
+        pass

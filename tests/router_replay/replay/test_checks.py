@@ -95,3 +95,26 @@ def test_the_threshold_lies_between_chance_and_equality(experts, data):
     top_k = data.draw(st.integers(1, experts - 1))
     geometry = RoutingGeometry(1, (0,), experts, top_k)
     assert top_k / experts < hardly_any(geometry) < 1
+
+
+def test_chunks_of_one_rank_that_ran_other_microbatches(checks):
+    """Interleaved chunks run the same microbatches in the same order; a dense one has no order."""
+    for chunk in (0, 1):
+        for fingerprint in (5, 7):
+            checks.count(chunk, fingerprint)
+    checks.read()
+    for chunk, order in ((0, (5, 7)), (1, (7, 5))):
+        for fingerprint in order:
+            checks.count(chunk, fingerprint)
+    with pytest.raises(PairingError, match="chunks or ranks of one model replayed different microbatches"):
+        checks.read()
+    checks.read()
+
+
+def test_who_reads_the_flags_is_not_met_by_them_before(checks):
+    checks.read()
+    checks.compare_ids(torch.tensor([[1]]), torch.tensor([[2]]), 1)
+    checks.copy_to_host()
+    checks.raise_copied()
+    with pytest.raises(PairingError, match="other token ids"):
+        checks.read()

@@ -32,6 +32,11 @@ def test_masks_that_begin_later():
     assert FreshWeights(NAMES, 0).of(part).int().tolist() == [0, 0, 1, 1]
 
 
+def test_rows_of_weights_that_nobody_named_are_stale():
+    _, (masks,), _ = recorded([8], 0)
+    assert not FreshWeights(NAMES, 9).of(replace(masks, weight_versions=())).any()
+
+
 def test_stale_tokens_are_native_and_counted_apart_from_invalid_ones():
     ids, masks, _ = recorded([9, 6], 3)
     masks = [replace(masks[0], weight_versions=((0, "a"), (4, "d"))), replace(masks[1], weight_versions=((0, "d"),))]
@@ -53,6 +58,7 @@ def test_stale_tokens_are_native_and_counted_apart_from_invalid_ones():
         ([], 0, "one or more different names"),
         (["a", "a"], 0, "one or more different names"),
         ("step 7", 0, "must be a list"),
+        (None, 0, "must be a list"),
         ([1, 2], 0, "must be a list"),
         (["a"], -1, "routes cannot be newer than the weights"),
     ],

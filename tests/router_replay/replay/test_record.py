@@ -78,8 +78,9 @@ def test_a_recording_is_bound_as_it_is():
 
 def test_what_cannot_be_joined():
     layout, other = padded(ids()), padded(ids(seed=1))
-    with pytest.raises(InputError, match="no parts to join"):
-        join_parts([])
+    for nothing in ([], None, ["a part"]):
+        with pytest.raises(InputError, match="no parts to join"):
+            join_parts(nothing)
     mine, theirs = (recorder((1,), Shards(), each).part() for each in (layout, other))
     with pytest.raises(PairingError, match="part 1 is of other sequences than part 0"):
         join_parts([mine, theirs])
