@@ -149,7 +149,7 @@ def test_a_list_that_changed_in_place_and_another_configuration_are_seen(build_m
         last.config.moe_expert_capacity_factor = None
         other = last.config
         with replay.microbatch(batch.masks, batch.layout):
-            pass
+            token_logprobs(model, batch.token_ids)
     assert last.config is other
 
 
@@ -163,12 +163,12 @@ def test_settings_are_judged_once_unless_they_change(build_model, batch, monkeyp
         assert judged == [model.config]
         for _ in range(2):
             with replay.microbatch(batch.masks, batch.layout):
-                pass
+                token_logprobs(model, batch.token_ids)
         assert len(judged) == 1
         model.config.cuda_graph_impl = None
         for _ in range(2):
             with replay.microbatch(batch.masks, batch.layout):
-                pass
+                token_logprobs(model, batch.token_ids)
         assert len(judged) == 2
 
 

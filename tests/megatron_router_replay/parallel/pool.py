@@ -70,7 +70,9 @@ class RankPool:
         context.set_forkserver_preload([RANK_MODULE])
         # The server is started with this process' environment, and does not look at its sys.path.
         found = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
-        os.environ.update(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+        # Another release of Megatron-Core may stand on the path, in front of the environment's.
+        path = os.pathsep.join(filter(None, (found["PYTHONPATH"], str(ROOT))))
+        os.environ.update(PYTHONPATH=path, OMP_NUM_THREADS="1")
         try:
             multiprocessing.forkserver.ensure_running()
         finally:

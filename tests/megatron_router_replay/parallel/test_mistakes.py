@@ -30,18 +30,17 @@ def said(case: Case, mistake: str) -> str:
 
             def around(microbatch: Microbatch, chunk: nn.Module) -> AbstractContextManager[Any]:
                 other = batches[swapped.get(microbatch.index, microbatch.index)]
-                number = next(
-                    number for number, each in enumerate(chunks) if any(part is each for part in chunk.modules())
-                )
-                if (
-                    (mistake == "masks and layout on every rank")
-                    or (mistake == "masks and layout on the last stage" and last_stage)
-                    or (mistake == "masks and layout on one tensor-parallel rank" and second_tensor_rank)
-                    or (mistake == "masks and layout of the second chunk" and number == 1)
-                ):
-                    microbatch = other
-                return replay.microbatch(microbatch.masks, microbatch.layout)
+                here = {
+                    "masks and layout on every rank": True,
+                    "masks and layout on the last stage": last_stage,
+                    "masks and layout on one tensor-parallel rank": second_tensor_rank,
+                    "masks and layout of the second chunk": any(part is chunks[-1] for part in chunk.modules()),
+                }
+                bound = other if here.get(mistake, False) else microbatch
+                return replay.microbatch(bound.masks, bound.layout)
 
+            # From the first check on nothing is raised on one rank alone, where others would wait for it.
+            replay.check()
             train_step(case, chunks, around)
             try:
                 replay.check()
