@@ -4,10 +4,10 @@ ENGINE_TESTS := tests/sglang_router_capture tests/megatron_router_replay tests/c
 	tests/contract tests/docs/test_tables.py tests/router_replay/report/test_report_in_browser.py
 QUICK_PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -q -p no:cacheprovider
 
-.PHONY: help setup demo quick quick-checks quick-masks quick-others test contract stock kernels wheel lock
+.PHONY: help setup demo quick quick-checks quick-masks quick-others test contract megatron-0.17 stock kernels wheel lock
 
 help:  ## Show the targets.
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z0-9.-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup:  ## Make .venv with the locked dependencies; does nothing where it is up to date.
 	@bash scripts/setup.sh
@@ -38,6 +38,9 @@ test: setup  ## Lint, types and all tests.
 
 contract: setup  ## Hold the ledgers against other releases of SGLang and Megatron-Core (downloads their wheels).
 	.venv/bin/python scripts/contract.py
+
+megatron-0.17: setup  ## The trainer's tests with Megatron-Core 0.17.1, in an environment of its own.
+	bash scripts/other_megatron.sh 0.17.1
 
 stock: setup  ## Megatron's own RouterReplay beside this package's replay, in the same steps; writes docs/stock-replay.md.
 	.venv/bin/python -W ignore scripts/stock_replay.py --write

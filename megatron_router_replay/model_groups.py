@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
-from router_replay.replay.shards import ContextOrder, Shards
 
 from megatron_router_replay.shards import rank_shards
+from router_replay.replay.shards import ContextOrder, Shards
 
 
 class ModelGroups:
