@@ -7,7 +7,7 @@ QUICK_PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -q -p no:cacheprovider
 .PHONY: help setup demo quick quick-checks quick-masks quick-others test contract megatron-0.17 stock kernels wheel lock
 
 help:  ## Show the targets.
-	@sed -nE 's/^([a-z0-9.-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z0-9.-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 setup:  ## Make .venv with the locked dependencies; does nothing where it is up to date.
 	@bash scripts/setup.sh
