@@ -10,9 +10,9 @@ from tests.megatron_router_replay.conftest import batch, build_model, checkpoint
 __all__ = ["batch", "build_model", "checkpoint", "geometry", "megatron"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    """Two ranks, which start at the first call."""
+    """Two ranks, which start at the first call and end with their file of tests."""
     both = Ranks()
     yield both
     both.stop()

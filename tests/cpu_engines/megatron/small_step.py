@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cpu_engines.megatron import PackedDotProductAttention
 from cpu_engines.megatron.context_parallel import rows_of_rank
+from cpu_engines.megatron.release import release
 
 Kind = Literal["padded", "packed", "uncut packs"]
 
@@ -234,4 +235,5 @@ def step(kind: Kind, overrides: dict[str, Any]) -> tuple[dict[int, Tensor], dict
             whole.fill_(torch.nan)
             whole[own] = parameter.main_grad.view(whole[own].shape)
             gradients[_global_name(chunk.module, name)] = whole
+    release(chunks)
     return {rank + size * number: each["loss"] for number, each in enumerate(losses)}, gradients

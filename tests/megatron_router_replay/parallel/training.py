@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cpu_engines.megatron import model_parallel
+from cpu_engines.megatron.release import release
 from tests.megatron_router_replay.parallel.cases import Case
 from tests.megatron_router_replay.parallel.data import LOSS_SCALE, Microbatch, columns, microbatches
 from tests.megatron_router_replay.parallel.model import Shard, build_chunks, shards
@@ -130,19 +130,8 @@ def train_step(case: Case, chunks: list[nn.Module], around: Around | None = None
             )
         seen.gradients = [(shard, each.main_grad.clone()) for chunk in chunks for shard, each in shards(chunk)]
     finally:
-        _release(wrapped)
+        release(wrapped)
     return seen
-
-
-def _release(wrapped: list[DistributedDataParallel]) -> None:
-    """Undo what would keep a model alive for ever, and with it the threads of its process groups.
-
-    Hooks of gradient accumulators refer to the wrapper, whose dispatchers keep the graph that ends in them: a circle
-    that the garbage collector cannot see; rotary embeddings are keys in a cache of their own class.
-    """
-    for each in wrapped:
-        vars(each).clear()
-    RotaryEmbedding.forward.cache_clear()
 
 
 def _wrapped(chunks: list[nn.Module]) -> list[DistributedDataParallel]:
