@@ -296,14 +296,14 @@ _ROUTING_ATTRIBUTES = (
         "tests/megatron_router_replay/test_replay_remove.py::test_objects_are_put_back",
     ),
     Attribute(
-        "models.common.language_module.language_module.LanguageModule",
+        "models.gpt.gpt_model.GPTModel",
         "pre_process",
         "read by input_ids.first_embeddings",
         "it tells the stage that is called with token ids from the one that only predicts further ones",
         "tests/megatron_router_replay/test_replay_mistakes.py::test_model_that_runs_on_other_tokens_than_the_layout",
     ),
     Attribute(
-        "models.common.language_module.language_module.LanguageModule",
+        "models.gpt.gpt_model.GPTModel",
         "embedding",
         "read by input_ids.first_embeddings",
         "it is where the model's token ids are seen",
