@@ -28,9 +28,7 @@ class LayerReplay:
     """
 
     def __init__(self, replay: Replays, layer: int, layer_number: int, index_dtype: torch.dtype) -> None:
-        """Args:
-        index_dtype: of the experts that are handed to Megatron.
-        """
+        """Answer for the router of `layer`, with experts of `index_dtype`."""
         self.layer = layer
         self.layer_number: int | None = layer_number
         self._replay = replay

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from megatron.core.transformer.moe.router import TopKRouter
@@ -22,12 +21,12 @@ from router_replay.masks.masks import RoutingMasks
 from router_replay.replay.binding import NATIVE, bound, current
 from router_replay.replay.bound_pass import BoundPass
 from router_replay.replay.checks import DeviceChecks
+from router_replay.replay.comparisons import Comparisons
 from router_replay.replay.gate import FreshWeights
 from router_replay.replay.layout import BatchLayout, require_layout
 from router_replay.replay.metrics import ReplayMetrics
 from router_replay.replay.microbatch import MicrobatchRoutes
 from router_replay.replay.observe import ObservedRoutes
-from router_replay.replay.overlap import OverlapSample
 from router_replay.replay.placement import fingerprint, place
 from router_replay.replay.record import RouteRecorder
 from router_replay.replay.shards import Shards
@@ -63,10 +62,8 @@ class Replay:
         self._device = device
         self._settings = settings
         self._groups = groups
-        self._overlap_every = overlap_every
         self._num_passes = 0
-        self._num_training_passes = 0
-        self._not_yet_compared = set(self.layers)
+        self._comparisons = Comparisons(overlap_every, self.layers, len(self._chunks))
         self._checks = DeviceChecks(geometry, device, groups.tensor_groups, groups.step_groups)
         self._metrics = ReplayMetrics(self.layers, geometry.top_k, device)
         self._attached = True
@@ -163,7 +160,7 @@ class Replay:
             if layout is not None or fresh is not None or partial or shards is not None:
                 raise InputError("a placement has its layout already: pass it alone, or masks with their layout")
             routes = masks
-            if not _belongs(routes, self.geometry):
+            if not routes.are_of(self.geometry):
                 raise PairingError(
                     f"this placement is of {routes.geometry}, this model has {self.geometry}: place masks by the replay"
                     " of the model that they are bound to"
@@ -172,7 +169,7 @@ class Replay:
             routes = self.place(masks, require_layout(layout), fresh=fresh, partial=partial, shards=shards)
         self._checks.raise_copied()
         training = torch.is_grad_enabled()
-        overlap, compared = self._next_comparisons(training)
+        overlap, compared = self._comparisons.next(training)
         binding = BoundPass(routes, overlap=overlap)
         with self._whole_pass(binding, routes.fingerprint, compared=compared):
             self._metrics.add_pass(routes)
@@ -182,7 +179,7 @@ class Replay:
             few = binding.overlap.num_with_hardly_any(self.geometry)
             judged = self._checks.add_overlap(few, len(routes.sample), self._num_passes)
             if training and judged:
-                self._not_yet_compared -= set(binding.overlap.by_layer)
+                self._comparisons.judged(binding.overlap.by_layer)
             self._checks.copy_to_host()
 
     @contextlib.contextmanager
@@ -276,19 +273,6 @@ class Replay:
         self._checks.set_apart(self._groups.context_group)
         return shards
 
-    def _next_comparisons(self, training: bool) -> tuple[OverlapSample | None, bool]:
-        """What the next pass compares: with the trainer's own choice, and with other ranks.
-
-        The latter is a collective, so nothing that may differ between ranks decides about it.
-        """
-        if self._overlap_every is None:
-            return None, False
-        every = self._num_passes % self._overlap_every == 0
-        compared = every or (training and self._num_training_passes < len(self._chunks))
-        self._num_training_passes += training
-        sampled = every or (training and bool(self._not_yet_compared))
-        return OverlapSample() if sampled else None, compared
-
     def _compare_ids(self, called_with: Tensor) -> None:
         binding = current().bindings.get(self)
         if not isinstance(binding, BoundPass) or binding.ids_compared:
@@ -315,11 +299,3 @@ class Replay:
 def _put_back(router: TopKRouter, ours: LayerReplay, original: object) -> None:
     if router.router_replay is ours:
         router.router_replay = original
-
-
-def _belongs(routes: MicrobatchRoutes, geometry: RoutingGeometry) -> bool:
-    """Whether routes are of this model: of all of its MoE layers, or of those that a chunk recorded."""
-    if routes.source == "rollout":
-        return routes.geometry == geometry
-    same_but_layers = replace(routes.geometry, moe_layers=geometry.moe_layers) == geometry
-    return same_but_layers and set(routes.geometry.moe_layers) <= set(geometry.moe_layers)

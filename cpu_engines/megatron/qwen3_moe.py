@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors import safe_open
 from torch import Tensor
 
+from cpu_engines.megatron.config import WITHOUT_GPU
 from router_replay.masks.geometry import RoutingGeometry
 
 
@@ -110,14 +111,8 @@ def megatron_config(hf_config: dict[str, Any], dtype: torch.dtype, **overrides: 
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
-        "use_cpu_initialization": True,
+        **WITHOUT_GPU,
         "perform_initialization": False,
-        "persist_layer_norm": False,
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
-        "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
     }
     return TransformerConfig(**(fields | overrides))
 

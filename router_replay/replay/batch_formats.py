@@ -77,7 +77,7 @@ def packed(token_ids: Tensor, cu_seqlens: Integers, lengths: Integers | None) ->
 
 def jagged(sequences: Tensor | Sequence[Tensor], multiple_of: int, cu_seqlens: Integers | None) -> Places:
     """Places of a pack of sequences given one by one; arguments and errors of `BatchLayout.jagged`."""
-    if isinstance(sequences, Tensor) and not sequences.is_nested:
+    if not isinstance(sequences, Tensor | Sequence) or (isinstance(sequences, Tensor) and not sequences.is_nested):
         raise InputError(
             f"a jagged batch is a nested tensor [B, j] or a list of vectors, got {described(sequences)}: a padded one"
             " needs BatchLayout.padded"

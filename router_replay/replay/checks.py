@@ -18,7 +18,9 @@ from router_replay.masks import RoutingGeometry
 from router_replay.replay.overlap import MIN_PLACES, hardly_any
 
 _WRONG_IDS, _HARDLY_ANY, _OTHER_MASKS = range(3)
+# Fingerprints and orders are below it, so that ranks with none to compare leave the extremes as they are.
 _MODULUS = (1 << 61) - 1
+_NONE = (-_MODULUS, -_MODULUS)
 
 
 class DeviceChecks:
@@ -66,12 +68,13 @@ class DeviceChecks:
     def compare_fingerprints(self, fingerprint: int, number: int) -> None:
         """Whether all ranks of the tensor groups bound the same microbatch; every rank of them calls it."""
         for group in self.tensor_groups:
-            if group in self._apart:
-                continue
+            # A rank that set its group apart takes part as well: whether it did is no reason to leave others waiting.
+            mine = _NONE if group in self._apart else (fingerprint, -fingerprint)
             # Filled by a kernel: a copy from the host's pageable memory would wait for the device.
-            extremes = torch.stack([self._flags.new_full((), value) for value in (fingerprint, -fingerprint)])
+            extremes = torch.stack([self._flags.new_full((), value) for value in mine])
             dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
-            self._raise(_OTHER_MASKS, extremes[0] != -extremes[1], number)
+            differ = (extremes[0] != -extremes[1]) & (extremes[0] != -_MODULUS)
+            self._raise(_OTHER_MASKS, differ, number)
 
     def add_overlap(self, with_hardly_any: Tensor, num_places: int, number: int) -> bool:
         """Of `num_places` places, how many share hardly any expert with the trainer's own choice.
@@ -115,15 +118,15 @@ class DeviceChecks:
         """
         self._is_read = True
         orders, self._orders = set(self._orders.values()), {}
-        # A rank without MoE layers has no order, and does not change the extremes.
-        largest, smallest = (max(orders), min(orders)) if orders else (-_MODULUS, _MODULUS)
-        extremes = torch.tensor([largest, -smallest], device=self._flags.device)
-        found = self._flags.clone()
+        # A rank without MoE layers has no order.
+        extremes = self._flags.new_tensor((max(orders), -min(orders)) if orders else _NONE)
+        flags = self._flags.clone()
         for group in self.step_groups:
-            dist.all_reduce(found, dist.ReduceOp.MAX, group=group)
-            if group not in self._apart:
-                dist.all_reduce(extremes, dist.ReduceOp.MAX, group=group)
-        self._explain(found.tolist())
+            shared = torch.cat([flags, self._flags.new_tensor(_NONE) if group in self._apart else extremes])
+            dist.all_reduce(shared, dist.ReduceOp.MAX, group=group)
+            flags = shared[:3]
+            extremes = extremes if group in self._apart else shared[3:]
+        self._explain(flags.tolist())
         largest, negated = extremes.tolist()
         if largest != -negated and largest != -_MODULUS:
             raise PairingError(

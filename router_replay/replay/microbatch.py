@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class MicrobatchRoutes:
         num_replayed, num_padding: counts of places.
         native_causes: number of native places by cause: "invalid" (a row that is not valid), "stale" (of weights too
             old), "no routes" (a sequence without masks), "not in the rollout" (tokens after the masks' end).
-        fingerprint: number below 2**62 that is the same on all ranks that were given the same masks and layout.
+        fingerprint: number below 2**61 that is the same on all ranks that were given the same masks and layout.
         source: "rollout", or "recorded" where the trainer itself made the routes.
     """
 
@@ -55,6 +55,13 @@ class MicrobatchRoutes:
     def num_native(self) -> int:
         """Places that the trainer routes itself."""
         return len(self.native_places)
+
+    def are_of(self, geometry: RoutingGeometry) -> bool:
+        """Whether these are routes of this model: of all of its MoE layers, or of those that a chunk recorded."""
+        if self.source == "rollout":
+            return self.geometry == geometry
+        same_but_layers = replace(self.geometry, moe_layers=geometry.moe_layers) == geometry
+        return same_but_layers and set(self.geometry.moe_layers) <= set(geometry.moe_layers)
 
     def experts(self, layer: int) -> Tensor:
         """Experts of decoder layer `layer` (0-based) for every place, `int32 [num_places, K]`, freshly unpacked.

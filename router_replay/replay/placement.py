@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from router_replay.masks import RoutingGeometry, RoutingMasks, choose_codec, get_codec
+from router_replay.masks.arguments import require_type
 from router_replay.masks.batch import list_of_masks_or_none
 from router_replay.replay.gate import FreshWeights
 from router_replay.replay.layout import BatchLayout, require_layout
@@ -58,6 +59,10 @@ def place(
     """
     recorded = list_of_masks_or_none(masks)
     require_layout(layout)
+    if shards is not None:
+        require_type("shards", shards, Shards)
+    if fresh is not None:
+        require_type("fresh", fresh, FreshWeights)
     check_pairing(recorded, layout, geometry, partial)
     given = [one for one in recorded if one is not None]
     codec = get_codec(given[0].codec) if given else choose_codec("auto", geometry)
@@ -139,11 +144,11 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def fingerprint(layout: BatchLayout, kinds: Tensor | None = None, masks: Sequence[RoutingMasks] = ()) -> int:
-    """A number below 2**62 of what was bound; ranks with another number were given something else."""
+    """A number below 2**61 of what was bound; ranks with another number were given something else."""
     parts = [one.token_digest for one in masks]
     parts += [str(zlib.crc32(one.rows.cpu().contiguous().numpy())) for one in masks]
     # Not its places: a rank may have been given the layout of its own.
     vectors = (layout.token_ids, layout.cu_seqlens, *(() if kinds is None else (kinds,)))
     parts += [str(zlib.crc32(each.contiguous().numpy())) for each in vectors]
     digest = hashlib.blake2b(" ".join(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 2
+    return int.from_bytes(digest, "little") >> 3

@@ -1,9 +1,9 @@
 """The trainer's own routes of a forward pass, kept to be replayed later: R2, replay of the old policy's routes.
 
 The old log-probabilities are computed by a pass under `record`, and the training passes after it replay its routes, so
-that a policy update changes the gates and not the choice (routing replay, arXiv 2507.18071; named R2 beside R3 in arXiv
-2510.11370). On the same rank a recording is bound as it is; where another rank will hold its tokens, or another layout,
-the parts of all ranks are joined into masks.
+that a policy update changes the gates and not the choice (routing replay, arXiv 2507.18071). On the same rank a
+recording is bound as it is; where another rank will hold its tokens, or another layout, the parts of all ranks are
+joined into masks.
 """
 
 from __future__ import annotations

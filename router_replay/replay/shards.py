@@ -45,7 +45,7 @@ class Shards:
     def __post_init__(self) -> None:
         for kind in ("context", "sequence"):
             size, rank = getattr(self, f"{kind}_size"), getattr(self, f"{kind}_rank")
-            if not isinstance(size, int) or not isinstance(rank, int) or not 0 <= rank < size:
+            if not all(type(each) is int for each in (size, rank)) or not 0 <= rank < size:
                 raise InputError(
                     f"{kind}_rank must be one of 0 to {kind}_size - 1, got rank {rank!r} of {size!r} rank(s)"
                 )

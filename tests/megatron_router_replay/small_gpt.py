@@ -12,6 +12,8 @@ from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from cpu_engines.megatron.config import WITHOUT_GPU
+
 VOCABULARY = 64
 TOKEN_IDS = torch.arange(16).view(2, 8) * 5 % VOCABULARY
 
@@ -46,13 +48,7 @@ def gpt(*, dtype: torch.dtype = torch.float32, seed: int = 0, num_layers: int = 
         hidden_dropout=0.0,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        use_cpu_initialization=True,
-        persist_layer_norm=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
+        **WITHOUT_GPU,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
     )
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm")

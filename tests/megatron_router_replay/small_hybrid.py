@@ -26,6 +26,8 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
+from cpu_engines.megatron.config import WITHOUT_GPU
+
 
 def hybrid(pattern: str, *, config: dict[str, Any] | None = None, **arguments: Any) -> HybridModel:
     """16 experts, top-4; `arguments` are those of HybridModel.
@@ -55,13 +57,7 @@ def hybrid(pattern: str, *, config: dict[str, Any] | None = None, **arguments: A
             "add_bias_linear": False,
             "attention_dropout": 0.0,
             "hidden_dropout": 0.0,
-            "use_cpu_initialization": True,
-            "persist_layer_norm": False,
-            "bias_activation_fusion": False,
-            "bias_dropout_fusion": False,
-            "masked_softmax_fusion": False,
-            "apply_rope_fusion": False,
-            "gradient_accumulation_fusion": False,
+            **WITHOUT_GPU,
             **(config or {}),
         }
     )

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from cpu_engines.megatron import PackedDotProductAttention
+from cpu_engines.megatron.config import WITHOUT_GPU
 from cpu_engines.megatron.context_parallel import rows_of_rank
 from cpu_engines.megatron.release import release
 
@@ -54,14 +55,8 @@ def config(**overrides: Any) -> TransformerConfig:
         "hidden_dropout": 0.0,
         "params_dtype": torch.float64,
         "pipeline_dtype": torch.float64,
-        "use_cpu_initialization": True,
+        **WITHOUT_GPU,
         "perform_initialization": False,
-        "persist_layer_norm": False,
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
-        "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
         "calculate_per_token_loss": True,
         "tensor_model_parallel_size": parallel_state.get_tensor_model_parallel_world_size(),
         "sequence_parallel": parallel_state.get_tensor_model_parallel_world_size() > 1,

@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor, nn
 
 from cpu_engines.megatron import PackedDotProductAttention
+from cpu_engines.megatron.config import WITHOUT_GPU
 from tests.megatron_router_replay.parallel.cases import NUM_EXPERTS, VOCABULARY, Case
 
 # Wide enough that no two of a token's router logits are near to each other.
@@ -176,15 +177,9 @@ def _config(case: Case) -> TransformerConfig:
         "hidden_dropout": 0.0,
         "params_dtype": torch.float64,
         "pipeline_dtype": torch.float64,
-        "use_cpu_initialization": True,
+        **WITHOUT_GPU,
         # Without it 0.17 does not say how a vocabulary is split; the values are overwritten.
         "perform_initialization": True,
-        "persist_layer_norm": False,
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
-        "masked_softmax_fusion": False,
-        "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
         # As Megatron's own training loop does.
         "deallocate_pipeline_outputs": True,
         "tensor_model_parallel_size": case.tp,

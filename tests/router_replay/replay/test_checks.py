@@ -118,3 +118,29 @@ def test_who_reads_the_flags_is_not_met_by_them_before(checks):
     checks.raise_copied()
     with pytest.raises(PairingError, match="other token ids"):
         checks.read()
+
+
+def test_a_rank_that_set_its_group_apart_takes_part_and_compares_nothing(monkeypatch):
+    """Another rank of the group bound something else; it must not be left waiting, and neither is wrong."""
+    group = object()
+    calls = []
+
+    def all_reduce(tensor, op, group):
+        calls.append(len(tensor))
+        theirs = torch.zeros_like(tensor)
+        theirs[-2:] = torch.tensor([7, -7])
+        tensor.copy_(torch.maximum(tensor, theirs))
+
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    for apart in (False, True):
+        checks = DeviceChecks(GEOMETRY, CPU, [group], [group])
+        if apart:
+            checks.set_apart(group)
+        checks.compare_fingerprints(5, 1)
+        checks.count(0, 5)
+        if apart:
+            checks.read()
+            continue
+        with pytest.raises(PairingError, match="had different masks or layouts"):
+            checks.read()
+    assert calls == [2, 5, 2, 5]

@@ -121,6 +121,13 @@ def test_what_is_no_list_of_masks(wrong, message):
         place(wrong(masks), padded(ids), GEOMETRY, CPU)
 
 
+@pytest.mark.parametrize("wrong", [{"shards": 2}, {"fresh": ["v1"]}])
+def test_what_is_no_part_and_no_list_of_weights(wrong):
+    ids, masks, _ = recorded([4, 5], 0)
+    with pytest.raises(InputError, match=f"{next(iter(wrong))} is .*, but must be a"):
+        place(masks, padded(ids), GEOMETRY, CPU, **wrong)
+
+
 def test_a_generator_of_masks_is_a_list_of_them():
     ids, masks, indices = recorded([4, 5], 0)
     layout = padded(ids)
