@@ -82,16 +82,16 @@ def test_a_few_sentences_word_by_word() -> None:
     told = [sentence for ledger in LEDGERS for sentence in _sentences(ledger)]
     for sentence in (
         "sglang.srt.mem_cache.allocator.token.TokenToKVPoolAllocator.alloc: expected a function, found nothing at all."
-        " It is hooked by hooks.after_alloc and needed because a slot that is handed out has a new occupant.",
+        " It is hooked by hooks.slots.after_alloc and needed because a slot that is handed out has a new occupant.",
         "sglang.srt.managers.schedule_batch.release_req: expected parameters (*, req, req_to_token_pool), found nothing"
-        " at all. It is hooked by hooks.before_release_req and needed because a retracted request still holds its KV"
-        " slots there.",
+        " at all. It is hooked by hooks.requests.before_release_req and needed because a retracted request still"
+        " holds its KV slots there.",
         "sglang.srt.runtime_context.get_serving: expected a function that asks for no parameters, found nothing at all."
         " It is called by recorder.Recorder.on_forward_end and needed because every row carries the version of the"
         " weights that computed it.",
         "sglang.srt.layers.moe.utils.install_shared_experts_fusion_decision: expected a function, found nothing at all."
-        " It is relied on by hooks.num_fused_shared_experts and needed because what it decides, and where it leaves"
-        " that, is how many columns of shared experts follow the routed ones.",
+        " It is relied on by hooks.capturer.num_fused_shared_experts and needed because what it decides, and"
+        " where it leaves that, is how many columns of shared experts follow the routed ones.",
         "megatron.core.transformer.moe.router.TopKRouter.router_replay: expected that attribute, found nothing at all."
         " It is answered by layer_replay.LayerReplay and needed because the object that chooses the experts is put"
         " there.",

@@ -83,7 +83,7 @@ def _finished(asked: bool = True) -> tuple[Any, Any]:
 def _collect(req: Any, pool: Any) -> list[str]:
     """The names of what upstream was asked to do."""
     called: list[str] = []
-    hooks.around_collect(lambda *_: called.append("collect"), SimpleNamespace(req_to_token_pool=pool), req)
+    hooks.requests.around_collect(lambda *_: called.append("collect"), SimpleNamespace(req_to_token_pool=pool), req)
     return called
 
 
@@ -112,9 +112,9 @@ def test_a_request_does_not_read_the_environment(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(CaptureOptions, "from_environment", refuse)
     req, pool = _finished()
-    hooks.before_release_req(req=req, req_to_token_pool=pool)
+    hooks.requests.before_release_req(req=req, req_to_token_pool=pool)
     assert _collect(req, pool) == [] and len(answer.handles(req)) == 1
-    assert hooks.after_get_output_streamer_class(_Streamer, None).has_additional_customized_info
+    assert hooks.requests.after_get_output_streamer_class(_Streamer, None).has_additional_customized_info
 
 
 @pytest.mark.usefixtures("recorder")
@@ -132,10 +132,10 @@ def test_upstreams_format_and_upstreams_capturer_stay_upstreams(
     capturer = _recorder(CaptureOptions(format_)) if format_ else None
     monkeypatch.setattr(get_resources(), "experts_capturer", capturer)
     req, pool = _finished()
-    hooks.before_release_req(req=req, req_to_token_pool=pool)
+    hooks.requests.before_release_req(req=req, req_to_token_pool=pool)
     assert _collect(req, pool) == ["collect"]
     assert answer.handles(req) == [] and not KEPT
-    assert hooks.after_get_output_streamer_class(_Streamer, None) is None
+    assert hooks.requests.after_get_output_streamer_class(_Streamer, None) is None
 
 
 class _Streamer:
@@ -149,4 +149,4 @@ def test_a_scheduler_that_was_to_capture_and_has_no_recorder_stops(monkeypatch: 
     monkeypatch.setattr(get_resources(), "experts_capturer", None)
     monkeypatch.setenv("SGLANG_ROUTER_CAPTURE", "1")
     with pytest.raises(SystemExit, match="answers would lack their masks without a word"):
-        hooks.after_get_output_streamer_class(_Streamer, None)
+        hooks.requests.after_get_output_streamer_class(_Streamer, None)

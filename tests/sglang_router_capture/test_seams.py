@@ -20,13 +20,18 @@ from router_replay.errors import SeamError, UnsupportedError
 from router_replay.masks import RoutingGeometry
 from router_replay.upstream import Ledger, Seam
 from sglang_router_capture import hooks, refusals, seam_check
-from sglang_router_capture.ledger import FUSED_SHARED_EXPERTS, LEDGER
+from sglang_router_capture.ledger import LEDGER
+from sglang_router_capture.ledger.capturer import FUSED_SHARED_EXPERTS
 
 ALLOC = "mem_cache.allocator.token.TokenToKVPoolAllocator.alloc"
 
 
 def _ledger_of(seam: Seam) -> Ledger:
     return replace(LEDGER, seams=(seam,))
+
+
+def _ours(hook: Callable[..., Any]) -> str:
+    return f"{hook.__module__.removeprefix('sglang_router_capture.')}.{hook.__name__}"
 
 
 def test_ledger_fits_the_installed_sglang() -> None:
@@ -36,7 +41,7 @@ def test_ledger_fits_the_installed_sglang() -> None:
 
 def test_every_hooked_seam_has_its_hook() -> None:
     hooked = {seam.name: seam.use for seam in LEDGER.seams if seam.verb == "hooked"}
-    assert hooked == {name: f"hooked by hooks.{hook.__name__}" for name, (hook, _) in hooks.HOOKS.items()}
+    assert hooked == {name: f"hooked by {_ours(hook)}" for name, (hook, _) in hooks.HOOKS.items()}
 
 
 def test_every_hook_is_registered_where_the_installed_release_has_its_seam() -> None:
@@ -105,15 +110,15 @@ def test_seam_that_only_a_base_class_has() -> None:
 def test_shared_experts_of_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where SGLang leaves the number of fused shared experts depends on its release."""
     new = SimpleNamespace(shared_experts_config=SimpleNamespace(num_fused_shared_experts=2))
-    assert hooks.num_fused_shared_experts(new) == 2
+    assert hooks.capturer.num_fused_shared_experts(new) == 2
     # A renamed attribute must not pass for a model without shared experts.
     with pytest.raises(AttributeError, match="shared_experts_config"):
-        hooks.num_fused_shared_experts(SimpleNamespace(num_fused_shared_experts=1))
+        hooks.capturer.num_fused_shared_experts(SimpleNamespace(num_fused_shared_experts=1))
     older = FUSED_SHARED_EXPERTS.paths("0.5.22")
     assert older == ("layers.moe.utils.install_shared_experts_fusion_decision",)
     monkeypatch.setattr(seam_check, "path_here", lambda seam: f"sglang.srt.{older[0]}")
-    assert hooks.num_fused_shared_experts(SimpleNamespace(num_fused_shared_experts=1)) == 1
-    assert hooks.num_fused_shared_experts(SimpleNamespace()) == 0
+    assert hooks.capturer.num_fused_shared_experts(SimpleNamespace(num_fused_shared_experts=1)) == 1
+    assert hooks.capturer.num_fused_shared_experts(SimpleNamespace()) == 0
 
 
 def test_a_process_that_captures_nothing_loads_no_ledger() -> None:

@@ -1,0 +1,63 @@
+"""Hooks on a request: when it is retracted, when it is done, and on its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from router_replay.errors import SeamError
+from sglang_router_capture import answer, refusals
+from sglang_router_capture.hooks.process import options_of_this_process, recorder_of_this_process
+from sglang_router_capture.hooks.registry import hook
+
+_PROCESSOR = "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+
+
+@hook(f"{_PROCESSOR}._maybe_collect_routed_experts", "AROUND")
+def around_collect(original: Callable[..., None], processor: Any, req: Any, **others: Any) -> None:
+    """A request that asked for its routes is done and still holds its KV slots."""
+    recorder = recorder_of_this_process()
+    if recorder is None or recorder.options.format == "sglang":
+        return original(processor, req, **others)
+    if req.return_routed_experts:
+        answer.collect(recorder, req, processor.req_to_token_pool)
+
+
+@hook("managers.schedule_batch.release_req", "BEFORE")
+def before_release_req(*, req: Any, req_to_token_pool: Any, **others: Any) -> None:
+    """A running request is retracted, and its KV is about to go."""
+    recorder = recorder_of_this_process()
+    # Upstream's format has upstream's meaning: what the prefill after the retraction computed.
+    if recorder is None or recorder.options.format == "sglang":
+        return
+    if req.return_routed_experts:
+        answer.keep(recorder, req, req_to_token_pool)
+
+
+@hook("managers.scheduler.Scheduler.get_output_streamer_class", "AFTER")
+def after_get_output_streamer_class(streamer_class: Any, scheduler: Any, **others: Any) -> type | None:
+    """A streamer that adds each finished request's handle to its meta_info."""
+    recorder = recorder_of_this_process()
+    if recorder is None and options_of_this_process() is not None:
+        refusals.stop(
+            SeamError(
+                "the scheduler asked for its output streamer before it had a recorder, so that answers would lack their"
+                " masks without a word: expected the experts capturer of this server to be made first"
+            )
+        )
+    if recorder is None or recorder.options.format == "sglang":
+        return None
+    inherited = streamer_class.build_additional_customized_info
+
+    class RoutingMasksStreamer(streamer_class):
+        """SGLang's output streamer, with `meta_info["routing_masks"]`: a list that holds the request's handle."""
+
+        __slots__ = ()
+        has_additional_customized_info = True
+
+        def build_additional_customized_info(self, reqs: list[Any]) -> dict[str, list]:
+            info = inherited(self, reqs)
+            found = [answer.handles(req) for req in reqs]
+            return {**info, answer.META_INFO_KEY: found} if any(found) else info
+
+    return RoutingMasksStreamer

@@ -1,0 +1,18 @@
+"""Hooks on the KV allocators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_router_capture.hooks.process import recorder_of_this_process
+from sglang_router_capture.hooks.registry import hook
+
+
+@hook("mem_cache.allocator.token.TokenToKVPoolAllocator.alloc", "AFTER")
+@hook("mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc", "AFTER")
+@hook("mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_extend", "AFTER")
+@hook("mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_decode", "AFTER")
+def after_alloc(slots: Any, allocator: Any, *args: Any, **kwargs: Any) -> None:
+    """A KV allocator handed out slots, whichever of its methods was called."""
+    if recorder := recorder_of_this_process():
+        recorder.slots_allocated(allocator, slots)

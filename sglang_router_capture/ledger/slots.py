@@ -1,0 +1,60 @@
+"""The ledger's rows of KV slots, and who hands them out."""
+
+from __future__ import annotations
+
+from router_replay.upstream import Seam
+
+_ALLOCATIONS = "SGLang's KV allocators announce the slots that they hand out"
+_STABLE = "never: this is the interface that a capturer stands in for"
+
+SEAMS = (
+    Seam(
+        "mem_cache.allocator.token.TokenToKVPoolAllocator.alloc",
+        (),
+        "hooked by hooks.slots.after_alloc",
+        "a slot that is handed out has a new occupant",
+        _ALLOCATIONS,
+    ),
+    Seam(
+        "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc",
+        (),
+        "hooked by hooks.slots.after_alloc",
+        "the slots of pages that are handed out have new occupants",
+        _ALLOCATIONS,
+    ),
+    Seam(
+        "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_extend",
+        (),
+        "hooked by hooks.slots.after_alloc",
+        "the slots that a prefill gets have new occupants",
+        _ALLOCATIONS,
+    ),
+    Seam(
+        "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator.alloc_decode",
+        (),
+        "hooked by hooks.slots.after_alloc",
+        "the slots that a decode step gets have new occupants",
+        _ALLOCATIONS,
+    ),
+    Seam(
+        "state_capturer.routed_experts.get_global_experts_capturer",
+        (),
+        "called by hooks.process.recorder_of_this_process",
+        "a hook has to find the recorder of its process",
+        _STABLE,
+    ),
+    Seam(
+        "mem_cache.allocator.token.TokenToKVPoolAllocator",
+        None,
+        "read by refusals.require_supported_allocator",
+        "only allocators whose hand-outs are heard can be followed",
+        _ALLOCATIONS,
+    ),
+    Seam(
+        "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator",
+        None,
+        "read by refusals.require_supported_allocator",
+        "only allocators whose hand-outs are heard can be followed",
+        _ALLOCATIONS,
+    ),
+)
