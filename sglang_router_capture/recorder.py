@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,45 +13,12 @@ from torch import Tensor
 
 from router_replay.errors import CallOrderError
 from router_replay.masks import Codec, RoutingGeometry, Store
+from sglang_router_capture.log import Log, PassRecord
 from sglang_router_capture.options import CaptureOptions
 from sglang_router_capture.slot_table import SlotTable
 from sglang_router_capture.staging import Staging
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class PassRecord:
-    """What one forward pass tells the slot table, on its way from the device to the host.
-
-    Upstream treats it as it treats `TopkCaptureOutput`: `map_device_tensors` copies it with the step's own result,
-    `finalize` runs once that copy is done.
-
-    Attributes:
-        released: `int64 [m]` slots that the allocator handed out since the pass before.
-        slots: `int64 [n]` slots that the pass wrote.
-        rows: `uint8 [n, row_bytes]`.
-        valid: `bool [n]`: every MoE layer reported K different experts.
-        version: number of the weights that ran.
-        settled: it is in the slot table.
-    """
-
-    recorder: Recorder
-    released: Tensor
-    slots: Tensor
-    rows: Tensor
-    valid: Tensor
-    version: int
-    settled: bool = False
-
-    def map_device_tensors(self, copy: Callable[[Tensor], Tensor]) -> None:
-        """Replace the device tensors by what `copy` makes of them."""
-        self.released, self.slots = copy(self.released), copy(self.slots)
-        self.rows, self.valid = copy(self.rows), copy(self.valid)
-
-    def finalize(self) -> None:
-        """Put the pass, and every earlier one whose result was dropped, into the slot table."""
-        self.recorder.settle(self)
 
 
 class Recorder(RoutedExpertsCapturer):
@@ -62,12 +27,9 @@ class Recorder(RoutedExpertsCapturer):
     From upstream's class it keeps `capture` (one call per MoE layer, ids of logical experts); staging, packing, the
     host table and what is read from it are ours.
 
-    Slots change hands while passes are in flight: with the overlap schedule the extra step of a finished request
-    ends after its slot has been given away. Allocations and passes are therefore kept in one sequence, in the order in
-    which the scheduler thread issued them, and reach the table in that order; nobody's late write survives the
-    allocation that follows it.
-
     Attributes:
+        table: rows of the KV slots on the device.
+        log: what happens to slots, in order, on its way to the tables.
         options: what the server was asked for, read once when it started.
         store: where the masks of finished requests go; the recorder closes it.
     """
@@ -92,10 +54,9 @@ class Recorder(RoutedExpertsCapturer):
         self.codec = codec
         self.options = options
         self.store = store
-        self.table = SlotTable(num_slots, codec.row_bytes(geometry), pin=device == "cuda")
+        self.table = SlotTable(num_slots, codec.row_bytes(geometry))
+        self.log = Log(device)
         self._allocator: Any = None
-        self._released: list[Tensor] = []
-        self._in_flight: deque[PassRecord] = deque()
         self._versions: list[str] = []
         self._invalid_reported = False
 
@@ -106,7 +67,7 @@ class Recorder(RoutedExpertsCapturer):
     def slots_allocated(self, allocator: Any, slots: Tensor | None) -> None:
         """The allocator handed out slots `int [m]` (None: it had too few)."""
         if allocator is self._allocator and slots is not None and slots.numel():
-            self._released.append(slots.detach().clone())
+            self.log.append(self.table.release, slots)
 
     def on_forward_end(
         self, forward_batch: Any, can_run_graph: bool, cuda_graph_batch: int | None, no_copy_to_cpu: bool = False
@@ -121,35 +82,13 @@ class Recorder(RoutedExpertsCapturer):
         if slots is None:
             slots = forward_batch.out_cache_loc
         indices, valid = self.device_cache.take(0, slots.shape[0])
-        record = PassRecord(
-            recorder=self,
-            released=torch.cat(self._released) if self._released else slots.new_empty(0),
-            slots=slots.clone(),
-            rows=self.codec.pack(indices, self.geometry),
-            valid=valid,
-            version=self._version_number(get_serving().weight_version),
-        )
-        for handed_out in self._released:
-            # Made on the scheduler's stream and read on the forward's: the memory must not be reused in between.
-            if handed_out.is_cuda:
-                handed_out.record_stream(torch.cuda.current_stream())
-        self._released = []
-        self._in_flight.append(record)
+        version = self._version_number(get_serving().weight_version)
+        rows = self.codec.pack(indices, self.geometry)
+        record = self.log.launch(partial(self._pass_settled, version), slots.clone(), rows, valid)
         if no_copy_to_cpu:
             return record
         record.finalize()
         return None
-
-    def settle(self, record: PassRecord) -> None:
-        """Bring the passes up to and including `record` into the table, in order."""
-        while not record.settled:
-            oldest = self._in_flight.popleft()
-            # A pass whose result the scheduler dropped was never copied: the copy then waits for the device here.
-            oldest.map_device_tensors(lambda tensor: tensor.cpu())
-            self.table.release(oldest.released)
-            self.table.write(oldest.slots, oldest.rows, oldest.valid, oldest.version)
-            oldest.settled = True
-            self._report_invalid(oldest)
 
     def slots_of(self, req_pool_idx: int, first: int, last: int, req_to_token_pool: Any) -> Tensor:
         """KV slots `int64 [last - first]` of a running request's tokens [first, last)."""
@@ -174,8 +113,8 @@ class Recorder(RoutedExpertsCapturer):
 
     def destroy(self) -> None:
         """Let the buffers go and close the store; upstream calls it when the server stops."""
-        self._in_flight.clear()
-        self.table = SlotTable(0, 0, pin=False)
+        self.log.clear()
+        self.table = SlotTable(0, 0)
         self.store.close()
 
     def _version_number(self, name: str | None) -> int:
@@ -184,8 +123,9 @@ class Recorder(RoutedExpertsCapturer):
             self._versions.append(name)
         return len(self._versions) - 1
 
-    def _report_invalid(self, record: PassRecord) -> None:
-        if self._invalid_reported or bool(record.valid.all()):
+    def _pass_settled(self, version: int, slots: Tensor, rows: Tensor, valid: Tensor) -> None:
+        self.table.write(slots, rows, valid, version)
+        if self._invalid_reported or bool(valid.all()):
             return
         self._invalid_reported = True
         logger.error(
@@ -193,8 +133,8 @@ class Recorder(RoutedExpertsCapturer):
             " marked invalid. The layer reported no experts, or not %d different ones in [0, %d): the MoE backend in"
             " use does not report them everywhere, or its router chose among NaN. Choose another with"
             " --moe-runner-backend, and look at the logits. Further passes are not reported.",
-            int((~record.valid).sum()),
-            len(record.valid),
+            int((~valid).sum()),
+            len(valid),
             self.geometry.top_k,
             self.geometry.num_experts,
         )

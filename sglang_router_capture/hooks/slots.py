@@ -1,4 +1,4 @@
-"""Hooks on the KV allocators."""
+"""Hooks on the KV allocators, and on the scheduler when no batch runs."""
 
 from __future__ import annotations
 
@@ -16,3 +16,10 @@ def after_alloc(slots: Any, allocator: Any, *args: Any, **kwargs: Any) -> None:
     """A KV allocator handed out slots, whichever of its methods was called."""
     if recorder := recorder_of_this_process():
         recorder.slots_allocated(allocator, slots)
+
+
+@hook("managers.scheduler.Scheduler.on_idle", "BEFORE")
+def before_on_idle(scheduler: Any, **others: Any) -> None:
+    """No batch runs, and no pass will come by which the log would be applied."""
+    if recorder := recorder_of_this_process():
+        recorder.log.settle_all()

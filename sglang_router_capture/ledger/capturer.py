@@ -94,14 +94,14 @@ SEAMS = (
     Seam(
         "state_capturer.base.TopkCaptureOutput.map_device_tensors",
         ("fn",),
-        "answered by recorder.PassRecord.map_device_tensors",
+        "answered by log.PassRecord.map_device_tensors",
         "a pass's rows are copied to the host with its other results",
         _STABLE,
     ),
     Seam(
         "state_capturer.base.TopkCaptureOutput.finalize",
         (),
-        "answered by recorder.PassRecord.finalize",
+        "answered by log.PassRecord.finalize",
         "a pass's rows go into the table once they are copied",
         _STABLE,
     ),

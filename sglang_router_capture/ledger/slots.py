@@ -1,4 +1,4 @@
-"""The ledger's rows of KV slots, and who hands them out."""
+"""The ledger's rows of KV slots, who hands them out, and when nothing does."""
 
 from __future__ import annotations
 
@@ -35,6 +35,13 @@ SEAMS = (
         "hooked by hooks.slots.after_alloc",
         "the slots that a decode step gets have new occupants",
         _ALLOCATIONS,
+    ),
+    Seam(
+        "managers.scheduler.Scheduler.on_idle",
+        (),
+        "hooked by hooks.slots.before_on_idle",
+        "what happened to slots after the last pass must reach the tables, too",
+        "SGLang tells a capturer that the scheduler is idle",
     ),
     Seam(
         "state_capturer.routed_experts.get_global_experts_capturer",

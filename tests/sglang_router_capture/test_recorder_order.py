@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from router_replay.errors import CallOrderError, PairingError
 from router_replay.masks import NO_ROW, RoutingGeometry, get_codec, open_store
 from sglang_router_capture import recorder as recorder_module
 from sglang_router_capture.options import CaptureOptions
+from sglang_router_capture.slot_table import SlotTable
 
 GEOMETRY = RoutingGeometry(num_layers=3, moe_layers=(1, 2), num_experts=8, top_k=2)
 ALLOCATOR = object()
@@ -168,7 +170,7 @@ def test_rows_remember_the_weights_that_computed_them(scheduler: Scheduler) -> N
     in_flight = scheduler.launch([2], [3])
     scheduler.version = "2"
     scheduler.launch([3], [3]).finalize()
-    assert in_flight not in scheduler.recorder._in_flight
+    assert in_flight.settled
     _, _, versions = scheduler.recorder.table.read(torch.tensor([1, 2, 3]))
     assert [scheduler.recorder.version_name(number) for number in versions.tolist()] == ["1", "1", "2"]
 
@@ -183,6 +185,50 @@ def test_upstreams_format_has_no_plausible_row_for_an_unknown_token(scheduler: S
         [[0, 0], [-1, -1], [-1, -1]],
         [[0, 0], [5, 6], [5, 6]],
     ]
+
+
+def test_what_the_log_holds_is_applied_when_no_batch_runs(scheduler: Scheduler) -> None:
+    scheduler.allocate(1, 2)
+    scheduler.launch([1], [3])
+    scheduler.launch([2], [4]).finalize()
+    scheduler.launch([5], [6])
+    scheduler.allocate(1)
+    assert scheduler.table(1, 2, 5) == [3, 4, None]
+    scheduler.recorder.log.settle_all()
+    assert scheduler.table(1, 2, 5) == [None, 4, 6]
+    assert len(scheduler.recorder.log) == 0
+
+
+def test_the_log_does_not_grow_where_nobody_asks_for_results(scheduler: Scheduler) -> None:
+    sizes = []
+    for step in range(100):
+        scheduler.allocate(step % 8)
+        scheduler.launch([step % 8], [step % 7])
+        sizes.append(len(scheduler.recorder.log))
+    assert max(sizes) <= 2 * 33
+    scheduler.recorder.log.settle_all()
+    # 99 % 8 is 3, 99 % 7 is 1.
+    assert scheduler.table(3) == [1]
+
+
+def test_copies_between_tables_stand_in_the_order_of_the_passes(scheduler: Scheduler) -> None:
+    table, log = scheduler.recorder.table, scheduler.recorder.log
+    host = SlotTable(8, table.rows.shape[1])
+
+    def slots(*numbers: int) -> torch.Tensor:
+        return torch.tensor(numbers, device=scheduler.device)
+
+    scheduler.launch([1, 2], [3, 4])
+    log.append(partial(host.copy_from, table), slots(1, 2), slots(5, 6))
+    # The device's slots change hands and are computed anew, while the host keeps what they held.
+    scheduler.allocate(1, 2)
+    scheduler.launch([1, 2], [0, 1])
+    log.append(host.release, slots(5))
+    scheduler.allocate(9, 10, 11)
+    log.append(partial(table.copy_from, host), slots(5, 6), slots(9, 10))
+    log.append(partial(table.copy_from, table), slots(10, 1), slots(1, 11))
+    scheduler.launch([12], [6]).finalize()
+    assert scheduler.table(1, 2, 9, 10, 11, 12) == [4, 1, None, 4, 0, 6]
 
 
 def test_without_its_allocator_the_recorder_does_not_record(scheduler: Scheduler) -> None:

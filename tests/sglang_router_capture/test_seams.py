@@ -64,6 +64,7 @@ def test_hooks_name_the_parameters_that_their_rows_do() -> None:
 def test_what_the_recorder_overrides_has_the_rows_parameters() -> None:
     overridden = [seam for seam in LEDGER.seams if seam.verb in ("overridden", "answered") and seam.parameters]
     ours = {
+        "log": importlib.import_module("sglang_router_capture.log"),
         "recorder": importlib.import_module("sglang_router_capture.recorder"),
         "staging": importlib.import_module("sglang_router_capture.staging"),
     }
