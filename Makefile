@@ -29,12 +29,9 @@ quick-masks:
 quick-others:
 	$(QUICK_PYTEST) $(addprefix --ignore=,$(ENGINE_TESTS) tests/router_replay/masks) tests
 
-test: setup  ## Lint, types and all tests.
-	.venv/bin/ruff check
-	.venv/bin/ruff format --check
-	.venv/bin/mypy
+test: quick  ## Lint, types and all tests: those of `quick`, then those that start an engine or a browser.
 	@bash scripts/browser.sh
-	.venv/bin/pytest
+	.venv/bin/pytest --durations=25 $(ENGINE_TESTS)
 
 contract: setup  ## Hold the ledgers against other releases of SGLang and Megatron-Core (downloads their wheels).
 	.venv/bin/python scripts/contract.py
