@@ -26,8 +26,19 @@ class _DenseMLP(qwen3_moe.Qwen3MoeMLP):
 class _DecoderLayer(qwen3_moe.Qwen3MoeDecoderLayer):
     def __init__(self, config: Any, layer_id: int, **kwargs: Any) -> None:
         super().__init__(config, layer_id, **kwargs)
-        if not self.is_layer_sparse:
-            self.mlp.__class__ = _DenseMLP
+        if layer_id in RoutingGeometry.from_hf_config(config).moe_layers:
+            return
+        if self.is_layer_sparse:
+            # Before 0.5.22 SGLang asks nobody, and has built experts here.
+            self.is_layer_sparse = False
+            self.mlp = qwen3_moe.Qwen3MoeMLP(
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                hidden_act=config.hidden_act,
+                quant_config=kwargs.get("quant_config"),
+                prefix=add_prefix("mlp", kwargs.get("prefix", "")),
+            )
+        self.mlp.__class__ = _DenseMLP
 
     @staticmethod
     def stage_facts(config: Any, layer_id: int) -> tuple[Any, Any]:
