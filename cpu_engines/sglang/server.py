@@ -34,6 +34,9 @@ HICACHE_FLAGS = (
     "--hicache-mem-layout=layer_first",
 )
 
+# Two ranks share a machine without NUMA nodes of their own: each is bound to a core by hand.
+TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
+
 CPU_FLAGS = (
     "--device=cpu",
     "--attention-backend=torch_native",
