@@ -47,7 +47,9 @@ def keep(recorder: Recorder, req: Any, req_to_token_pool: Any) -> None:
     # A new token was sampled: every token before it is computed, and its pass in the table. Without one the request is
     # retracted in the middle of a prefill, and its slots say nothing yet.
     if len(req.output_ids) > 0 and (kept is None or len(token_ids) > len(kept.token_ids)):
-        setattr(req, _KEPT, _rows(recorder, req, token_ids, req_to_token_pool))
+        rows = _rows(recorder, req, token_ids, req_to_token_pool)
+        setattr(req, _KEPT, rows)
+        recorder.counts.kept += len(rows.valid)
 
 
 def collect(recorder: Recorder, req: Any, req_to_token_pool: Any) -> None:
@@ -59,6 +61,21 @@ def collect(recorder: Recorder, req: Any, req_to_token_pool: Any) -> None:
     token_ids = [*req.origin_input_ids, *req.output_ids_through_stop]
     masks = _masks(recorder, req, _rows(recorder, req, token_ids, req_to_token_pool))
     setattr(req, _HANDLE, recorder.store.put(masks))
+
+
+def has_kept(req: Any) -> bool:
+    """Whether rows of a retracted request were kept. Also for what is no request."""
+    return getattr(req, _KEPT, None) is not None
+
+
+def collect_kept(recorder: Recorder, req: Any) -> None:
+    """Put the masks of a request that ends without KV slots into the store, and keep their handle on it.
+
+    Args:
+        req: `sglang.srt.managers.schedule_batch.Req` whose rows were kept when it was retracted, aborted since. It has
+            sampled nothing in between.
+    """
+    setattr(req, _HANDLE, recorder.store.put(_masks(recorder, req, getattr(req, _KEPT))))
 
 
 def handles(req: Any) -> list[dict[str, Any]]:
@@ -86,6 +103,7 @@ def _rows(recorder: Recorder, req: Any, token_ids: list[int], req_to_token_pool:
 
 def _masks(recorder: Recorder, req: Any, found: _Rows) -> RoutingMasks:
     start = _start(req, found.token_ids)
+    recorder.counts.count_returned(found.valid, found.versions)
     # Rows that are not valid were computed by nobody: they neither begin nor end a run of one weight version.
     computed = found.valid.nonzero().flatten()
     numbers = found.versions[computed]
@@ -98,7 +116,7 @@ def _masks(recorder: Recorder, req: Any, found: _Rows) -> RoutingMasks:
         start=start,
         geometry=recorder.geometry,
         codec=recorder.codec.name,
-        weight_versions=tuple((start + row, recorder.version_name(number)) for row, number in runs),
+        weight_versions=tuple((start + row, recorder.weight_versions.name(number)) for row, number in runs),
         token_digest=token_digest(found.token_ids[:-1]),
     )
 

@@ -104,17 +104,11 @@ class Log:
             apply: as of `append`.
             tensors: what the pass wrote; nobody else may change them.
         """
-        events = self._taken()
-        for event in events:
-            for tensor in event.tensors:
-                # Made on the scheduler's stream and read on the forward's: the memory must not be reused in between.
-                if tensor.is_cuda:
-                    tensor.record_stream(torch.cuda.current_stream())
-        record = PassRecord(self, [*events, Event(apply, tensors)])
+        record = PassRecord(self, [*self._taken(), Event(apply, tensors)])
         self._in_flight.append(record)
         if len(self._in_flight) > _MOST_IN_FLIGHT:
             # Nobody asks for their results.
-            self._wait()
+            self.wait()
             self.settle(self._in_flight[0])
         return record
 
@@ -126,10 +120,15 @@ class Log:
     def settle_all(self) -> None:
         """Apply everything that is in the log, and wait for the passes in flight. For when no batch runs."""
         if self._in_flight:
-            self._wait()
+            self.wait()
             self.settle(self._in_flight[-1])
         for event in self._taken():
             event.run()
+
+    def settle_what_is_ready(self) -> None:
+        """Apply everything that is in the log, if no pass is in flight: nothing has to be waited for."""
+        if not self._in_flight:
+            self.settle_all()
 
     def clear(self) -> None:
         """Forget all of it."""
@@ -140,14 +139,20 @@ class Log:
         """Number of passes and events that are not applied yet."""
         return len(self._pending) + sum(len(record.events) for record in self._in_flight)
 
-    def _wait(self) -> None:
-        # Copies that SGLang has begun must be whole, too, and they run on a stream of its own.
+    def wait(self) -> None:
+        """Wait for the device, where the passes in flight and the copies of what they wrote are computed."""
+        # On all streams: SGLang copies on one of its own.
         if self._on_cuda:
             torch.cuda.synchronize()
 
     def _taken(self) -> list[Event]:
         with self._lock:
             taken, self._pending = self._pending, []
+        for event in taken:
+            for tensor in event.tensors:
+                # Made on the scheduler's stream and read on the forward's: the memory must not be reused in between.
+                if tensor.is_cuda:
+                    tensor.record_stream(torch.cuda.current_stream())
         return _merged(taken)
 
 

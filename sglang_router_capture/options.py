@@ -1,26 +1,29 @@
-"""Server flags, and the environment variables that carry them to SGLang's child processes."""
+"""What a server was asked to do: its flags, its environment variables, and how its processes hear of it."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from router_replay.errors import InputError
-from router_replay.masks import CODEC_NAMES, get_codec
 
 ENABLE_FLAG = "--enable-router-capture"
 FORMAT_FLAG = "--router-capture-format"
 CODEC_FLAG = "--router-capture-codec"
 UPSTREAM_FLAG = "--enable-return-routed-experts"
+UPSTREAM_SETTING = "enable_return_routed_experts"
 
 ENABLE_VARIABLE = "SGLANG_ROUTER_CAPTURE"
 FORMAT_VARIABLE = "SGLANG_ROUTER_CAPTURE_FORMAT"
 CODEC_VARIABLE = "SGLANG_ROUTER_CAPTURE_CODEC"
 
 FORMATS = ("masks", "sglang")
-CODECS = ("auto", *CODEC_NAMES)
+
+_ATTRIBUTE = "_router_capture"
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,18 @@ class CaptureOptions:
         format: 'masks' (a handle in `meta_info["routing_masks"]`) or 'sglang' (base64 int32 in
             `meta_info["routed_experts"]`).
         codec: of the rows; 'auto' is the smallest that the format can use.
+        start: a name of this start of the server that no other has; all of its processes have the same.
     """
 
     format: str = "masks"
     codec: str = "auto"
+    start: str = field(default_factory=lambda: uuid.uuid4().hex[:12], compare=False)
 
     def __post_init__(self) -> None:
-        for name, value, known in (("format", self.format, FORMATS), ("codec", self.codec, CODECS)):
+        # Imported here: flags are declared in every server, and the codecs bring torch ops.
+        from router_replay.masks import CODEC_NAMES, get_codec
+
+        for name, value, known in (("format", self.format, FORMATS), ("codec", self.codec, ("auto", *CODEC_NAMES))):
             if value not in known:
                 raise InputError(f"router capture {name} {value!r} is unknown: choose one of {', '.join(known)}")
         if self.needs_order and self.codec != "auto" and not get_codec(self.codec).keeps_order:
@@ -53,23 +61,30 @@ class CaptureOptions:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> CaptureOptions | None:
-        """Options of this process; None where capture is off."""
+        """Options that the environment asks for; None where it asks for none."""
         if environ.get(ENABLE_VARIABLE, "").lower() not in ("1", "true", "yes", "on"):
             return None
         return cls(environ.get(FORMAT_VARIABLE, "masks"), environ.get(CODEC_VARIABLE, "auto"))
 
-    def export(self) -> None:
-        """Write the options into the environment, which child processes inherit."""
-        os.environ[ENABLE_VARIABLE] = "1"
-        os.environ[FORMAT_VARIABLE] = self.format
-        os.environ[CODEC_VARIABLE] = self.codec
+
+def attach(server_args: Any, chosen: CaptureOptions) -> None:
+    """Let the options travel with a server's settings, which SGLang hands to every process of that server.
+
+    The environment would tell the next server of the same process, too.
+    """
+    setattr(server_args, _ATTRIBUTE, chosen)
+
+
+def of(server_args: Any) -> CaptureOptions | None:
+    """Options that travel with a server's settings; None where nothing was asked for, or the settings are not final."""
+    return getattr(server_args, _ATTRIBUTE, None)
 
 
 def asked_on_command_line(argv: Sequence[str]) -> bool:
-    """Whether a command line has a flag that may turn capture on, abbreviations and a configuration file included."""
+    """Whether a command line has a flag, maybe abbreviated, that asks for routes."""
     names = [argument.split("=")[0] for argument in argv if argument.startswith("--") and len(argument) > 2]
-    flags = (ENABLE_FLAG, FORMAT_FLAG, CODEC_FLAG, UPSTREAM_FLAG, "--config", "--help")
-    return any(flag.startswith(name) for name in names for flag in flags) or "-h" in argv
+    flags = (ENABLE_FLAG, FORMAT_FLAG, CODEC_FLAG, UPSTREAM_FLAG)
+    return any(flag.startswith(name) for name in names for flag in flags)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         CODEC_FLAG,
-        choices=CODECS,
+        metavar="CODEC",
         default=None,
         help="How rows are packed: bitset (one bit per expert), rank (the number of the expert set, smallest for most"
         " models), ordered (keeps the top-k column order), auto (default: the smallest that the format can use)."
@@ -99,21 +114,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def from_arguments(arguments: argparse.Namespace) -> CaptureOptions | None:
-    """Options of a parsed command line; a flag wins over its environment variable. None where capture stays off.
+    """Options of a parsed command line; a flag wins over its environment variable. None where it asks for none.
 
     Raises:
-        RouterReplayError: format or codec given without the flag that turns capture on, or a combination of them that
-            cannot be.
+        RouterReplayError: format or codec given without the flag that turns capture on, a codec that does not exist, or
+            a combination of them that cannot be.
     """
-    ours = bool(arguments.enable_router_capture) or CaptureOptions.from_environment() is not None
-    given = {FORMAT_FLAG: arguments.router_capture_format, CODEC_FLAG: arguments.router_capture_codec}
-    if not ours:
-        idle = [flag for flag, value in given.items() if value is not None]
+    # A parser that was made before our flags were declared has none of them.
+    format_, codec = (getattr(arguments, f"router_capture_{name}", None) for name in ("format", "codec"))
+    if not getattr(arguments, "enable_router_capture", False) and CaptureOptions.from_environment() is None:
+        idle = [flag for flag, value in ((FORMAT_FLAG, format_), (CODEC_FLAG, codec)) if value is not None]
         if idle:
             raise InputError(f"{' and '.join(idle)} given without {ENABLE_FLAG}: add it, or take them away")
-        # Upstream's own flag alone keeps its format; who serves it changes.
-        return CaptureOptions(format="sglang") if arguments.enable_return_routed_experts else None
+        return None
     return CaptureOptions(
-        given[FORMAT_FLAG] or os.environ.get(FORMAT_VARIABLE, "masks"),
-        given[CODEC_FLAG] or os.environ.get(CODEC_VARIABLE, "auto"),
+        format_ or os.environ.get(FORMAT_VARIABLE, "masks"), codec or os.environ.get(CODEC_VARIABLE, "auto")
     )

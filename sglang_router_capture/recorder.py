@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from sglang.srt.runtime_context import get_serving
 from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
 from torch import Tensor
 
 from router_replay.errors import CallOrderError
 from router_replay.masks import Codec, RoutingGeometry, Store
+from sglang_router_capture.counts import RowCounts
+from sglang_router_capture.follow.hicache import HiCacheFollower
 from sglang_router_capture.log import Log, PassRecord
 from sglang_router_capture.options import CaptureOptions
+from sglang_router_capture.ranks import OwnTokens, own_tokens
+from sglang_router_capture.sglang_format import packed
 from sglang_router_capture.slot_table import SlotTable
 from sglang_router_capture.staging import Staging
+from sglang_router_capture.weight_versions import WeightVersions
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +37,11 @@ class Recorder(RoutedExpertsCapturer):
         log: what happens to slots, in order, on its way to the tables.
         options: what the server was asked for, read once when it started.
         store: where the masks of finished requests go; the recorder closes it.
+        weight_versions: which weights the numbers in the tables stand for.
+        stream_output: the scheduler's way to answer requests, `(requests, whether with log-probabilities)`; None where
+            answers have upstream's own format.
+        counts: rows by what became of them.
+        hicache: what makes rows follow the KV through HiCache; None where the server has none.
     """
 
     def __init__(
@@ -45,28 +55,36 @@ class Recorder(RoutedExpertsCapturer):
         max_tokens_per_pass: int,
         num_fused_shared_experts: int,
         device: str,
+        layers: tuple[int, ...] | None = None,
     ) -> None:
         # Upstream's __init__ would allocate its own buffers; these are the attributes that its methods read.
         self.num_fused_shared_experts = num_fused_shared_experts
         self.topk_size = geometry.top_k
-        self.device_cache = Staging(geometry, max_tokens_per_pass, num_fused_shared_experts, device)
+        self.device_cache = Staging(geometry, max_tokens_per_pass, num_fused_shared_experts, device, layers)
         self.geometry = geometry
         self.codec = codec
         self.options = options
         self.store = store
         self.table = SlotTable(num_slots, codec.row_bytes(geometry))
         self.log = Log(device)
+        self.counts = RowCounts()
+        self.weight_versions = WeightVersions(_servers_name, options.start)
+        self.stream_output: Callable[[list[Any], bool], None] | None = None
+        self.hicache: HiCacheFollower | None = None
         self._allocator: Any = None
-        self._versions: list[str] = []
         self._invalid_reported = False
 
     def follow(self, allocator: Any) -> None:
         """Hear from this KV allocator, whose slots `req_to_token` holds, which slots it hands out."""
         self._allocator = allocator
 
+    def follows(self, allocator: Any) -> bool:
+        """Whether this is the KV allocator whose slots the table has rows of."""
+        return allocator is self._allocator
+
     def slots_allocated(self, allocator: Any, slots: Tensor | None) -> None:
         """The allocator handed out slots `int [m]` (None: it had too few)."""
-        if allocator is self._allocator and slots is not None and slots.numel():
+        if self.follows(allocator) and slots is not None and slots.numel():
             self.log.append(self.table.release, slots)
 
     def on_forward_end(
@@ -78,53 +96,48 @@ class Recorder(RoutedExpertsCapturer):
                 "the recorder was not told which KV allocator to follow: the hook on"
                 " ModelRunner.init_routed_experts_capturer did not run"
             )
-        slots = forward_batch.out_cache_loc_virtual
-        if slots is None:
-            slots = forward_batch.out_cache_loc
-        indices, valid = self.device_cache.take(0, slots.shape[0])
-        version = self._version_number(get_serving().weight_version)
-        rows = self.codec.pack(indices, self.geometry)
-        record = self.log.launch(partial(self._pass_settled, version), slots.clone(), rows, valid)
+        tokens = own_tokens(forward_batch, can_run_graph, cuda_graph_batch)
+        indices, valid = self.device_cache.take(tokens.first, tokens.first + len(tokens.slots), tokens.end)
+        if not len(tokens.slots):
+            # Nobody asks for the result of a pass that this rank ran for others alone.
+            self.log.settle_what_is_ready()
+            return None
+        record = self._launch(tokens, indices, valid, self.weight_versions.present)
         if no_copy_to_cpu:
             return record
         record.finalize()
         return None
 
+    def settle(self) -> None:
+        """Bring all that is in the log to the tables; the passes in flight are waited for."""
+        self.log.settle_all()
+
     def slots_of(self, req_pool_idx: int, first: int, last: int, req_to_token_pool: Any) -> Tensor:
         """KV slots `int64 [last - first]` of a running request's tokens [first, last)."""
         return req_to_token_pool.req_to_token[req_pool_idx][first:last].cpu().long()
 
-    def version_name(self, number: int) -> str:
-        """Weight version, as the server names it, behind a number in the table."""
-        return self._versions[number]
-
     def get_topk(self, req_pool_idx: int, seqlen: int, req_to_token_pool: Any, start_len: int = 0) -> Tensor:
-        """Routes in upstream's own format, `int32 [tokens, decoder layers, K]` for tokens [start_len, seqlen - 1).
-
-        Dense layers are zeros, as upstream sends them. A row that is not valid is -1 in every MoE layer: upstream would
-        send zeros or another request's experts there.
-        """
+        """Routes of tokens [start_len, seqlen - 1), packed: upstream's own format is made of them where it is sent."""
         first = min(start_len, seqlen - 1)
         slots = self.slots_of(req_pool_idx, first, seqlen - 1, req_to_token_pool)
-        rows, valid, _ = self.table.read(slots)
-        full = torch.zeros((len(slots), self.geometry.num_layers, self.geometry.top_k), dtype=torch.int32)
-        full[:, list(self.geometry.moe_layers)] = self.codec.unpack_valid(rows, valid, self.geometry)
-        return full
+        rows, valid, versions = self.table.read(slots)
+        self.counts.count_returned(valid, versions)
+        return packed(rows, valid, self.geometry, self.codec)
 
     def destroy(self) -> None:
         """Let the buffers go and close the store; upstream calls it when the server stops."""
         self.log.clear()
         self.table = SlotTable(0, 0)
+        self.hicache = None
         self.store.close()
 
-    def _version_number(self, name: str | None) -> int:
-        name = name or "default"
-        if not self._versions or self._versions[-1] != name:
-            self._versions.append(name)
-        return len(self._versions) - 1
+    def _launch(self, tokens: OwnTokens, indices: Tensor, valid: Tensor, version: int) -> PassRecord:
+        rows = self.codec.pack(indices, self.geometry)
+        return self.log.launch(partial(self._pass_settled, version), tokens.slots.clone(), rows, valid)
 
     def _pass_settled(self, version: int, slots: Tensor, rows: Tensor, valid: Tensor) -> None:
         self.table.write(slots, rows, valid, version)
+        self.counts.count_written(valid)
         if self._invalid_reported or bool(valid.all()):
             return
         self._invalid_reported = True
@@ -138,3 +151,7 @@ class Recorder(RoutedExpertsCapturer):
             self.geometry.top_k,
             self.geometry.num_experts,
         )
+
+
+def _servers_name() -> str:
+    return get_serving().weight_version or "default"

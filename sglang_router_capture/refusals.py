@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import threading
 from typing import Any, NoReturn
 
 from router_replay.errors import UnsupportedError
-from router_replay.masks import RoutingGeometry
 from router_replay.upstream import Refusal, refuse
 from sglang_router_capture.ledger import LEDGER
+
+logger = logging.getLogger(__name__)
 
 _WITHOUT_ONE = "start the server without one of the two"
 _OFF = (None, "", "none", "NONE", "null")
 
 SETTINGS = (
     Refusal(
-        "pipeline parallelism",
+        "pipeline parallelism with attention data parallelism",
         "arg_groups.fields.parallel.Parallel.pp_size",
         lambda value: value <= 1,
-        "each stage sees only its own layers' routes",
+        "each is followed by itself, and a stage's message beside a gathered batch was not",
         _WITHOUT_ONE,
         flag="--pipeline-parallel-size",
+        only_with=("enable_dp_attention",),
+    ),
+    Refusal(
+        "asynchronous pipeline batches",
+        "arg_groups.fields.parallel.Parallel.pp_async_batch_depth",
+        lambda value: value <= 0,
+        "results come back in another order of the scheduler's steps, which was not run",
+        _WITHOUT_ONE,
+        flag="--pp-async-batch-depth",
     ),
     Refusal(
         "speculative decoding",
@@ -36,26 +49,6 @@ SETTINGS = (
         "routes are not sent along with the KV cache",
         _WITHOUT_ONE,
         flag="--disaggregation-mode",
-    ),
-    Refusal(
-        "attention data parallelism",
-        "arg_groups.fields.parallel.Parallel.attn_dp_size",
-        lambda value: value <= 1,
-        "its token order is not captured",
-        _WITHOUT_ONE,
-        flag="attention data parallelism (--enable-dp-attention)",
-        releases=">=0.5.22",
-    ),
-    Refusal(
-        # Before 0.5.22 the size is derived once everything else is resolved.
-        "attention data parallelism",
-        "arg_groups.fields.parallel.Parallel.dp_size",
-        lambda value: value <= 1,
-        "its token order is not captured",
-        _WITHOUT_ONE,
-        flag="attention data parallelism (--dp-size)",
-        only_with=("enable_dp_attention",),
-        releases="<0.5.22",
     ),
     Refusal(
         "expert all-to-all backends",
@@ -98,6 +91,57 @@ SETTINGS = (
         flag="--enable-hisparse",
     ),
     Refusal(
+        "HiCache with host memory as a buffer only",
+        "arg_groups.fields.memory.Memory.hicache_host_memory_mode",
+        lambda value: value == "cache",
+        "KV that stays in host memory for one copy only has not been followed yet",
+        "start the server with --hicache-host-memory-mode cache",
+        flag="--hicache-host-memory-mode",
+        only_with=("enable_hierarchical_cache",),
+    ),
+    Refusal(
+        "Ray scheduler actors",
+        "arg_groups.fields.device.Device.use_ray",
+        lambda value: not value,
+        "SGLang loads no plugins in them, and what we put there in spite of it was not run",
+        "start the server without that flag: a server of its own may be started in a Ray actor, as trainers do",
+        flag="--use-ray",
+    ),
+    Refusal(
+        "embedding servers",
+        "arg_groups.fields.model.Model.is_embedding",
+        lambda value: not value,
+        "SGLang drops what a pass recorded there and no answer carries routes",
+        "start the server without router capture",
+        flag="--is-embedding",
+    ),
+    Refusal(
+        "gRPC servicers",
+        "arg_groups.fields.serving.Serving.smg_grpc_mode",
+        lambda value: not value,
+        "its answers have no field for routing_masks",
+        "start the server without that flag, or without router capture",
+        flag="--smg-grpc-mode",
+    ),
+    Refusal(
+        "NVIDIA megakernels",
+        "arg_groups.fields.exec_.ExecKernel.enable_nvidia_megakernel",
+        lambda value: not value,
+        "they take the place of the forward pass in which the routers report",
+        _WITHOUT_ONE,
+        flag="--enable-nvidia-megakernel",
+        releases=">=0.5.23",
+    ),
+    Refusal(
+        "AMD monokernels",
+        "arg_groups.fields.exec_.ExecKernel.enable_amd_monokernel",
+        lambda value: not value,
+        "they take the place of the forward pass in which the routers report",
+        _WITHOUT_ONE,
+        flag="--enable-amd-monokernel",
+        releases=">=0.5.23",
+    ),
+    Refusal(
         "diffusion language models",
         "arg_groups.fields.exec_.ExecDllm.dllm_algorithm",
         lambda value: value in _OFF,
@@ -108,21 +152,12 @@ SETTINGS = (
 )
 """Settings under which a row could be wrong and look right."""
 
-WHOLE_ANSWERS = (
-    Refusal(
-        "incremental streams",
-        "arg_groups.fields.serving.Serving.incremental_streaming_output",
-        lambda value: not value,
-        "SGLang would cut routing_masks from the last part of a stream, as if the list had an entry for every token",
-        "start the server without that flag, or with --router-capture-format sglang",
-        flag="--incremental-streaming-output",
-    ),
-)
-"""Settings under which SGLang cuts what our own format adds to meta_info."""
-
 
 def stop(error: Exception) -> NoReturn:
     """Leave this process with `error` as its message: SGLang swallows a plugin's ordinary exceptions."""
+    if threading.current_thread() is not threading.main_thread():
+        # A thread that ends by SystemExit says nothing, and a trainer may start its servers in one.
+        logger.error("router capture: %s", error)
     raise SystemExit(f"router capture: {error}") from error
 
 
@@ -139,17 +174,91 @@ def require_supported_config(config: Any) -> None:
     refuse(LEDGER, SETTINGS, config)
 
 
-def require_whole_answers(config: Any) -> None:
-    """Refuse streams that send only what is new: SGLang cuts meta_info's lists as if they had an entry per token.
-
-    Args:
-        config: what `sglang.srt.arg_groups.overrides.resolving_view` gives.
+def require_python_server() -> None:
+    """Refuse SGLang's server in Rust, which takes the place of the processes that carry our part of an answer.
 
     Raises:
-        UnsupportedError: naming the flag.
-        SeamError: the installed SGLang has no such setting.
+        UnsupportedError: naming the environment variable.
     """
-    refuse(LEDGER, WHOLE_ANSWERS, config)
+    from sglang.srt.environ import envs
+
+    if envs.SGLANG_RUST_SERVER.get():
+        raise UnsupportedError(
+            "router capture cannot run where SGLANG_RUST_SERVER is set: that server's answers were not seen to carry"
+            " routes; unset the variable, or start the server without router capture"
+        )
+
+
+def require_no_ray_actors() -> None:
+    """Refuse SGLang's own engine in Ray, whose class sets no flag: a process that imports it is taken to use it.
+
+    Raises:
+        UnsupportedError: naming the class.
+    """
+    if "sglang.srt.ray.scheduler_actor" in sys.modules:
+        raise UnsupportedError(
+            "router capture cannot run where sglang.srt.ray is imported: SGLang loads no plugins in the actors of its"
+            " RayEngine, and what we put there in spite of it was not run; start sglang.Engine in a Ray actor of your"
+            " own, as trainers do, or the engine without router capture"
+        )
+
+
+def require_generation(model_config: Any) -> None:
+    """Refuse a model that SGLang runs as an embedding model, whatever its flags say.
+
+    Args:
+        model_config: `sglang.srt.configs.model_config.ModelConfig`.
+
+    Raises:
+        UnsupportedError: naming the architecture.
+    """
+    if not model_config.is_generation:
+        raise UnsupportedError(
+            f"{', '.join(model_config.hf_config.architectures)} generates nothing: SGLang drops what a pass recorded"
+            " there, and no answer carries routes. Start the server without router capture."
+        )
+
+
+def request_at_openai_endpoint(*, return_meta_info: bool | None, stream: bool) -> str | None:
+    """Why a request for routes is refused at an endpoint other than `/generate`; None where it is not.
+
+    Args:
+        return_meta_info: what the request says of it; None at an endpoint whose answers have no place for it.
+        stream: whether the answer is a stream.
+    """
+    if return_meta_info is None:
+        way_out = "this endpoint's answers have no meta_info: send the request to /generate, or to /v1/chat/completions"
+        way_out += ' with "return_meta_info": true'
+    elif stream:
+        way_out = 'streams of this endpoint have no meta_info: send the request to /generate, or without "stream"'
+        way_out += ' and with "return_meta_info": true'
+    elif not return_meta_info:
+        way_out = 'add "return_meta_info": true, and take them from each choice, or send the request to /generate'
+    else:
+        return None
+    return f"return_routed_experts: routing masks are returned in meta_info. {way_out[0].upper()}{way_out[1:]}."
+
+
+def request_of_other_rows(*, multimodal: bool, embeddings: bool, adapter: bool) -> str | None:
+    """Why a request for routes is refused for what it consists of; None where it is not.
+
+    Args:
+        multimodal: it has images, videos or audio.
+        embeddings: it has embeddings in the place of tokens.
+        adapter: it names a LoRA adapter.
+    """
+    if embeddings:
+        found = "input_embeds: rows belong to token ids, and this request has none"
+    elif multimodal:
+        found = (
+            "images, video or audio: SGLang puts values of its own in the place of their tokens, so the rows could not"
+            " be told to be those of a trainer's tokens"
+        )
+    elif adapter:
+        found = "LoRA adapters: rows of every adapter would be under the one weight version of the server"
+    else:
+        return None
+    return f"return_routed_experts is refused for {found}. Send the request without return_routed_experts."
 
 
 def require_supported_allocator(allocator: Any) -> None:
@@ -170,11 +279,71 @@ def require_supported_allocator(allocator: Any) -> None:
         )
 
 
-def require_reporting_routers(model: Any, geometry: RoutingGeometry) -> None:
+def require_supported_host_pool(host_pool: Any, device_pool: Any, allocator: Any) -> None:
+    """Refuse a HiCache whose slots are not those of the host pool's buffer, or whose copies are not of the KV pool.
+
+    Args:
+        host_pool: the pool of the controller's KV, `sglang.srt.mem_cache.pool_host.base.HostKVCache`.
+        device_pool: where its KV comes from.
+        allocator: the KV allocator that the recorder follows.
+
+    Raises:
+        UnsupportedError: naming the classes.
+    """
+    from sglang.srt.mem_cache.pool_host.base import HostKVCache
+
+    problem = None
+    kv_pool = allocator.get_kvcache()
+    if device_pool is not kv_pool:
+        problem = (
+            f"it copies the KV of a {type(device_pool).__name__}, which is not all of the {type(kv_pool).__name__}"
+        )
+    elif getattr(type(host_pool), "alloc", None) is not HostKVCache.alloc:
+        problem = "it hands out its slots by a method of its own, which is not heard"
+    elif host_pool.dcp_size > 1:
+        problem = f"{host_pool.dcp_size} ranks share its slots (decode context parallelism)"
+    elif _moves_entries(host_pool, device_pool):
+        problem = "its entries move, and what names them are no slots"
+    if problem is not None:
+        raise UnsupportedError(
+            f"router capture cannot follow the KV through HiCache's host pool {type(host_pool).__name__}: {problem}."
+            " Start the server without --enable-hierarchical-cache, or without router capture."
+        )
+
+
+def _moves_entries(host_pool: Any, device_pool: Any) -> bool:
+    from sglang.srt.mem_cache.pool_host.base import HostKVCache
+
+    # 0.5.20 has none of these.
+    prepares = getattr(type(host_pool), "prepare_transfer_indices", None)
+    return (
+        prepares is not getattr(HostKVCache, "prepare_transfer_indices", None)
+        or getattr(host_pool, "shared_allocation_domain", None) is not None
+        or getattr(device_pool, "host_transfer_translate", None) is not None
+    )
+
+
+def require_every_pass_to_return() -> None:
+    """Refuse a pipeline in which the first stage hears nothing of some passes, whose rows come with their results.
+
+    Raises:
+        UnsupportedError: naming the environment variable.
+    """
+    from sglang.srt.environ import envs
+
+    if envs.SGLANG_PP_SKIP_PURE_CHUNKED_OUTPUT_COMM.get():
+        raise UnsupportedError(
+            "router capture cannot run where SGLANG_PP_SKIP_PURE_CHUNKED_OUTPUT_COMM is on: the routes of a later"
+            " stage come back with the results that it leaves away; unset it"
+        )
+
+
+def require_reporting_routers(model: Any, layers: tuple[int, ...]) -> None:
     """Refuse a live model whose routers are not those of its configuration, or do not report their choice.
 
     Args:
         model: `torch.nn.Module` on the server.
+        layers: the decoder layers that route by its configuration, of those that this process holds.
 
     Raises:
         UnsupportedError: naming layers and backend.
@@ -190,10 +359,10 @@ def require_reporting_routers(model: Any, geometry: RoutingGeometry) -> None:
         )
     routers = [module for module in model.modules() if isinstance(module, TopK)]
     found = tuple(sorted({router.layer_id for router in routers if router.topk_config.allow_routed_experts_capture}))
-    if found != geometry.moe_layers:
+    if found != layers:
         raise UnsupportedError(
             f"the running model has routers that report in decoder layers {found}, its configuration routes in"
-            f" {geometry.moe_layers}: routes of this model cannot be attributed to layers. Start the server without"
+            f" {layers}: routes of this model cannot be attributed to layers. Start the server without"
             " router capture."
         )
     silent = sorted(

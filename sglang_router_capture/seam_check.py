@@ -1,4 +1,4 @@
-"""The ledger against the installed SGLang: before anything is hooked, and once SGLang has applied the hooks."""
+"""The ledger against the installed SGLang: before anything is hooked, and once the hooks are in place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from router_replay.errors import SeamError
 from router_replay.upstream import Installed, Ledger, Problem, Seam, message, require
 from router_replay.upstream.check import path_in
-from router_replay.upstream.installed import resolve
+from sglang_router_capture import wrappers
 from sglang_router_capture.ledger import LEDGER
 
 
@@ -37,26 +37,15 @@ def targets(hooks: Mapping[str, tuple[Callable[..., Any], str]]) -> dict[str, tu
 
 
 def require_applied(hooks: Mapping[str, tuple[Callable[..., Any], str]]) -> None:
-    """Raise SeamError unless each hook is in place: SGLang logs and swallows what goes wrong there.
+    """Raise SeamError unless each hook is in place: another plugin may have put something else there since.
 
     Args:
         hooks: row's name to (hook, name of its type), for every hooked row of the ledger.
     """
-    problems = []
-    for name, (hook, _) in hooks.items():
-        seam = LEDGER.seam(name)
-        path = path_here(seam)
-        if path is not None and hook not in _held_by_wrappers(resolve(path)):
-            found = "a function that is not, since SGLang did not apply the hook (its log above says why)"
-            problems.append(Problem(seam, path, "a hooked function", found))
+    names = {path_here(LEDGER.seam(name)): name for name in hooks}
+    problems = [
+        Problem(LEDGER.seam(names[path]), path, "a hooked function", "a function that is not")
+        for path in wrappers.not_in_place(targets(hooks))
+    ]
     if problems:
         raise SeamError(message(LEDGER, Installed(LEDGER.distribution).release, problems))
-
-
-def _held_by_wrappers(function: Any) -> list[Any]:
-    # Asking SGLang's registry is not enough: it knows that a name was hooked, maybe by another plugin alone.
-    held = []
-    while function is not None:
-        held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-        function = getattr(function, "__wrapped__", None)
-    return held

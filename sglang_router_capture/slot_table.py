@@ -18,17 +18,18 @@ class SlotTable:
     Attributes:
         rows: `uint8 [num_slots, row_bytes]`.
         valid: `bool [num_slots]`: the row is that of the token whose KV the slot holds.
-        versions: `int32 [num_slots]`: number of the weight version that computed the row.
+        versions: `int32 [num_slots]`: number of the weight version that computed the row; -1 where no pass is known.
     """
 
     def __init__(self, num_slots: int, row_bytes: int) -> None:
         self.rows = torch.full((num_slots, row_bytes), NO_ROW, dtype=torch.uint8)
         self.valid = torch.zeros(num_slots, dtype=torch.bool)
-        self.versions = torch.zeros(num_slots, dtype=torch.int32)
+        self.versions = torch.full((num_slots,), -1, dtype=torch.int32)
 
     def release(self, slots: Tensor) -> None:
         """Slots `int [n]` have a new occupant, whose tokens are not computed yet."""
         self.valid[slots] = False
+        self.versions[slots] = -1
 
     def write(self, slots: Tensor, rows: Tensor, valid: Tensor, versions: Tensor | int) -> None:
         """The tokens in slots `int [n]` have these rows.

@@ -21,27 +21,41 @@ class Staging:
 
     Stands where `sglang.srt.state_capturer.base.BaseDeviceCache` stood; `buffer` and `capture` are the names by which
     upstream's capturer uses it.
+
+    Args:
+        max_tokens: most tokens that a MoE layer sees in one pass, other ranks' and padding included.
+        layers: the MoE layers that run here, in their order; L is their number. All of the model's where it is None.
     """
 
-    def __init__(self, geometry: RoutingGeometry, max_tokens: int, num_shared_experts: int, device: str) -> None:
+    def __init__(
+        self,
+        geometry: RoutingGeometry,
+        max_tokens: int,
+        num_shared_experts: int,
+        device: str,
+        layers: tuple[int, ...] | None = None,
+    ) -> None:
         width = geometry.top_k + num_shared_experts
-        self.buffer = torch.full(
-            (max_tokens, geometry.num_moe_layers, width), _UNWRITTEN, dtype=torch.int16, device=device
-        )
+        self._layers = geometry.moe_layers if layers is None else layers
+        self.buffer = torch.full((max_tokens, len(self._layers), width), _UNWRITTEN, dtype=torch.int16, device=device)
         self._geometry = geometry
-        self._index_of = {layer: index for index, layer in enumerate(geometry.moe_layers)}
+        self._index_of = {layer: index for index, layer in enumerate(self._layers)}
 
     def capture(self, layer_id: int, topk_indices: Tensor) -> None:
         """Take one layer's ids `int [tokens, K + shared]`; `layer_id` is the 0-based decoder layer."""
         if layer_id not in self._index_of:
             raise PairingError(
                 f"decoder layer {layer_id} routes in the running model, but by its configuration only layers"
-                f" {self._geometry.moe_layers} do: routes of this model cannot be attributed to layers"
+                f" {self._layers} do: routes of this model cannot be attributed to layers"
             )
         self.buffer[: topk_indices.shape[0], self._index_of[layer_id]] = topk_indices
 
-    def take(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+    def take(self, first: int, last: int, end: int | None = None) -> tuple[Tensor, Tensor]:
         """Routes of the pass's tokens [first, last), and set the buffer back. No host sync.
+
+        Args:
+            end: number of rows that the pass's layers wrote, if it is known. Where they wrote more, the rows are not
+                laid out as the caller thinks, and none is valid.
 
         Returns:
             `(indices int16 [n, L, K], valid bool [n])`: where a layer reported no expert, one out of range or one
@@ -49,8 +63,17 @@ class Staging:
         """
         top_k, num_experts = self._geometry.top_k, self._geometry.num_experts
         taken = self.buffer[first:last, :, :top_k]
-        valid = OPS.legal_indices(taken, num_experts).all(-1)
+        # A stage of a pipeline may have dense layers only.
+        valid = taken.new_ones(len(taken), dtype=torch.bool)
+        if self._layers:
+            valid = OPS.legal_indices(taken, num_experts).all(-1)
+        if end is not None and end < len(self.buffer):
+            valid &= (self.buffer[end] == _UNWRITTEN).all()
         legal = torch.arange(top_k, dtype=torch.int16, device=taken.device)
         indices = torch.where(valid[:, None, None], taken, legal)
-        self.buffer.fill_(_UNWRITTEN)
+        self.reset()
         return indices, valid
+
+    def reset(self) -> None:
+        """Forget what layers reported."""
+        self.buffer.fill_(_UNWRITTEN)

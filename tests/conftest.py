@@ -45,6 +45,6 @@ def capture_server(small_model: Path, capture_reports: Path) -> Iterator[Server]
     """A server with capture on, in its default format; small chunks, and a pool that a few requests fill."""
     # So little conservatism admits more requests than the pool can hold to their end: some are retracted.
     flags = ("--chunked-prefill-size=64", "--max-total-tokens=2048")
-    flags += ("--schedule-conservativeness=0.1",)
+    flags += ("--schedule-conservativeness=0.1", "--enable-metrics")
     with serve(small_model, "--enable-router-capture", *flags, environment=probing(capture_reports)) as server:
         yield server

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from router_replay.errors import RouterReplayError
-from sglang_router_capture import refusals
+from sglang_router_capture import options, refusals
 from sglang_router_capture.options import CaptureOptions
+from sglang_router_capture.ranks import OtherRank
 from sglang_router_capture.recorder import Recorder
 
 
@@ -16,9 +17,27 @@ def recorder_of_this_process() -> Recorder | None:
     return recorder if isinstance(recorder, Recorder) else None
 
 
+def other_rank_of_this_process() -> OtherRank | None:
+    """What stands in the recorder's place on a rank that answers no request; None on others."""
+    from sglang.srt.state_capturer.routed_experts import get_global_experts_capturer
+
+    capturer = get_global_experts_capturer()
+    return capturer if isinstance(capturer, OtherRank) else None
+
+
 def options_of_this_process() -> CaptureOptions | None:
-    """What the environment says, for the hooks that run before there is a recorder."""
+    """What the server of this process was asked for; None where capture is off.
+
+    A process that starts one server after another belongs to the last. Before SGLang has settings in use, the
+    environment decides.
+    """
+    from sglang.srt.runtime_context import get_server_args
+
     try:
-        return CaptureOptions.from_environment()
+        server_args = get_server_args()
+    except ValueError:
+        server_args = None
+    try:
+        return CaptureOptions.from_environment() if server_args is None else options.of(server_args)
     except RouterReplayError as error:
         refusals.stop(error)

@@ -22,4 +22,11 @@ def after_alloc(slots: Any, allocator: Any, *args: Any, **kwargs: Any) -> None:
 def before_on_idle(scheduler: Any, **others: Any) -> None:
     """No batch runs, and no pass will come by which the log would be applied."""
     if recorder := recorder_of_this_process():
-        recorder.log.settle_all()
+        recorder.settle()
+
+
+@hook("managers.scheduler.Scheduler.pause_generation", "AFTER")
+def after_pause_generation(result: Any, scheduler: Any, *args: Any, **others: Any) -> None:
+    """A paused scheduler runs nothing and is not idle, while rows may be waited for: SGLang's storage threads go on."""
+    if recorder := recorder_of_this_process():
+        recorder.settle()

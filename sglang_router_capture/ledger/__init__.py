@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from router_replay.upstream import Ledger
-from sglang_router_capture.ledger import capturer, plugin, requests, slots, start
+from sglang_router_capture.ledger import (
+    capturer,
+    endpoints,
+    hicache,
+    parallel,
+    plugin,
+    requests,
+    slots,
+    start,
+    status,
+    weights,
+)
+
+_PARTS = (start, plugin, capturer, slots, requests, endpoints, weights, hicache, parallel, status)
 
 LEDGER = Ledger(
     distribution="sglang",
@@ -13,6 +26,6 @@ LEDGER = Ledger(
     tested=("0.5.23",),
     checked=("0.5.20", "0.5.21", "0.5.22"),
     way_out="start the server without router capture",
-    seams=start.SEAMS + plugin.SEAMS + capturer.SEAMS + slots.SEAMS + requests.SEAMS,
-    attributes=start.ATTRIBUTES + capturer.ATTRIBUTES + requests.ATTRIBUTES,
+    seams=tuple(seam for part in _PARTS for seam in part.SEAMS),
+    attributes=tuple(attribute for part in _PARTS for attribute in part.ATTRIBUTES),
 )

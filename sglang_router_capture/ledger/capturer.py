@@ -5,6 +5,7 @@ from __future__ import annotations
 from router_replay.upstream import At, Attribute, Seam
 
 _CAPTURER = "SGLang lets plugins provide the experts capturer"
+_CUDA_GRAPHS = "SGLang keeps a capturer out of the passes by which it captures graphs"
 _STABLE = "never: this is the interface that a capturer stands in for"
 _CAPTURE_TESTS = "tests/sglang_router_capture/test_capture.py"
 _ROUTES_TEST = f"{_CAPTURE_TESTS}::test_rows_are_the_models_routes"
@@ -21,6 +22,20 @@ FUSED_SHARED_EXPERTS = Seam(
 )
 
 SEAMS = (
+    Seam(
+        "model_executor.model_runner.ModelRunner.init_decode_cuda_graph",
+        (),
+        "hooked by hooks.capturer.after_cuda_graphs",
+        "the passes by which graphs are captured leave routes of no token",
+        _CUDA_GRAPHS,
+    ),
+    Seam(
+        "model_executor.model_runner.ModelRunner.init_prefill_cuda_graph",
+        (),
+        "hooked by hooks.capturer.after_cuda_graphs",
+        "the passes by which graphs are captured leave routes of no token",
+        _CUDA_GRAPHS,
+    ),
     Seam(
         "state_capturer.routed_experts.RoutedExpertsCapturer.create",
         ("*", "model", "model_config", "num_tokens", "max_running_requests", "device"),
@@ -128,6 +143,13 @@ SEAMS = (
         _CAPTURER,
     ),
     Seam(
+        "arg_groups.fields.schedule.Schedule.enable_dynamic_chunking",
+        None,
+        "read by hooks.capturer.around_create",
+        "the chunk size is then no limit",
+        _CAPTURER,
+    ),
+    Seam(
         "arg_groups.fields.serving.Serving.weight_version",
         None,
         "read by recorder.Recorder.on_forward_end",
@@ -193,6 +215,20 @@ SEAMS = (
 )
 
 ATTRIBUTES = (
+    Attribute(
+        "configs.model_config.ModelConfig",
+        "is_generation",
+        "read by refusals.require_generation",
+        "it tells a model whose passes nobody reads",
+        "tests/sglang_router_capture/test_reports.py::test_models_that_do_not_generate_are_refused",
+    ),
+    Attribute(
+        "configs.model_config.ModelConfig",
+        "hf_config",
+        "read by refusals.require_generation",
+        "the message names the model's architecture",
+        "tests/sglang_router_capture/test_reports.py::test_models_that_do_not_generate_are_refused",
+    ),
     Attribute(
         "configs.model_config.ModelConfig",
         "hf_text_config",

@@ -36,10 +36,26 @@ SEAMS = (
         _STABLE,
     ),
     Seam(
+        "plugins.hook_registry.HookRegistry._apply_target",
+        ("target", "hooks"),
+        "called by wrappers.apply",
+        "most hooks are applied once a process knows that routes are wanted, when the registry is done with a name",
+        "SGLang hands its settings to plugins",
+    ),
+    Seam(
+        "plugins.hook_registry.HookSource",
+        None,
+        "called by wrappers.apply",
+        "the log says whose hooks they are",
+        _STABLE,
+    ),
+    Seam(
         "plugins.hook_registry._wrap_fn",
         ("original_fn", "hook", "hook_type"),
-        "relied on by seam_check.require_applied",
+        "relied on by wrappers.not_in_place",
         "its wrappers hold the hook, which is how we see that ours were applied",
         "SGLang says which plugin's hooks it applied",
     ),
 )
+
+ATTRIBUTES = ()

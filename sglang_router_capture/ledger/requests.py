@@ -5,6 +5,7 @@ from __future__ import annotations
 from router_replay.upstream import Attribute, Seam
 
 _META_INFO = "SGLang takes plugins' meta_info fields without a subclass"
+_ABORTED = "SGLang answers requests that are aborted in the queue as others"
 _STABLE = "never: this is the interface that a capturer stands in for"
 _STREAMER = "managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
 _PROCESSOR = "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
@@ -13,6 +14,7 @@ _CAPTURE_TESTS = "tests/sglang_router_capture/test_capture.py"
 _ROUTES_TEST = f"{_CAPTURE_TESTS}::test_rows_are_the_models_routes"
 _DELTAS_TEST = f"{_CAPTURE_TESTS}::test_deltas_give_the_rows_of_the_whole"
 _RETRACTION_TEST = f"{_CAPTURE_TESTS}::test_concurrent_requests_with_retraction"
+_ABORT_TEST = "tests/sglang_router_capture/test_aborts.py::test_tokens_of_a_request_aborted_in_the_queue"
 
 SEAMS = (
     Seam(
@@ -35,6 +37,34 @@ SEAMS = (
         "hooked by hooks.requests.after_get_output_streamer_class",
         "our streamer adds routing_masks to meta_info",
         _META_INFO,
+    ),
+    Seam(
+        "managers.scheduler_components.output_sender.SenderWrapper.send_output",
+        ("output", "recv_obj"),
+        "hooked by hooks.requests.around_send_output",
+        "a request that is aborted in the queue leaves there, and what it had sampled has masks",
+        _ABORTED,
+    ),
+    Seam(
+        "managers.io_struct.AbortReq",
+        None,
+        "read by hooks.requests.around_send_output",
+        "the scheduler tells of such a request by it",
+        _ABORTED,
+    ),
+    Seam(
+        "managers.schedule_batch.FINISH_ABORT",
+        ("message", "status_code", "err_type"),
+        "called by hooks.requests.around_send_output",
+        "the request ends as others that are aborted do",
+        _ABORTED,
+    ),
+    Seam(
+        f"{_STREAMER}.stream_output",
+        ("reqs", "return_logprob"),
+        "called by hooks.requests.around_send_output",
+        "it sends what has not been sent, with the masks",
+        _ABORTED,
     ),
     Seam(
         f"{_STREAMER}.build_additional_customized_info",
@@ -76,6 +106,13 @@ ATTRIBUTES = (
     ),
     Attribute(
         _REQ,
+        "routed_experts",
+        "read by hooks.requests.around_collect",
+        "SGLang sends what it holds",
+        "tests/sglang_router_capture/test_sglang_format.py::test_bytes_are_upstreams",
+    ),
+    Attribute(
+        _REQ,
         "routed_experts_start_len",
         "read by answer.collect",
         "a request may ask for the rows of its last tokens only",
@@ -108,5 +145,47 @@ ATTRIBUTES = (
         "read by answer.collect",
         "it is the index by which the request's KV slots are found",
         _ROUTES_TEST,
+    ),
+    Attribute(
+        "managers.scheduler.Scheduler",
+        "output_streamer",
+        "read by hooks.requests.after_get_output_streamer_class",
+        "it sends what has not been sent, with the masks",
+        _ABORT_TEST,
+    ),
+    Attribute(
+        "managers.io_struct.AbortReq",
+        "finished_reason",
+        "read by hooks.requests.around_send_output",
+        "the answer says why the request was aborted",
+        _ABORT_TEST,
+    ),
+    Attribute(
+        "managers.io_struct.AbortReq",
+        "abort_message",
+        "read by hooks.requests.around_send_output",
+        "the answer says why the request was aborted",
+        _ABORT_TEST,
+    ),
+    Attribute(
+        _REQ,
+        "finished_reason",
+        "read by hooks.requests.around_send_output",
+        "a request is finished once it is set",
+        _ABORT_TEST,
+    ),
+    Attribute(
+        _REQ,
+        "finished_output",
+        "read by hooks.requests.around_send_output",
+        "a request is answered once",
+        _ABORT_TEST,
+    ),
+    Attribute(
+        _REQ,
+        "return_logprob",
+        "read by hooks.requests.around_send_output",
+        "the log-probabilities of what it had sampled are returned, too",
+        _ABORT_TEST,
     ),
 )

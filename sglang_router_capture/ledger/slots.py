@@ -44,6 +44,13 @@ SEAMS = (
         "SGLang tells a capturer that the scheduler is idle",
     ),
     Seam(
+        "managers.scheduler.Scheduler.pause_generation",
+        (),
+        "hooked by hooks.slots.after_pause_generation",
+        "a paused scheduler is never idle, and rows must reach the tables all the same",
+        "SGLang tells a capturer that the scheduler is idle",
+    ),
+    Seam(
         "state_capturer.routed_experts.get_global_experts_capturer",
         (),
         "called by hooks.process.recorder_of_this_process",
@@ -65,3 +72,5 @@ SEAMS = (
         _ALLOCATIONS,
     ),
 )
+
+ATTRIBUTES = ()

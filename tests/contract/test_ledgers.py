@@ -19,14 +19,14 @@ from megatron_router_replay.refusals import SETTINGS as REPLAY_SETTINGS
 from router_replay.replay.torch_checkpoint import TORCH_LEDGER
 from router_replay.upstream import Attribute, Found, Ledger, Refusal, Seam, check, check_settings, message, require
 from sglang_router_capture import ledger as sglang
-from sglang_router_capture.refusals import SETTINGS, WHOLE_ANSWERS
+from sglang_router_capture.refusals import SETTINGS
 
 REPOSITORY = Path(__file__).parents[2]
 LEDGERS = (sglang.LEDGER, megatron.LEDGER, megatron.AVERAGES_LEDGER)
 # Of what no extra brings: torch itself, and what Megatron-Core can do without.
 OTHERS = (TORCH_LEDGER, megatron.TRANSFORMER_ENGINE_LEDGER)
 ROWS = [(ledger, row) for ledger in (*LEDGERS, *OTHERS) for row in (*ledger.seams, *ledger.attributes)]
-REFUSALS = [(sglang.LEDGER, row) for row in (*SETTINGS, *WHOLE_ANSWERS)]
+REFUSALS = [(sglang.LEDGER, row) for row in SETTINGS]
 REFUSALS += [(megatron.LEDGER, row) for row in REPLAY_SETTINGS]
 ENDS = {
     "sglang": "sglang_router_capture",

@@ -31,6 +31,7 @@ except SystemExit as end:
 
 def test_the_programs_are_found() -> None:
     assert PROGRAMS == [
+        "benchmarks.capture",
         "benchmarks.corrections",
         "benchmarks.mask_codec",
         "benchmarks.replay",

@@ -11,14 +11,15 @@ from sglang_router_capture.ledger import LEDGER
 
 _PLUGIN = str(Path(__file__).parent / "probe_plugin")
 _RELEASE = version(LEDGER.distribution)
-_HOOKED = [LEDGER.prefix + seam.paths(_RELEASE)[0] for seam in LEDGER.seams if seam.verb == "hooked"]
+HOOKED = [LEDGER.prefix + path for seam in LEDGER.seams if seam.verb == "hooked" for path in seam.paths(_RELEASE)[:1]]
+"""Full dotted paths of what is hooked in the installed release."""
 
 
 def probing(folder: Path) -> dict[str, str]:
     """Environment of a server, each of whose processes reports into `folder`."""
     return {
         "ROUTER_CAPTURE_PROBE": str(folder),
-        "ROUTER_CAPTURE_PROBE_PATHS": json.dumps(_HOOKED),
+        "ROUTER_CAPTURE_PROBE_PATHS": json.dumps(HOOKED),
         "PYTHONPATH": _PLUGIN,
     }
 

@@ -14,6 +14,7 @@ from router_replay.masks.stores import STORES
 from sglang_router_capture import answer, hooks
 from sglang_router_capture import recorder as recorder_module
 from sglang_router_capture.options import CaptureOptions
+from sglang_router_capture.sglang_format import unpacked
 
 GEOMETRY = RoutingGeometry(num_layers=3, moe_layers=(1, 2), num_experts=8, top_k=2)
 KEPT: dict[str, RoutingMasks] = {}
@@ -62,9 +63,8 @@ def _recorder(options: CaptureOptions) -> recorder_module.Recorder:
         num_fused_shared_experts=0,
         device="cpu",
     )
-    made._versions = ["7"]
     rows = made.codec.pack(torch.tensor([3, 5]).expand(4, 2, 2), GEOMETRY)
-    made.table.write(torch.arange(4), rows, torch.ones(4, dtype=torch.bool), 0)
+    made.table.write(torch.arange(4), rows, torch.ones(4, dtype=torch.bool), made.weight_versions.number("7"))
     return made
 
 
@@ -133,8 +133,10 @@ def test_upstreams_format_and_upstreams_capturer_stay_upstreams(
     monkeypatch.setattr(get_resources(), "experts_capturer", capturer)
     req, pool = _finished()
     hooks.requests.before_release_req(req=req, req_to_token_pool=pool)
-    assert _collect(req, pool) == ["collect"]
+    assert _collect(req, pool) == ([] if format_ else ["collect"])
     assert answer.handles(req) == [] and not KEPT
+    if format_:
+        assert unpacked(req.routed_experts)[:, 1:].tolist() == [[[3, 5]] * 2] * 3
     assert hooks.requests.after_get_output_streamer_class(_Streamer, None) is None
 
 

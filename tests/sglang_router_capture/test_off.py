@@ -1,4 +1,4 @@
-"""Without a flag the plugin is not there."""
+"""Without a request for routes there are entry hooks, and nothing else of ours."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 from cpu_engines.sglang.server import Server
 from router_replay.errors import DataError
 from router_replay.masks import masks_from_meta_info
-from sglang_router_capture import hooks
-from tests.sglang_router_capture.probe import reports
+from sglang_router_capture import entry
+from tests.sglang_router_capture.probe import HOOKED, reports
 from tests.sglang_router_capture.requests import generate, prompt
+from tests.sglang_router_capture.test_seams import ENTRY_MODULES
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -21,21 +22,24 @@ def _is_of(module: str, package: str) -> bool:
     return module == package or module.startswith(package + ".")
 
 
-def test_no_process_of_a_server_without_flags_has_a_hook(plain_server: tuple[Server, Path]) -> None:
+def test_a_server_without_flags_has_the_entry_hooks_alone(plain_server: tuple[Server, Path]) -> None:
     for report in reports(plain_server[1]):
-        assert len(report["hooked_by"]) == len(hooks.HOOKS)
+        assert len(report["hooked_by"]) == len(HOOKED)
         # SGLang's dependencies bring a plugin that hooks the command line, too: other modules may be there.
-        modules = {module for found in report["hooked_by"].values() for module in found}
-        assert not {module for module in modules if module.startswith("sglang_router_capture")}
+        ours = {
+            (path, module)
+            for path, found in report["hooked_by"].items()
+            for module in found
+            if _is_of(module, "sglang_router_capture")
+        }
+        assert ours == {(path, "sglang_router_capture.entry") for path in entry.HOOKS}
         assert not report["hooks_imported"]
 
 
-def test_a_server_without_flags_loads_no_ledger(plain_server: tuple[Server, Path]) -> None:
+def test_a_server_without_flags_loads_no_more_of_us_than_these(plain_server: tuple[Server, Path]) -> None:
+    """No ledger, no torch op, nothing of the scheduler."""
     for report in reports(plain_server[1]):
-        # The entry point was here, so that what is missing below was not loaded by it.
-        assert "sglang_router_capture.plugin" in report["loaded"]
-        assert [name for name in report["loaded"] if _is_of(name, "router_replay.upstream")] == []
-        assert not {"sglang_router_capture.ledger", "sglang_router_capture.seam_check"} & {*report["loaded"]}
+        assert set(report["loaded"]) == ENTRY_MODULES
 
 
 @pytest.mark.parametrize("part", ["mismatch", "report", "run", "replay"])
@@ -60,8 +64,11 @@ def test_every_process_of_a_server_with_the_flag_has_every_hook(capture_server: 
     for report in reports(capture_reports):
         assert report["hooks_imported"]
         assert all(
-            any(_is_of(module, "sglang_router_capture.hooks") for module in modules)
-            for modules in report["hooked_by"].values()
+            any(
+                _is_of(module, f"sglang_router_capture.{'entry' if path in entry.HOOKS else 'hooks'}")
+                for module in found
+            )
+            for path, found in report["hooked_by"].items()
         )
 
 

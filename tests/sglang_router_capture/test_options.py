@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import pickle
 
 import pytest
 
 from router_replay.errors import RouterReplayError
-from sglang_router_capture import options
+from sglang_router_capture import entry, options
 from sglang_router_capture.options import CaptureOptions
 
 
@@ -35,8 +37,8 @@ def test_flags() -> None:
     assert _parse("--enable-router-capture", "--router-capture-format=sglang").needs_order
 
 
-def test_upstreams_flag_alone_keeps_its_format() -> None:
-    assert _parse("--enable-return-routed-experts") == CaptureOptions("sglang", "auto")
+def test_upstreams_flag_alone_is_left_to_the_settings() -> None:
+    assert _parse("--enable-return-routed-experts") is None
     assert _parse("--enable-return-routed-experts", "--enable-router-capture") == CaptureOptions("masks", "auto")
 
 
@@ -53,11 +55,26 @@ def test_environment_is_the_same_choice_and_a_flag_wins(monkeypatch: pytest.Monk
     assert _parse("--router-capture-codec", "ordered") == CaptureOptions("masks", "ordered")
 
 
-def test_children_inherit_what_was_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (options.ENABLE_VARIABLE, options.FORMAT_VARIABLE, options.CODEC_VARIABLE):
-        monkeypatch.setenv(name, "")
-    CaptureOptions("sglang", "ordered").export()
-    assert CaptureOptions.from_environment() == CaptureOptions("sglang", "ordered")
+def test_a_command_line_without_our_flags() -> None:
+    """Another program's parser, made of SGLang's flags before ours were declared."""
+    assert options.from_arguments(argparse.Namespace(model_path="x")) is None
+
+
+class _Settings:
+    """Like SGLang's: plain attributes go with them to every process."""
+
+
+def test_options_travel_with_the_settings_of_one_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entry.wrappers, "apply", lambda hooks: None)
+    one, other = _Settings(), _Settings()
+    assert options.of(one) is None
+    options.attach(one, entry.TravellingOptions("sglang", "ordered"))
+    sent = options.of(one)
+    for same in (copy.deepcopy(one), pickle.loads(pickle.dumps(one))):
+        arrived = options.of(same)
+        assert (arrived.format, arrived.codec, arrived.start) == ("sglang", "ordered", sent.start)
+    assert options.of(other) is None
+    assert CaptureOptions.from_environment() is None
 
 
 @pytest.mark.parametrize(
@@ -65,6 +82,7 @@ def test_children_inherit_what_was_parsed(monkeypatch: pytest.MonkeyPatch) -> No
     [
         (["--router-capture-codec", "bitset"], "--router-capture-codec given without --enable-router-capture"),
         (["--router-capture-format", "masks"], "--router-capture-format given without --enable-router-capture"),
+        (["--enable-router-capture", "--router-capture-codec", "zip"], "'zip' is unknown: choose one of auto, "),
         (
             ["--enable-router-capture", "--router-capture-format", "sglang", "--router-capture-codec", "bitset"],
             "which codec 'bitset' does not keep",

@@ -13,6 +13,7 @@ from router_replay.errors import CallOrderError, PairingError
 from router_replay.masks import NO_ROW, RoutingGeometry, get_codec, open_store
 from sglang_router_capture import recorder as recorder_module
 from sglang_router_capture.options import CaptureOptions
+from sglang_router_capture.sglang_format import unpacked
 from sglang_router_capture.slot_table import SlotTable
 
 GEOMETRY = RoutingGeometry(num_layers=3, moe_layers=(1, 2), num_experts=8, top_k=2)
@@ -172,13 +173,13 @@ def test_rows_remember_the_weights_that_computed_them(scheduler: Scheduler) -> N
     scheduler.launch([3], [3]).finalize()
     assert in_flight.settled
     _, _, versions = scheduler.recorder.table.read(torch.tensor([1, 2, 3]))
-    assert [scheduler.recorder.version_name(number) for number in versions.tolist()] == ["1", "1", "2"]
+    assert [scheduler.recorder.weight_versions.name(number) for number in versions.tolist()] == ["1", "1", "2"]
 
 
 def test_upstreams_format_has_no_plausible_row_for_an_unknown_token(scheduler: Scheduler) -> None:
     scheduler.launch([1, 3], [3, 5]).finalize()
     pool = SimpleNamespace(req_to_token=torch.tensor([[1, 2, 3, 4]], dtype=torch.int32))
-    routes = scheduler.recorder.get_topk(0, 4, pool)
+    routes = unpacked(scheduler.recorder.get_topk(0, 4, pool))
     assert routes.dtype == torch.int32
     assert routes.tolist() == [
         [[0, 0], [3, 4], [3, 4]],

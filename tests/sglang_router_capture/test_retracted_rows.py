@@ -61,7 +61,7 @@ def recorder() -> recorder_module.Recorder:
         num_fused_shared_experts=0,
         device="cpu",
     )
-    made._versions = ["old", "new"]
+    assert [made.weight_versions.number(name) for name in ("old", "new")] == [0, 1]
     return made
 
 

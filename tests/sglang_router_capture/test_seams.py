@@ -19,10 +19,15 @@ import pytest
 from router_replay.errors import SeamError, UnsupportedError
 from router_replay.masks import RoutingGeometry
 from router_replay.upstream import Ledger, Seam
-from sglang_router_capture import hooks, refusals, seam_check
+from sglang_router_capture import entry, hooks, refusals, seam_check
 from sglang_router_capture.ledger import LEDGER
 from sglang_router_capture.ledger.capturer import FUSED_SHARED_EXPERTS
 
+ENTRY_MODULES = {"router_replay", "router_replay.errors"} | {
+    "sglang_router_capture" + name for name in ("", ".entry", ".options", ".plugin", ".wrappers")
+}
+ENTRY_HOOKS = {path.removeprefix(LEDGER.prefix): hook for path, hook in entry.HOOKS.items()}
+ALL_HOOKS = ENTRY_HOOKS | hooks.HOOKS
 ALLOC = "mem_cache.allocator.token.TokenToKVPoolAllocator.alloc"
 
 
@@ -41,22 +46,23 @@ def test_ledger_fits_the_installed_sglang() -> None:
 
 def test_every_hooked_seam_has_its_hook() -> None:
     hooked = {seam.name: seam.use for seam in LEDGER.seams if seam.verb == "hooked"}
-    assert hooked == {name: f"hooked by {_ours(hook)}" for name, (hook, _) in hooks.HOOKS.items()}
+    assert hooked == {name: f"hooked by {_ours(hook)}" for name, (hook, _) in ALL_HOOKS.items()}
+    assert not set(ENTRY_HOOKS) & set(hooks.HOOKS)
 
 
 def test_every_hook_is_registered_where_the_installed_release_has_its_seam() -> None:
-    assert seam_check.targets(hooks.HOOKS) == {f"sglang.srt.{name}": hook for name, hook in hooks.HOOKS.items()}
+    assert seam_check.targets(ALL_HOOKS) == {f"sglang.srt.{name}": hook for name, hook in ALL_HOOKS.items()}
 
 
 def test_hooks_take_what_an_upstream_may_add() -> None:
     """A parameter that a release adds with a default must not stop a server."""
-    for hook, _ in hooks.HOOKS.values():
+    for hook, _ in ALL_HOOKS.values():
         kinds = {parameter.kind for parameter in inspect.signature(hook).parameters.values()}
         assert inspect.Parameter.VAR_KEYWORD in kinds, hook.__name__
 
 
 def test_hooks_name_the_parameters_that_their_rows_do() -> None:
-    for name, (hook, _) in hooks.HOOKS.items():
+    for name, (hook, _) in ALL_HOOKS.items():
         by_name = set(LEDGER.seam(name).parameters or ()) - {"*"}
         assert by_name <= set(inspect.signature(hook).parameters), name
 
@@ -125,13 +131,12 @@ def test_shared_experts_of_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_that_captures_nothing_loads_no_ledger() -> None:
     script = (
         "import sys; from sglang_router_capture import plugin; sys.argv = ['sglang', '--model-path', 'x'];"
-        " plugin.load(); print(sorted(name for name in sys.modules if name.startswith('sglang_router_capture')"
-        " or name.startswith('router_replay.upstream') or name.split('.')[0] == 'sglang'))"
+        " plugin.load(); print(sorted(name for name in sys.modules if name.split('.')[0] in"
+        " ('sglang_router_capture', 'router_replay')))"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SGLANG_ROUTER")}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    ours = "['sglang_router_capture', 'sglang_router_capture.options', 'sglang_router_capture.plugin']"
-    assert run.stdout.strip() == ours
+    assert run.stdout.splitlines()[-1] == str(sorted(ENTRY_MODULES))
 
 
 @pytest.fixture
@@ -162,20 +167,28 @@ def test_hook_that_sglang_did_not_apply(
     other = _wrap_fn(stock, lambda result, *args, **kwargs: None, HookType.AFTER)
     monkeypatch.setattr(TokenToKVPoolAllocator, "alloc", other)
     words = r"\n  sglang\.srt\.mem_cache\.allocator\.token\.TokenToKVPoolAllocator\.alloc: expected a hooked function"
-    with pytest.raises(SeamError, match=words + ", found a function that is not, since SGLang did not apply the hook"):
+    with pytest.raises(SeamError, match=words + ", found a function that is not"):
         seam_check.require_applied(applied)
 
 
 SUPPORTED = {
     "pp_size": 1,
+    "enable_dp_attention": True,
+    "pp_async_batch_depth": 0,
     "speculative_algorithm": None,
     "disaggregation_mode": "null",
-    "attn_dp_size": 1,
     "attn_cp_size": 1,
     "moe_a2a_backend": "none",
     "enable_two_batch_overlap": False,
     "enable_pdmux": False,
     "enable_hisparse": False,
+    "hicache_host_memory_mode": "cache",
+    "enable_hierarchical_cache": True,
+    "use_ray": False,
+    "is_embedding": False,
+    "smg_grpc_mode": False,
+    "enable_nvidia_megakernel": False,
+    "enable_amd_monokernel": False,
     "dllm_algorithm": None,
 }
 
@@ -188,14 +201,20 @@ def test_default_configuration_is_supported() -> None:
     ("field", "value", "flag"),
     [
         ("pp_size", 2, "--pipeline-parallel-size"),
+        ("pp_async_batch_depth", 1, "--pp-async-batch-depth"),
         ("speculative_algorithm", "EAGLE", "--speculative-algorithm"),
         ("disaggregation_mode", "decode", "--disaggregation-mode"),
-        ("attn_dp_size", 2, "attention data parallelism"),
         ("attn_cp_size", 2, "attention context parallelism"),
         ("moe_a2a_backend", "deepep", "--moe-a2a-backend"),
         ("enable_two_batch_overlap", True, "--enable-two-batch-overlap"),
         ("enable_pdmux", True, "--enable-pdmux"),
         ("enable_hisparse", True, "--enable-hisparse"),
+        ("hicache_host_memory_mode", "buffer_only", "--hicache-host-memory-mode"),
+        ("use_ray", True, "--use-ray"),
+        ("is_embedding", True, "--is-embedding"),
+        ("smg_grpc_mode", True, "--smg-grpc-mode"),
+        ("enable_nvidia_megakernel", True, "--enable-nvidia-megakernel"),
+        ("enable_amd_monokernel", True, "--enable-amd-monokernel"),
         ("dllm_algorithm", "x", "--dllm-algorithm"),
     ],
 )
@@ -216,9 +235,18 @@ def test_no_supported_value_of_the_installed_sglang_is_refused() -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.server_args import ServerArgs
 
-    config = resolving_view(ServerArgs(model_path="x"))
-    refusals.require_supported_config(config)
-    refusals.require_whole_answers(config)
+    refusals.require_supported_config(resolving_view(ServerArgs(model_path="x")))
+
+
+def test_a_pipeline_that_leaves_results_away_is_refused() -> None:
+    from sglang.srt.environ import envs
+
+    refusals.require_every_pass_to_return()
+    with (
+        envs.SGLANG_PP_SKIP_PURE_CHUNKED_OUTPUT_COMM.override(True),
+        pytest.raises(UnsupportedError, match=r"SGLANG_PP_SKIP_PURE_CHUNKED_OUTPUT_COMM is on.*unset it"),
+    ):
+        refusals.require_every_pass_to_return()
 
 
 def test_routers_by_hash_are_refused() -> None:
@@ -230,13 +258,7 @@ def test_routers_by_hash_are_refused() -> None:
     router.layer_id = 3
     geometry = RoutingGeometry(num_layers=4, moe_layers=(3,), num_experts=8, top_k=2)
     with pytest.raises(UnsupportedError, match=r"decoder layers \[3\] route by a hash"):
-        refusals.require_reporting_routers(nn.Sequential(router), geometry)
-
-
-def test_streams_that_cut_the_masks_off_are_refused() -> None:
-    refusals.require_whole_answers(SimpleNamespace(incremental_streaming_output=False))
-    with pytest.raises(UnsupportedError, match=r"--incremental-streaming-output.*-format sglang"):
-        refusals.require_whole_answers(SimpleNamespace(incremental_streaming_output=True))
+        refusals.require_reporting_routers(nn.Sequential(router), geometry.moe_layers)
 
 
 def test_unknown_allocator_is_refused() -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from cpu_engines.sglang.server import Server
+from router_replay.masks import RoutingGeometry, get_codec
+from sglang_router_capture import hooks
+from sglang_router_capture.sglang_format import packed, unpacked
 from tests.sglang_router_capture.requests import generate, prompt, upstream_routes
 
 pytestmark = pytest.mark.timeout(900)
@@ -41,3 +47,38 @@ def test_bytes_are_upstreams(sglang_format_server: Server, stock: list[dict]) ->
     # Decoder layer 0 is dense: zeros there, and routes everywhere else.
     assert torch.equal(routes[:, 0], torch.zeros_like(routes[:, 0]))
     assert (routes[:, 1:].sort(-1).values.diff(dim=-1) > 0).all()
+
+
+GEOMETRY = RoutingGeometry(num_layers=4, moe_layers=(1, 3), num_experts=128, top_k=8)
+
+
+@pytest.mark.parametrize("geometry", [GEOMETRY, replace(GEOMETRY, num_layers=2, moe_layers=(0, 1))])
+@pytest.mark.parametrize("num_tokens", [0, 1, 50])
+def test_packed_routes_are_what_sglang_sends(geometry: RoutingGeometry, num_tokens: int) -> None:
+    codec = get_codec("ordered")
+    indices = torch.stack([torch.randperm(128)[:8] for _ in range(num_tokens * 2)] or [torch.zeros(8)]).int()
+    indices = indices[: num_tokens * 2].reshape(num_tokens, 2, 8)
+    valid = torch.arange(num_tokens) % 3 != 1
+    rows = codec.pack(indices, geometry)
+    sent = packed(rows, valid, geometry, codec)
+    # Taken for SGLang's own by a process that does not unpack, they must not pass for routes.
+    assert sent.numel() % 4 == 1
+    expected = torch.zeros((num_tokens, geometry.num_layers, 8), dtype=torch.int32)
+    expected[:, list(geometry.moe_layers)] = torch.where(valid[:, None, None], indices, -1)
+    found = unpacked(sent)
+    assert found.dtype == torch.int32
+    assert torch.equal(found, expected)
+
+
+def test_only_what_is_packed_is_unpacked() -> None:
+    codec = get_codec("ordered")
+    sent = packed(codec.pack(torch.arange(8).expand(3, 2, 8), GEOMETRY), torch.ones(3).bool(), GEOMETRY, codec)
+    stock = torch.zeros((3, 4, 8), dtype=torch.int32)
+    batch = SimpleNamespace(routed_experts=[None, sent, stock, "written already"])
+    hooks.endpoints.before_answers(None, batch)
+    assert batch.routed_experts[1].shape == (3, 4, 8)
+    assert batch.routed_experts[0] is None
+    assert batch.routed_experts[2] is stock
+    assert batch.routed_experts[3] == "written already"
+    hooks.endpoints.before_answers(None, SimpleNamespace(routed_experts=None))
+    hooks.endpoints.before_answers(None, SimpleNamespace())

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +9,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from cpu_engines.sglang.server import ServerDiedError
 from tests.sglang_router_capture.probe import renaming
-from tests.small_model import cpu_environment, serve
+from tests.small_model import serve
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -64,11 +60,11 @@ def test_renamed_seam_stops_the_server(
 def test_what_cannot_be_captured_stops_the_server(small_model: Path) -> None:
     with (
         pytest.raises(ServerDiedError) as caught,
-        serve(small_model, "--enable-router-capture", "--incremental-streaming-output"),
+        serve(small_model, "--enable-router-capture", "--is-embedding"),
     ):
         pass
     assert caught.value.status not in (0, None)
-    assert "router capture cannot run where --incremental-streaming-output is True" in caught.value.log
+    assert "router capture cannot run where --is-embedding is True" in caught.value.log
 
 
 def test_dense_model_is_refused(tmp_path: Path) -> None:
@@ -85,34 +81,3 @@ def test_dense_model_is_refused(tmp_path: Path) -> None:
     assert caught.value.status not in (0, None)
     assert "router capture: this looks like a dense model (qwen3)" in caught.value.log
     assert "turn capture and replay off" in caught.value.log
-
-
-def test_engine_with_the_environment_variable(small_model: Path, tmp_path: Path) -> None:
-    """`Engine(...)` never parses a command line."""
-    script = tmp_path / "engine.py"
-    script.write_text(
-        "import json, sys\n"
-        "import sglang\n"
-        "if __name__ == '__main__':\n"
-        "    engine = sglang.Engine(model_path=sys.argv[1], device='cpu', attention_backend='torch_native',\n"
-        "        sampling_backend='pytorch', disable_cuda_graph=True, mem_fraction_static=0.05,\n"
-        "        skip_tokenizer_init=True, max_total_tokens=1024, disable_overlap_schedule=True)\n"
-        "    answer = engine.generate(input_ids=[[5, 6, 7, 8]], return_routed_experts=True,\n"
-        "        sampling_params={'max_new_tokens': 3, 'temperature': 0, 'ignore_eos': True})[0]\n"
-        "    print('ANSWER', json.dumps(answer))\n"
-        "    engine.shutdown()\n"
-    )
-    environment = cpu_environment({"SGLANG_ROUTER_CAPTURE": "1", "SGLANG_ROUTER_CAPTURE_CODEC": "bitset"})
-    run = subprocess.run(
-        [sys.executable, str(script), os.fspath(small_model)],
-        env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    answers = [line[7:] for line in run.stdout.splitlines() if line.startswith("ANSWER ")]
-    assert answers, run.stdout[-2000:] + run.stderr[-4000:]
-    from router_replay.masks import masks_from_meta_info
-
-    answer = json.loads(answers[0])
-    masks = masks_from_meta_info(answer["meta_info"])
-    masks.check_tokens([5, 6, 7, 8, *answer["output_ids"]])
-    assert masks.codec == "bitset"
-    assert masks.valid.tolist() == [True] * 6

@@ -1,0 +1,95 @@
+"""Servers that trainers start from Python, with nothing on the command line: capture is ours, or not asked for."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from router_replay.masks import masks_from_meta_info
+from sglang_router_capture import entry
+from tests.sglang_router_capture.probe import HOOKED
+from tests.sglang_router_capture.requests import upstream_routes
+from tests.sglang_router_capture.test_seams import ENTRY_MODULES
+from tests.small_model import cpu_environment
+
+pytestmark = pytest.mark.timeout(1200)
+
+# As there, which imports an engine.
+PROMPT = [5, 6, 7, 8]
+
+
+@functools.cache
+def _started(way: str, model: Path, **environment: str) -> tuple[dict[str, list[Any]], str]:
+    """What the launcher printed, by the first word of a line; and all that it and its servers printed."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.sglang_router_capture.launchers", way, str(model)],
+        env=cpu_environment({"LAUNCHERS_HOOKED": json.dumps(HOOKED), **environment}),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=1100, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-6000:]
+    told: dict[str, list[Any]] = {"RESULT": [], "CHILD": [], "STOPPED": []}
+    for line in run.stdout.splitlines():
+        word, _, rest = line.partition(" ")
+        if word in told:
+            told[word].append(json.loads(rest))
+    return told, run.stdout
+
+
+def test_started_as_slime_and_miles_with_upstreams_setting_alone(small_model: Path) -> None:
+    """Two tokenizer processes, in which SGLang loads no plugins, pass on what the scheduler answers."""
+    # A tokenizer process that takes longer than ten seconds to start is killed otherwise, and the next begins.
+    told, output = _started("slime_and_miles", small_model, SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT="300")
+    (result,) = told["RESULT"]
+    assert result["told"] == [{"capturer": "Recorder", "ours": True, "format": "sglang", "codec": "ordered"}]
+    assert "router capture is ours in 1 scheduler(s): format sglang, codec ordered" in output
+    routes = upstream_routes(result["answer"], 6, 4)
+    assert routes.shape == (len(PROMPT) + 2, 6, 4)
+    assert (routes[:, 0] == 0).all() and (routes[:, 1:].sort(-1).values.diff(dim=-1) > 0).all()
+    assert "routing_masks" not in result["answer"]["meta_info"]
+
+
+def test_started_as_verl_with_our_variable_alone(small_model: Path) -> None:
+    """SGLang had resolved the settings, without routes, before it loaded a plugin."""
+    told, output = _started("verl", small_model, SGLANG_ROUTER_CAPTURE="1")
+    (result,) = told["RESULT"]
+    assert result["told"] == [{"capturer": "Recorder", "ours": True, "format": "masks", "codec": "rank"}]
+    assert "router capture is ours in 1 scheduler(s): format masks, codec rank" in output
+    masks = masks_from_meta_info(result["answer"]["meta_info"])
+    masks.check_tokens(PROMPT + result["answer"]["output_ids"])
+    assert masks.valid.tolist() == [True] * 6
+
+
+def test_engines_of_one_process(small_model: Path) -> None:
+    told, _ = _started("engines", small_model)
+    (result,) = told["RESULT"]
+    assert result["told"] == [{"capturer": "Recorder", "ours": True, "format": "masks", "codec": "bitset"}]
+    masks = masks_from_meta_info(result["answer"]["meta_info"])
+    masks.check_tokens(PROMPT + result["answer"]["output_ids"])
+    assert masks.codec == "bitset" and masks.valid.tolist() == [True] * 6
+
+
+def test_a_process_without_plugins_has_every_hook_once_it_gets_the_settings(small_model: Path) -> None:
+    asked, _ = _started("engines", small_model)[0]["CHILD"]
+    assert asked["hooked"] == HOOKED
+    assert "sglang_router_capture.recorder" in asked["modules"]
+
+
+def test_a_server_after_one_that_captured_has_the_entry_hooks_alone(small_model: Path) -> None:
+    _, plain = _started("engines", small_model)[0]["CHILD"]
+    assert sorted(plain["hooked"]) == sorted(entry.HOOKS)
+    assert set(plain["modules"]) == ENTRY_MODULES
+
+
+def test_a_scheduler_with_another_capturer_stops_its_parent(small_model: Path) -> None:
+    ((message, left, trainers_own),) = _started("others", small_model)[0]["STOPPED"]
+    assert message.startswith("router capture: 1 of 1 schedulers of this server do not run our recorder but _Other: ")
+    assert "SGLANG_PLUGINS must name router_capture" in message
+    assert left == []
+    # A process that the trainer had started by itself.
+    assert trainers_own is None
