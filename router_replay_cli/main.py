@@ -23,14 +23,22 @@ class Subcommand:
         target: `module:function`, the function with typer's annotations.
         summary: the line in the help of `r3`, where the function is not imported.
         needs: packages beyond this project's dependencies, which `INSTALL` brings.
+        takes_any_flag: whether flags that it does not know are arguments of its own.
     """
 
     target: str
     summary: str
     needs: tuple[str, ...] = ()
+    takes_any_flag: bool = False
 
 
 SUBCOMMANDS = {
+    "doctor": Subcommand(
+        "router_replay_cli.doctor:doctor",
+        "Say what is installed here, whether it fits, and what a server would be refused for.",
+        ("rich",),
+        takes_any_flag=True,
+    ),
     "inspect": Subcommand(
         "router_replay_cli.inspect_files:inspect",
         "Show what files of routing masks hold.",
@@ -77,7 +85,8 @@ def build_app(arguments: Sequence[str]) -> "typer.Typer":
         try:
             _require(subcommand.needs)
             if name == asked:
-                app.command(name)(pkgutil.resolve_name(subcommand.target))
+                settings = {"ignore_unknown_options": True} if subcommand.takes_any_flag else None
+                app.command(name, context_settings=settings)(pkgutil.resolve_name(subcommand.target))
             else:
                 app.command(name, short_help=subcommand.summary)(_nothing)
         except ModuleNotFoundError as error:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 import router_replay
 from router_replay_cli import main as cli
+from router_replay_cli.doctor import doctor
 from router_replay_cli.inspect_files import inspect
 from router_replay_cli.main import SUBCOMMANDS, Subcommand
 from router_replay_cli.report import report
@@ -34,7 +35,7 @@ def _run(*arguments: str) -> Result:
 def test_every_subcommand_of_the_table_resolves_and_is_in_the_help():
     assert EntryPoint("r3", PYPROJECT["project"]["scripts"]["r3"], "console_scripts").load() is cli.main
     loaded = {name: EntryPoint(name, each.target, "").load() for name, each in SUBCOMMANDS.items()}
-    assert loaded == {"inspect": inspect, "report": report}
+    assert loaded == {"doctor": doctor, "inspect": inspect, "report": report}
     help_text = _run("--help")
     assert help_text.exit_code == 0
     for name, each in SUBCOMMANDS.items():
@@ -53,7 +54,7 @@ def test_a_help_loads_neither_torch_nor_what_draws():
         "import json, sys\nfrom router_replay_cli.main import main\nsys.argv = ['r3', *sys.argv[1:]]\n"
         "try:\n    main()\nfinally:\n    print(json.dumps(sorted(sys.modules)))"
     )
-    for arguments in (["--help"], ["--version"], ["inspect", "--help"], ["report", "--help"]):
+    for arguments in (["--help"], ["--version"], ["inspect", "--help"], ["report", "--help"], ["doctor", "--help"]):
         result = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
         loaded = set(json.loads(result.stdout.splitlines()[-1]))
         assert "typer" in loaded

@@ -1,0 +1,147 @@
+"""The subcommand `r3 doctor`: what is installed here, whether it fits, and what a server would be refused for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import warnings
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from router_replay.upstream import Ledger
+
+_PACKAGES = ("sglang", "megatron-core", "transformer-engine", "torch", "transformers", "numpy", "safetensors")
+
+
+def doctor(
+    flags: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Flags of an SGLang server, as they would follow `python -m sglang.launch_server`.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Say what is installed here, whether it fits, and what a server with these flags would be refused for.
+
+    Versions; every name of SGLang and Megatron-Core that this package stands on, held against what is installed; the
+    kernels of this process. With flags of an SGLang server: whether it would capture, what it would be refused for, and
+    what capture would cost, by SGLang's own parser and without starting anything. One engine is enough.
+
+    The exit status is 1 where something does not fit.
+    """
+    from rich.console import Console
+
+    # A terminal wraps by itself, and messages that are cut in two cannot be searched for.
+    console = Console(highlight=False, soft_wrap=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _print_versions(console)
+        fits = [_print_ledgers(console), _print_kernels(console)]
+        if flags:
+            fits.append(_print_server(console, flags))
+    if not all(fits):
+        raise typer.Exit(1)
+
+
+def _print_versions(console: Console) -> None:
+    from router_replay import __version__
+
+    console.print("Versions", style="bold")
+    console.print(f"  Python {platform.python_version()}, rollout-routing-replay {__version__}")
+    for name in _PACKAGES:
+        try:
+            console.print(f"  {name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            console.print(f"  {name}: not installed", style="dim")
+
+
+def _print_ledgers(console: Console) -> bool:
+    from router_replay.upstream import Installed, check
+
+    console.print("\nNames that this package stands on", style="bold")
+    fits = True
+    for ledger in _ledgers():
+        title = f"{ledger.title}, {ledger.subject}"
+        reader = Installed(ledger.distribution)
+        if reader.release is None:
+            console.print(f"  {title}: {ledger.distribution} is not installed", style="dim")
+            continue
+        with console.status(f"  {title}: importing"):
+            problems = check(ledger, reader)
+        num_names = sum(bool(seam.paths(reader.release)) for seam in ledger.seams)
+        if not problems:
+            console.print(f"  [green]fits[/] {title}: {num_names} names of {reader.release} ({ledger.releases})")
+            continue
+        fits = False
+        console.print(
+            f"  [red]does not fit[/] {title}: {len(problems)} of {num_names} names of {reader.release}"
+            f" ({ledger.releases})"
+        )
+        for problem in problems:
+            console.print(f"    {problem}", markup=False)
+    return fits
+
+
+def _ledgers() -> list[Ledger]:
+    from megatron_router_replay.ledger import AVERAGES_LEDGER, TRANSFORMER_ENGINE_LEDGER
+    from megatron_router_replay.ledger import LEDGER as REPLAY_LEDGER
+    from router_replay.replay.torch_checkpoint import TORCH_LEDGER
+    from sglang_router_capture.ledger import LEDGER as CAPTURE_LEDGER
+
+    return [CAPTURE_LEDGER, REPLAY_LEDGER, AVERAGES_LEDGER, TRANSFORMER_ENGINE_LEDGER, TORCH_LEDGER]
+
+
+def _print_kernels(console: Console) -> bool:
+    import torch
+
+    from router_replay.masks.codecs.ops import MISSING_KERNELS
+
+    console.print("\nKernels of the codecs", style="bold")
+    present = {"cpu": True, "cuda": torch.cuda.is_available()}
+    fits = True
+    for device, there in present.items():
+        reason = MISSING_KERNELS.get(device)
+        if not there:
+            console.print(f"  {device}: no such device here", style="dim")
+        elif reason is None:
+            console.print(f"  [green]loaded[/] {device}")
+        else:
+            fits = False
+            console.print(f"  [red]missing[/] {device}, plain torch runs in their place: {reason}")
+    return fits
+
+
+def _print_server(console: Console, flags: list[str]) -> bool:
+    console.print("\nA server with these flags", style="bold")
+    if importlib.util.find_spec("sglang") is None:
+        console.print("  [red]SGLang is not installed here[/]")
+        return False
+    from sglang_router_capture.preview import preview
+
+    with console.status("  resolving its settings"):
+        found = preview(flags)
+    if found.asked:
+        console.print(f"  captures: format {found.options.format}, codec {found.codec or found.options.codec}")
+    else:
+        console.print("  captures nothing: add --enable-router-capture. If it did:", style="yellow")
+    if found.geometry is not None:
+        geometry = found.geometry
+        console.print(
+            f"  {geometry.num_moe_layers} MoE layers of {geometry.top_k} of {geometry.num_experts} experts:"
+            f" a row of {found.row_bytes} bytes for each KV slot, in host memory"
+        )
+    for sentence in found.refused:
+        console.print("  [red]refused[/]", end=" ")
+        console.print(sentence, markup=False)
+    if not found.refused:
+        console.print(
+            "  [green]nothing refused[/] by its settings; a live server also looks at its KV pools and at the model's"
+            " routers"
+        )
+    return not found.refused
