@@ -23,7 +23,7 @@ from megatron_router_replay.ledger import LEDGER as REPLAY_LEDGER
 from megatron_router_replay.refusals import SETTINGS as REPLAY_SETTINGS
 from router_replay.upstream import Ledger, Refusal, Source, check, check_settings
 from sglang_router_capture.ledger import LEDGER as CAPTURE_LEDGER
-from sglang_router_capture.refusals import SETTINGS, WHOLE_ANSWERS
+from sglang_router_capture.refusals import SETTINGS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -44,7 +44,7 @@ class Contract:
 
 
 CONTRACTS = (
-    Contract((CAPTURE_LEDGER,), SETTINGS + WHOLE_ANSWERS),
+    Contract((CAPTURE_LEDGER,), SETTINGS),
     Contract((REPLAY_LEDGER, AVERAGES_LEDGER), REPLAY_SETTINGS, refused=("0.16.1",)),
 )
 

@@ -62,14 +62,31 @@ def support() -> str:
 def refusals(end: str) -> Sequence:
     """Rows of an end's own table of refusals; models have none."""
     if end == "sglang":
-        from sglang_router_capture.refusals import SETTINGS, WHOLE_ANSWERS
+        from sglang_router_capture.refusals import SETTINGS
 
-        return (*SETTINGS, *WHOLE_ANSWERS)
+        return SETTINGS
     if end == "megatron":
         from megatron_router_replay.refusals import SETTINGS
 
         return SETTINGS
     return ()
+
+
+def features(end: str) -> str:
+    """Every feature of an end by itself: what holds of it, and the test or the reason."""
+    known = tomllib.loads((ROOT / "docs" / "support.toml").read_text())[end]
+    lines = [row("feature", "is", "shown by, or because"), row(*["---"] * 3)]
+    lines += [row(name, "right", _link(test)) for name, test in known["tested"].items()]
+    lines += [row(name, "refused", _link(test)) for name, test in known["refused"].items()]
+    of_settings = {each.feature: f"{each.reason}; `test_what_cannot_be_captured_is_refused`" for each in refusals(end)}
+    lines += [row(name, "refused", why) for name, why in of_settings.items()]
+    lines += [row(name, "not run", note) for name, note in known["untested"].items()]
+    return "\n".join(lines)
+
+
+def _link(test: str) -> str:
+    file, _, name = test.partition("::")
+    return f"[{name}](../{file})"
 
 
 def reasons(end: str) -> str:
@@ -125,6 +142,7 @@ def row(*cells: str) -> str:
 TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "support"): support,
     ("README.md", "figures"): figures,
+    ("docs/engine-support.md", "features"): lambda: features("sglang"),
     ("docs/server.md", "refusals"): lambda: reasons("sglang"),
     ("docs/trainer.md", "refusals"): lambda: reasons("megatron"),
     ("docs/install.md", "releases"): releases,
