@@ -1,10 +1,12 @@
 .DEFAULT_GOAL := help
 # The tests for which SGLang, Megatron-Core or a browser are started or imported; every other folder of tests/ is quick.
-ENGINE_TESTS := tests/sglang_router_capture tests/megatron_router_replay tests/cpu_engines tests/end_to_end \
+ENGINE_TESTS := tests/sglang_router_capture tests/megatron_router_replay tests/cpu_engines tests/end_to_end tests/soak \
 	tests/contract tests/docs/test_tables.py tests/router_replay/report/test_report_in_browser.py
+# Servers of several processes on two cores: each of them takes minutes to start.
+RANKS_TESTS := tests/sglang_router_capture/test_parallel.py
 QUICK_PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -q -p no:cacheprovider
 
-.PHONY: help setup demo quick quick-checks quick-masks quick-others test contract megatron-0.17 stock kernels wheel lock
+.PHONY: help setup demo quick quick-checks quick-masks quick-others test ranks contract megatron-0.17 sglang-0.5.20 stock soak kernels wheel lock
 
 help:  ## Show the targets.
 	@sed -nE 's/^([a-z0-9.-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -29,9 +31,12 @@ quick-masks:
 quick-others:
 	$(QUICK_PYTEST) $(addprefix --ignore=,$(ENGINE_TESTS) tests/router_replay/masks) tests
 
-test: quick  ## Lint, types and all tests: those of `quick`, then those that start an engine or a browser.
+test: quick  ## Lint, types and tests: those of `quick`, then those with an engine or a browser; not those of `ranks`.
 	@bash scripts/browser.sh
-	.venv/bin/pytest --durations=25 $(ENGINE_TESTS)
+	.venv/bin/pytest --durations=25 $(addprefix --ignore=,$(RANKS_TESTS)) $(ENGINE_TESTS)
+
+ranks: setup  ## SGLang's server with two ranks: tensor, data and pipeline parallelism, attention data parallelism.
+	OMP_NUM_THREADS=1 .venv/bin/pytest $(RANKS_TESTS)
 
 contract: setup  ## Hold the ledgers against other releases of SGLang and Megatron-Core (downloads their wheels).
 	.venv/bin/python scripts/contract.py
@@ -39,8 +44,15 @@ contract: setup  ## Hold the ledgers against other releases of SGLang and Megatr
 megatron-0.17: setup  ## The trainer's tests with Megatron-Core 0.17.1, in an environment of its own.
 	bash scripts/other_megatron.sh 0.17.1
 
+sglang-0.5.20: setup  ## The engine's tests with SGLang 0.5.20, in an environment of its own (some 10 GB).
+	bash scripts/other_sglang.sh 0.5.20
+
 stock: setup  ## Megatron's own RouterReplay beside this package's replay, in the same steps; writes docs/stock-replay.md.
 	.venv/bin/python -W ignore scripts/stock_replay.py --write
+
+soak: setup  ## Everything at once on a CPU server of SGLang, each row checked; writes benchmarks/results/ (half an hour).
+	@mkdir -p benchmarks/results
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.soak --json benchmarks/results/soak-$$(date +%Y%m%d-%H%M).json
 
 kernels: setup  ## Compile the CUDA kernels anew; print their registers and spills.
 	@mkdir -p build
