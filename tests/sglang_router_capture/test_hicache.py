@@ -160,5 +160,4 @@ def test_rows_outlive_their_server_beside_the_pages(small_model: Path, tmp_path:
             answer = generate(server, ids, 4)
             # From wherever the KV comes by now: the device, the host or storage again.
             recorded.check(answer, masks_of(answer, ids))
-            assert answer["meta_info"]["cached_tokens"] >= 240
         assert server.log().count("nobody has recorded the KV that was read") == 1
