@@ -50,7 +50,7 @@ sglang-0.5.20: setup  ## The engine's tests with SGLang 0.5.20, in an environmen
 stock: setup  ## Megatron's own RouterReplay beside this package's replay, in the same steps; writes docs/stock-replay.md.
 	.venv/bin/python -W ignore scripts/stock_replay.py --write
 
-soak: setup  ## Everything at once on a CPU server of SGLang, each row checked; writes benchmarks/results/ (half an hour).
+soak: setup  ## Everything at once on a CPU server of SGLang, each row checked; writes benchmarks/results/ (hours on two cores).
 	@mkdir -p benchmarks/results
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.soak --json benchmarks/results/soak-$$(date +%Y%m%d-%H%M).json
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from router_replay.errors import RouterReplayError
 from router_replay.masks import RoutingGeometry, choose_codec
-from router_replay.upstream import refuse
-from sglang_router_capture import entry, options, refusals, wrappers
-from sglang_router_capture.ledger import LEDGER
+from sglang_router_capture import entry, live_refusals, options, refusals, wrappers
 from sglang_router_capture.options import CaptureOptions
 
 
@@ -71,7 +69,7 @@ def preview(argv: Sequence[str]) -> Preview:
     geometry, codec = None, None
     try:
         model_config = ModelConfig.from_server_args(server_args)
-        refusals.require_generation(model_config)
+        live_refusals.require_generation(model_config)
         geometry = RoutingGeometry.from_hf_config(model_config.hf_text_config)
         codec = choose_codec(chosen.codec, geometry, order=chosen.needs_order).name
     except RouterReplayError as error:
@@ -83,11 +81,8 @@ def preview(argv: Sequence[str]) -> Preview:
 
 def _refused(config: Any) -> list[str]:
     """Every refusal of settings, not only the first, as a server's start would word it."""
-    checks: list[Callable[[], None]] = [refusals.require_python_server]
-    if config.pp_size > 1:
-        checks.append(refusals.require_every_pass_to_return)
     refused = []
-    for check in (*checks, *(lambda row=row: refuse(LEDGER, (row,), config) for row in refusals.SETTINGS)):
+    for check in refusals.checks(config):
         try:
             check()
         except RouterReplayError as error:

@@ -52,6 +52,4 @@ def _ask_for_routes(server_args: Any) -> None:
 def _require_supported(server_args: Any) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
-    refusals.require_python_server()
-    refusals.require_no_ray_actors()
     refusals.require_supported_config(resolving_view(server_args))

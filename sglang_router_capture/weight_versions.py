@@ -13,7 +13,8 @@ class WeightVersions:
     The server's own name (`--weight-version`, `/update_weight_version`, the name that an update is given) is taken
     where it says which weights these are. Where it does not, they get a name that is told nowhere else:
 
-    - `<server's name>+<start>.<change>` after an update that nobody named; every rank of the server says the same;
+    - `<server's name>+<start>.<change>` after an update that nobody named; all ranks that one launcher started, which
+      are those of a node, say the same;
     - `<server's name>+<start>.<change>-incomplete-<process>` after an update that failed, which may have changed a part
       of the weights, and between the parts of one update (`begin_weight_update` to `end_weight_update`).
 
@@ -23,7 +24,7 @@ class WeightVersions:
     def __init__(self, servers_name: Callable[[], str], start: str) -> None:
         """Args:
         servers_name: what the server calls its weights now.
-        start: a name of this start of the server that no other has, the same in all of its processes.
+        start: a name of this start of the server that no other has, the same in all processes of one launcher.
         """
         self._servers_name = servers_name
         self._names: list[str] = []

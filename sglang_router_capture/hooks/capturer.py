@@ -8,7 +8,7 @@ from typing import Any
 
 from router_replay.errors import RouterReplayError, SeamError, UnsupportedError
 from router_replay.masks import RoutingGeometry, choose_codec, open_store
-from sglang_router_capture import refusals, seam_check
+from sglang_router_capture import live_refusals, refusals, seam_check
 from sglang_router_capture.follow.pipeline import FirstStage, LaterStage
 from sglang_router_capture.hooks.process import (
     options_of_this_process,
@@ -50,13 +50,11 @@ def around_create(
         )
     try:
         seam_check.require_applied(HOOKS)
-        refusals.require_generation(model_config)
+        live_refusals.require_generation(model_config)
         geometry = RoutingGeometry.from_hf_config(model_config.hf_text_config)
         place = Place.of(get_parallel())
         layers = layers_of_stage(model, geometry, place)
-        refusals.require_reporting_routers(model, layers)
-        if place.num_stages > 1:
-            refusals.require_every_pass_to_return()
+        live_refusals.require_reporting_routers(model, layers)
         codec = choose_codec(chosen.codec, geometry, order=chosen.needs_order)
     except RouterReplayError as error:
         refusals.stop(error)
@@ -112,7 +110,7 @@ def after_init_routed_experts_capturer(result: None, model_runner: Any, **others
                 f"expected the experts capturer of this server to be {Recorder.__name__}, found"
                 f" {type(recorder).__name__}: SGLang, or another plugin, put it there after our hook"
             )
-        refusals.require_supported_allocator(model_runner.token_to_kv_pool_allocator)
+        live_refusals.require_supported_allocator(model_runner.token_to_kv_pool_allocator)
     except RouterReplayError as error:
         refusals.stop(error)
     recorder.follow(model_runner.token_to_kv_pool_allocator)

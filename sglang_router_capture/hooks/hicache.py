@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from router_replay.errors import RouterReplayError
-from sglang_router_capture import refusals
+from sglang_router_capture import live_refusals, refusals
 from sglang_router_capture.follow.hicache import HiCacheFollower
 from sglang_router_capture.follow.storage import CARRYING_BACKENDS, StoredRows
 from sglang_router_capture.hooks.process import recorder_of_this_process
@@ -30,7 +30,7 @@ def after_controller_init(result: None, controller: Any, *args: Any, **kwargs: A
     host_pool = controller.mem_pool_host if entry is None else entry.host_pool
     device_pool = controller.mem_pool_device if entry is None else entry.device_pool
     try:
-        refusals.require_supported_host_pool(host_pool, device_pool, controller.mem_pool_device_allocator)
+        live_refusals.require_supported_host_pool(host_pool, device_pool, controller.mem_pool_device_allocator)
     except RouterReplayError as error:
         refusals.stop(error)
     recorder.hicache = HiCacheFollower(recorder.log, recorder.table, device_pool, host_pool)

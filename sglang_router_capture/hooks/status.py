@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Any
 
@@ -10,8 +9,6 @@ from sglang_router_capture import http, status
 from sglang_router_capture.hooks.process import options_of_this_process, recorder_of_this_process
 from sglang_router_capture.hooks.registry import hook
 from sglang_router_capture.metrics import Metrics
-
-logger = logging.getLogger(__name__)
 
 _SERVER = "sglang.srt.entrypoints.http_server"
 _METRICS = "_router_capture_metrics"

@@ -93,7 +93,7 @@ SEAMS = (
     Seam(
         _HOST_POOL,
         None,
-        "read by refusals.require_supported_host_pool",
+        "read by live_refusals.require_supported_host_pool",
         "only host pools whose hand-outs are heard can be followed",
         _FOLLOWED,
     ),
@@ -107,21 +107,21 @@ SEAMS = (
     Seam(
         (At(f"{_HOST_POOL}.prepare_transfer_indices", ">=0.5.21"),),
         None,
-        "read by refusals.require_supported_host_pool",
+        "read by live_refusals.require_supported_host_pool",
         "a pool with a method of its own names its entries by something else than slots",
         _FOLLOWED,
     ),
     Seam(
         (At(f"{_HOST_POOL}.shared_allocation_domain", ">=0.5.21"),),
         None,
-        "read by refusals.require_supported_host_pool",
+        "read by live_refusals.require_supported_host_pool",
         "a pool that has such a domain may move its entries without notice",
         _FOLLOWED,
     ),
     Seam(
         f"{_HOST_POOL}.dcp_size",
         None,
-        "read by refusals.require_supported_host_pool",
+        "read by live_refusals.require_supported_host_pool",
         "ranks that share a slot have parts of its tokens",
         _FOLLOWED,
     ),
@@ -135,7 +135,7 @@ SEAMS = (
     Seam(
         "mem_cache.allocator.base.BaseTokenToKVPoolAllocator.get_kvcache",
         (),
-        "called by refusals.require_supported_host_pool",
+        "called by live_refusals.require_supported_host_pool",
         "HiCache must copy the KV whose slots the recorder follows",
         _FOLLOWED,
     ),
@@ -242,7 +242,7 @@ ATTRIBUTES = (
     Attribute(
         None,
         "host_transfer_translate",
-        "read by refusals.require_supported_host_pool",
+        "read by live_refusals.require_supported_host_pool",
         "a pool that translates slots has entries that move",
         _REFUSAL_TEST,
         releases=">=0.5.21",

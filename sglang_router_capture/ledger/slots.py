@@ -60,14 +60,14 @@ SEAMS = (
     Seam(
         "mem_cache.allocator.token.TokenToKVPoolAllocator",
         None,
-        "read by refusals.require_supported_allocator",
+        "read by live_refusals.require_supported_allocator",
         "only allocators whose hand-outs are heard can be followed",
         _ALLOCATIONS,
     ),
     Seam(
         "mem_cache.allocator.paged.PagedTokenToKVPoolAllocator",
         None,
-        "read by refusals.require_supported_allocator",
+        "read by live_refusals.require_supported_allocator",
         "only allocators whose hand-outs are heard can be followed",
         _ALLOCATIONS,
     ),

@@ -73,13 +73,14 @@ def gaps_and_bounds(model: Qwen3MoeForCausalLM, masks: RoutingMasks, token_ids: 
 
 def _router_logits(model: Qwen3MoeForCausalLM, masks: RoutingMasks, token_ids: Sequence[int]) -> Tensor:
     """Router logits `float32 [tokens, MoE layers, experts]` of a run that takes the recorded experts."""
-    with torch.no_grad(), _imposed(model, masks):
+    with torch.no_grad(), imposed(model, masks):
         output = model(torch.tensor([list(token_ids[: masks.end])]), output_router_logits=True)
     return torch.stack([layer.float() for layer in output.router_logits], dim=1)
 
 
 @contextlib.contextmanager
-def _imposed(model: Qwen3MoeForCausalLM, masks: RoutingMasks) -> Iterator[None]:
+def imposed(model: Qwen3MoeForCausalLM, masks: RoutingMasks) -> Iterator[None]:
+    """Let the model take the recorded experts in every layer, for the length of a `with` block."""
     routers = [module for module in model.modules() if isinstance(module, Qwen3MoeTopKRouter)]
     assert len(routers) == masks.geometry.num_moe_layers
     recorded = masks.indices().long()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from router_replay.errors import UnsupportedError
-from sglang_router_capture import refusals
+from sglang_router_capture import live_refusals
 from sglang_router_capture.follow.hicache import HiCacheFollower
 from sglang_router_capture.hooks import hicache as hooks
 from tests.sglang_router_capture.test_recorder_order import GEOMETRY, Scheduler
@@ -208,14 +208,14 @@ def _alloc(self: Any, need_size: int) -> Tensor:
 )
 def test_pools_that_cannot_be_followed_are_refused(members: dict[str, Any], words: str) -> None:
     kv_pool = SimpleNamespace()
-    refusals.require_supported_host_pool(_host_pool(), kv_pool, Allocator(kv_pool))
+    live_refusals.require_supported_host_pool(_host_pool(), kv_pool, Allocator(kv_pool))
     with pytest.raises(UnsupportedError, match=f"host pool SomeHostPool: .*{words}.*without router capture"):
-        refusals.require_supported_host_pool(_host_pool(**members), kv_pool, Allocator(kv_pool))
+        live_refusals.require_supported_host_pool(_host_pool(**members), kv_pool, Allocator(kv_pool))
     moving = SimpleNamespace(host_transfer_translate=_alloc)
     with pytest.raises(UnsupportedError, match="its entries move"):
-        refusals.require_supported_host_pool(_host_pool(), moving, Allocator(moving))
+        live_refusals.require_supported_host_pool(_host_pool(), moving, Allocator(moving))
     with pytest.raises(UnsupportedError, match="not all of the int"):
-        refusals.require_supported_host_pool(_host_pool(), kv_pool, Allocator(0))
+        live_refusals.require_supported_host_pool(_host_pool(), kv_pool, Allocator(0))
 
 
 def test_a_controller_without_a_group_of_pools_is_refused_by_the_same_rules(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from router_replay.errors import SeamError, UnsupportedError
-from sglang_router_capture import entry, options, refusals, takeover
+from sglang_router_capture import entry, live_refusals, options, refusals, takeover
 from sglang_router_capture.hooks import start
 from sglang_router_capture.options import CaptureOptions
 
@@ -118,9 +118,9 @@ def test_models_that_do_not_generate_are_refused(tmp_path: Path) -> None:
         moe_intermediate_size=32,
     )  # fmt: skip
     config.save_pretrained(tmp_path)
-    refusals.require_generation(ModelConfig(str(tmp_path)))
+    live_refusals.require_generation(ModelConfig(str(tmp_path)))
     with pytest.raises(UnsupportedError, match="Qwen3MoeForCausalLM generates nothing"):
-        refusals.require_generation(ModelConfig(str(tmp_path), is_embedding=True))
+        live_refusals.require_generation(ModelConfig(str(tmp_path), is_embedding=True))
 
 
 def test_a_server_in_rust_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

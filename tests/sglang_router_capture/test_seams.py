@@ -19,7 +19,7 @@ import pytest
 from router_replay.errors import SeamError, UnsupportedError
 from router_replay.masks import RoutingGeometry
 from router_replay.upstream import Ledger, Seam
-from sglang_router_capture import entry, hooks, refusals, seam_check
+from sglang_router_capture import entry, hooks, live_refusals, refusals, seam_check
 from sglang_router_capture.ledger import LEDGER
 from sglang_router_capture.ledger.capturer import FUSED_SHARED_EXPERTS
 
@@ -249,6 +249,18 @@ def test_a_pipeline_that_leaves_results_away_is_refused() -> None:
         refusals.require_every_pass_to_return()
 
 
+def test_settings_of_a_pipeline_are_held_against_its_environment() -> None:
+    """Before the server starts, and by whoever previews it; a server of one stage may have the variable."""
+    from sglang.srt.environ import envs
+
+    pipeline = SimpleNamespace(**{**SUPPORTED, "pp_size": 2, "enable_dp_attention": False})
+    refusals.require_supported_config(pipeline)
+    with envs.SGLANG_PP_SKIP_PURE_CHUNKED_OUTPUT_COMM.override(True):
+        refusals.require_supported_config(SimpleNamespace(**SUPPORTED))
+        with pytest.raises(UnsupportedError, match="SGLANG_PP_SKIP_PURE_CHUNKED_OUTPUT_COMM is on"):
+            refusals.require_supported_config(pipeline)
+
+
 def test_routers_by_hash_are_refused() -> None:
     from sglang.srt.layers.moe.hash_topk import HashTopK
     from torch import nn
@@ -258,7 +270,7 @@ def test_routers_by_hash_are_refused() -> None:
     router.layer_id = 3
     geometry = RoutingGeometry(num_layers=4, moe_layers=(3,), num_experts=8, top_k=2)
     with pytest.raises(UnsupportedError, match=r"decoder layers \[3\] route by a hash"):
-        refusals.require_reporting_routers(nn.Sequential(router), geometry.moe_layers)
+        live_refusals.require_reporting_routers(nn.Sequential(router), geometry.moe_layers)
 
 
 def test_unknown_allocator_is_refused() -> None:
@@ -268,5 +280,5 @@ def test_unknown_allocator_is_refused() -> None:
         pass
 
     with pytest.raises(UnsupportedError, match="KV allocator Other"):
-        refusals.require_supported_allocator(Other.__new__(Other))
-    refusals.require_supported_allocator(TokenToKVPoolAllocator.__new__(TokenToKVPoolAllocator))
+        live_refusals.require_supported_allocator(Other.__new__(Other))
+    live_refusals.require_supported_allocator(TokenToKVPoolAllocator.__new__(TokenToKVPoolAllocator))

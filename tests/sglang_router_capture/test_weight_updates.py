@@ -19,8 +19,7 @@ from transformers import Qwen3MoeForCausalLM
 
 from cpu_engines.sglang.server import Server
 from router_replay.masks import RoutingMasks
-from tests.sglang_router_capture.oracle import _imposed as imposed
-from tests.sglang_router_capture.oracle import assert_rows_are_of
+from tests.sglang_router_capture.oracle import assert_rows_are_of, imposed
 from tests.sglang_router_capture.requests import flush, generate, masks_of, prompt
 from tests.sglang_router_capture.underway import control, underway
 
