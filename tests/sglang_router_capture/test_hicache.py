@@ -159,5 +159,6 @@ def test_rows_outlive_their_server_beside_the_pages(small_model: Path, tmp_path:
         for ids, recorded in conversations:
             answer = generate(server, ids, 4)
             # From wherever the KV comes by now: the device, the host or storage again.
+            assert answer["meta_info"]["cached_tokens"] >= 240
             recorded.check(answer, masks_of(answer, ids))
         assert server.log().count("nobody has recorded the KV that was read") == 1
