@@ -82,7 +82,10 @@ class StoredRows:
         self._log.settle_what_is_ready()
 
     def store(self, controller: Any, operation: Any) -> None:
-        """Store the rows of an operation's pages, which are stored. On SGLang's backup thread.
+        """Store the rows of an operation's pages, which are to be stored next. On SGLang's backup thread.
+
+        The rows first: another server, or another rank, may read a page as soon as it is there. Rows whose page is then
+        not stored are found by nobody.
 
         Args:
             controller: `sglang.srt.managers.cache_controller.HiCacheController`.
@@ -90,7 +93,7 @@ class StoredRows:
         """
         snapshot: _Snapshot | None = getattr(operation, _SNAPSHOT, None)
         page_size = controller.page_size
-        num_pages = operation.completed_tokens // page_size
+        num_pages = len(operation.hash_value)
         if snapshot is None or not num_pages:
             return
         delattr(operation, _SNAPSHOT)

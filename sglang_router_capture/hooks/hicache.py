@@ -81,9 +81,9 @@ def after_storage_operation_init(result: None, operation: Any, host_indices: Any
         follower.storage.snapshot(operation, host_indices)
 
 
-@hook(f"{_CONTROLLER}._page_backup", "AFTER")
-def after_page_backup(result: None, controller: Any, operation: Any, **others: Any) -> None:
-    """Pages are stored, on SGLang's backup thread."""
+@hook(f"{_CONTROLLER}._page_backup", "BEFORE")
+def before_page_backup(controller: Any, operation: Any, **others: Any) -> None:
+    """Pages are about to be stored, on SGLang's backup thread."""
     follower = _follower()
     if follower is not None and follower.storage is not None:
         follower.storage.store(controller, operation)

@@ -35,8 +35,8 @@ SEAMS = (
     Seam(
         f"{_CONTROLLER}._page_backup",
         ("operation",),
-        "hooked by hooks.hicache.after_page_backup",
-        "rows are stored where their page is",
+        "hooked by hooks.hicache.before_page_backup",
+        "rows are stored where their page will be, and before anybody sees it",
         _FOLLOWED,
     ),
     Seam(

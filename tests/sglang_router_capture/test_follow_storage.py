@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from sglang.srt.managers.cache_controller import HiCacheController
 from torch import Tensor
 
 from router_replay.errors import DataError
 from router_replay.masks import RoutingGeometry, get_codec
+from sglang_router_capture import wrappers
 from sglang_router_capture.follow import storage as storage_module
 from sglang_router_capture.follow.counters import HiCacheCounters
 from sglang_router_capture.follow.page_rows import PageRows, packed_size
 from sglang_router_capture.follow.storage import StoredRows
+from sglang_router_capture.hooks import HOOKS, hicache
 from sglang_router_capture.log import Log
 from sglang_router_capture.slot_table import SlotTable
 
@@ -84,17 +88,16 @@ class Server:
     def operation(self, keys: list[str], first: int) -> SimpleNamespace:
         """Pages with these keys, in the slots from `first` on, are to be stored."""
         slots = torch.arange(first, first + PAGE * len(keys))
-        made = SimpleNamespace(hash_value=keys, host_indices=slots, completed_tokens=0)
+        made = SimpleNamespace(hash_value=keys, host_indices=slots, completed_tokens=0, prefix_keys=None)
         self.stored.snapshot(made, slots)
         return made
 
     def finish(self, operation: SimpleNamespace) -> None:
-        """SGLang's backup thread stores the pages, and then calls us."""
+        """SGLang's backup thread calls us, and then stores the pages."""
+        self.stored.store(self.controller, operation)
         slots = operation.host_indices.split(PAGE)
         for key, page in zip(operation.hash_value, slots, strict=True):
             assert self.controller.storage_backend.set(key, self.pool.get_data_page(int(page[0])))
-        operation.completed_tokens = len(operation.host_indices)
-        self.stored.store(self.controller, operation)
 
     def store(self, keys: list[str], first: int = 0) -> None:
         operation = self.operation(keys, first)
@@ -115,6 +118,37 @@ class Server:
         experts = self.codec.unpack_valid(rows, valid, GEOMETRY)[:, 0, 0].tolist()
         found = zip(experts, valid.tolist(), versions.tolist(), strict=True)
         return [(expert, self.names[version]) if ok else None for expert, ok, version in found]
+
+
+class Backup(HiCacheController):
+    """SGLang's controller with nothing but its way of storing pages."""
+
+    _page_backup = HiCacheController._page_backup
+
+    def __init__(self, server: Server, stored: Callable[[list[str], torch.Tensor], None]) -> None:
+        self.__dict__.update(vars(server.controller))
+        self._server, self._stored = server, stored
+
+    def page_set_func(self, keys: list[str], slots: torch.Tensor, extra_info: Any) -> bool:
+        for key, page in zip(keys, slots.split(PAGE), strict=True):
+            assert self.storage_backend.set(key, self._server.pool.get_data_page(int(page[0])))
+        self._stored(keys, slots)
+        return True
+
+
+def test_whoever_sees_a_page_finds_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another server, or another rank, may read a page before SGLang's function that stores it has returned."""
+    hook = HOOKS["managers.cache_controller.HiCacheController._page_backup"]
+    wrappers.apply({f"{__name__}.Backup._page_backup": hook})
+    first, second = Server(tmp_path), Server(tmp_path)
+    monkeypatch.setattr(hicache, "_follower", lambda: SimpleNamespace(storage=first.stored))
+    first.compute(0, 1.0, [3, 4, 5, 6])
+    operation = first.operation(["a"], 0)
+    first.log.settle_all()
+    seen: list[Any] = []
+    Backup(first, lambda keys, slots: seen.append(second.load(keys)))._page_backup(operation)
+    assert seen == [[(3, "1"), (4, "1"), (5, "1"), (6, "1")]]
+    assert second.counters.rows_not_in_storage == 0
 
 
 def test_rows_come_back_with_their_names_to_another_server(tmp_path: Path) -> None:
@@ -281,17 +315,6 @@ def test_threads_that_are_being_stopped_do_not_go_on(tmp_path: Path) -> None:
     assert server.counters.rows_not_stored == 4
 
 
-def test_only_pages_that_were_stored_get_rows(tmp_path: Path) -> None:
-    server = Server(tmp_path)
-    server.compute(0, 1.0, [3, 3, 3, 3, 4, 4, 4, 4])
-    operation = server.operation(["a", "b"], 0)
-    server.log.settle_all()
-    operation.completed_tokens = PAGE
-    server.stored.store(server.controller, operation)
-    assert server.counters.rows_to_storage == 4
-    assert len(list(tmp_path.glob("*.router_rows_*"))) == 1
-
-
 def test_names_that_do_not_fit_leave_the_page_without_rows(tmp_path: Path) -> None:
     server = Server(tmp_path)
     server.compute(0, 1.0, [3, 3, 3, 3], name="n" * 2000)
@@ -312,7 +335,6 @@ def test_a_storage_that_fails_takes_nothing_down(tmp_path: Path, monkeypatch: py
     assert server.load(["a"]) == [None] * 4
     operation = server.operation(["b"], 0)
     server.log.settle_all()
-    operation.completed_tokens = PAGE
     server.stored.store(server.controller, operation)
     assert server.counters.rows_not_stored == 4
 
