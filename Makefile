@@ -1,12 +1,15 @@
 .DEFAULT_GOAL := help
-# The tests for which SGLang, Megatron-Core or a browser are started or imported; every other folder of tests/ is quick.
-ENGINE_TESTS := tests/sglang_router_capture tests/megatron_router_replay tests/cpu_engines tests/end_to_end tests/soak \
-	tests/contract tests/docs/test_tables.py tests/router_replay/report/test_report_in_browser.py
+# The tests that start SGLang's servers.
+SERVER_TESTS := tests/sglang_router_capture tests/cpu_engines/sglang tests/end_to_end tests/soak
+# Those for which Megatron-Core, Ray, a browser or a long compilation is needed; every other folder of tests/ is quick.
+SLOW_TESTS := tests/megatron_router_replay tests/cpu_engines/megatron tests/contract tests/docs/test_tables.py \
+	tests/router_replay/report/test_report_in_browser.py tests/router_replay/masks/stores \
+	tests/router_replay/masks/test_header.py
 # Servers of several processes on two cores: each of them takes minutes to start.
 RANKS_TESTS := tests/sglang_router_capture/test_parallel.py
 QUICK_PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -q -p no:cacheprovider
 
-.PHONY: help setup demo quick quick-checks quick-masks quick-others test ranks contract megatron-0.17 sglang-0.5.20 stock soak kernels wheel lock
+.PHONY: help setup demo quick quick-checks quick-masks quick-others test test-servers test-slow ranks contract megatron-0.17 sglang-0.5.20 stock soak kernels wheel lock
 
 help:  ## Show the targets.
 	@sed -nE 's/^([a-z0-9.-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -26,14 +29,21 @@ quick-checks:
 	.venv/bin/mypy
 
 quick-masks:
-	$(QUICK_PYTEST) tests/router_replay/masks
+	$(QUICK_PYTEST) $(addprefix --ignore=,$(SLOW_TESTS)) tests/router_replay/masks
 
 quick-others:
-	$(QUICK_PYTEST) $(addprefix --ignore=,$(ENGINE_TESTS) tests/router_replay/masks) tests
+	$(QUICK_PYTEST) $(addprefix --ignore=,$(SERVER_TESTS) $(SLOW_TESTS) tests/router_replay/masks) tests
 
 test: quick  ## Lint, types and tests: those of `quick`, then those with an engine or a browser; not those of `ranks`.
 	@bash scripts/browser.sh
-	.venv/bin/pytest --durations=25 $(addprefix --ignore=,$(RANKS_TESTS)) $(ENGINE_TESTS)
+	@$(MAKE) --no-print-directory --jobs=2 test-servers test-slow
+
+# One thread each: two that spin on two cores starve each other, and much of a server's start is one process's imports.
+test-servers:
+	OMP_NUM_THREADS=1 .venv/bin/pytest --durations=25 $(addprefix --ignore=,$(RANKS_TESTS)) $(SERVER_TESTS)
+
+test-slow:
+	OMP_NUM_THREADS=1 .venv/bin/pytest --durations=25 $(SLOW_TESTS)
 
 ranks: setup  ## SGLang's server with two ranks: tensor, data and pipeline parallelism, attention data parallelism.
 	OMP_NUM_THREADS=1 .venv/bin/pytest $(RANKS_TESTS)
@@ -50,9 +60,12 @@ sglang-0.5.20: setup  ## The engine's tests with SGLang 0.5.20, in an environmen
 stock: setup  ## Megatron's own RouterReplay beside this package's replay, in the same steps; writes docs/stock-replay.md.
 	.venv/bin/python -W ignore scripts/stock_replay.py --write
 
-soak: setup  ## Everything at once on a CPU server of SGLang, each row checked; writes benchmarks/results/ (hours on two cores).
+soak: setup  ## Everything at once on a CPU server of SGLang, each row checked, beside SGLang's own capture; half an hour.
 	@mkdir -p benchmarks/results
-	OMP_NUM_THREADS=1 .venv/bin/python -m tests.soak --json benchmarks/results/soak-$$(date +%Y%m%d-%H%M).json
+	OMP_NUM_THREADS=1 .venv/bin/python -m tests.soak --json benchmarks/results/soak.json
+	-OMP_NUM_THREADS=1 .venv/bin/python -m tests.soak --stock --json benchmarks/results/soak-stock.json >/dev/null
+	.venv/bin/python -m tests.soak.table benchmarks/results/soak.json benchmarks/results/soak-stock.json \
+		--out benchmarks/results/soak.md
 
 kernels: setup  ## Compile the CUDA kernels anew; print their registers and spills.
 	@mkdir -p build

@@ -22,6 +22,8 @@ from typing import Any
 import psutil
 
 STAND_INS = Path(__file__).parent / "stand_ins"
+STAND_IN_PLUGIN = "sglang_cpu_engine"
+"""What a server whose SGLANG_PLUGINS names no other of this repository still needs on the CPU."""
 _REPOSITORY = Path(__file__).parents[2]
 MODEL_PACKAGE_VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
 """SGLang's own seam for models from outside."""

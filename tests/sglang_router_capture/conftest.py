@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cpu_engines.sglang.server import Server
+from cpu_engines.sglang.server import STAND_IN_PLUGIN, Server
 from cpu_engines.sglang.server import serve as serve_with_own_models
 from tests.sglang_router_capture.probe import probing
 from tests.small_model import serve
@@ -36,7 +36,7 @@ def sglang_format_server(small_model: Path, request: pytest.FixtureRequest) -> I
 @pytest.fixture(scope="module")
 def stock_server(small_model: Path) -> Iterator[Server]:
     """SGLang's own capture: the same flags, our plugin not among those that it may load."""
-    environment = {"SGLANG_PLUGINS": "none"}
+    environment = {"SGLANG_PLUGINS": STAND_IN_PLUGIN}
     with serve(
         small_model, "--enable-return-routed-experts", "--skip-tokenizer-init", *PAGED, environment=environment
     ) as server:

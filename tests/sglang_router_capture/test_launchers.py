@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,24 @@ pytestmark = pytest.mark.timeout(1200)
 PROMPT = [5, 6, 7, 8]
 
 
-@functools.cache
-def _started(way: str, model: Path, **environment: str) -> tuple[dict[str, list[Any]], str]:
-    """What the launcher printed, by the first word of a line; and all that it and its servers printed."""
+# A tokenizer process that takes longer than ten seconds to start is killed otherwise, and the next begins.
+SLOW_START = {"SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT": "300"}
+WAYS = {"slime_and_miles": SLOW_START, "verl": {"SGLANG_ROUTER_CAPTURE": "1"}, "engines": {}, "others": {}}
+Told = tuple[dict[str, list[Any]], str]
+
+
+@pytest.fixture(scope="module")
+def started(small_model: Path) -> Iterator[Callable[[str], Told]]:
+    """What a launcher printed, by the first word of a line; and all that it and its servers printed.
+
+    Two at a time: most of a start are imports, of one process after the other.
+    """
+    with ThreadPoolExecutor(2) as pool:
+        runs = {way: pool.submit(_run, way, small_model, environment) for way, environment in WAYS.items()}
+        yield lambda way: runs[way].result()
+
+
+def _run(way: str, model: Path, environment: dict[str, str]) -> Told:
     run = subprocess.run(
         [sys.executable, "-m", "tests.sglang_router_capture.launchers", way, str(model)],
         env=cpu_environment({"LAUNCHERS_HOOKED": json.dumps(HOOKED), **environment}),
@@ -41,10 +57,9 @@ def _started(way: str, model: Path, **environment: str) -> tuple[dict[str, list[
     return told, run.stdout
 
 
-def test_started_as_slime_and_miles_with_upstreams_setting_alone(small_model: Path) -> None:
+def test_started_as_slime_and_miles_with_upstreams_setting_alone(started: Callable[[str], Told]) -> None:
     """Two tokenizer processes, in which SGLang loads no plugins, pass on what the scheduler answers."""
-    # A tokenizer process that takes longer than ten seconds to start is killed otherwise, and the next begins.
-    told, output = _started("slime_and_miles", small_model, SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT="300")
+    told, output = started("slime_and_miles")
     (result,) = told["RESULT"]
     assert result["told"] == [{"capturer": "Recorder", "ours": True, "format": "sglang", "codec": "ordered"}]
     assert "router capture is ours in 1 scheduler(s): format sglang, codec ordered" in output
@@ -54,9 +69,9 @@ def test_started_as_slime_and_miles_with_upstreams_setting_alone(small_model: Pa
     assert "routing_masks" not in result["answer"]["meta_info"]
 
 
-def test_started_as_verl_with_our_variable_alone(small_model: Path) -> None:
+def test_started_as_verl_with_our_variable_alone(started: Callable[[str], Told]) -> None:
     """SGLang had resolved the settings, without routes, before it loaded a plugin."""
-    told, output = _started("verl", small_model, SGLANG_ROUTER_CAPTURE="1")
+    told, output = started("verl")
     (result,) = told["RESULT"]
     assert result["told"] == [{"capturer": "Recorder", "ours": True, "format": "masks", "codec": "rank"}]
     assert "router capture is ours in 1 scheduler(s): format masks, codec rank" in output
@@ -65,8 +80,8 @@ def test_started_as_verl_with_our_variable_alone(small_model: Path) -> None:
     assert masks.valid.tolist() == [True] * 6
 
 
-def test_engines_of_one_process(small_model: Path) -> None:
-    told, _ = _started("engines", small_model)
+def test_engines_of_one_process(started: Callable[[str], Told]) -> None:
+    told, _ = started("engines")
     (result,) = told["RESULT"]
     assert result["told"] == [{"capturer": "Recorder", "ours": True, "format": "masks", "codec": "bitset"}]
     masks = masks_from_meta_info(result["answer"]["meta_info"])
@@ -74,20 +89,20 @@ def test_engines_of_one_process(small_model: Path) -> None:
     assert masks.codec == "bitset" and masks.valid.tolist() == [True] * 6
 
 
-def test_a_process_without_plugins_has_every_hook_once_it_gets_the_settings(small_model: Path) -> None:
-    asked, _ = _started("engines", small_model)[0]["CHILD"]
+def test_a_process_without_plugins_has_every_hook_once_it_gets_the_settings(started: Callable[[str], Told]) -> None:
+    asked, _ = started("engines")[0]["CHILD"]
     assert asked["hooked"] == HOOKED
     assert "sglang_router_capture.recorder" in asked["modules"]
 
 
-def test_a_server_after_one_that_captured_has_the_entry_hooks_alone(small_model: Path) -> None:
-    _, plain = _started("engines", small_model)[0]["CHILD"]
+def test_a_server_after_one_that_captured_has_the_entry_hooks_alone(started: Callable[[str], Told]) -> None:
+    _, plain = started("engines")[0]["CHILD"]
     assert sorted(plain["hooked"]) == sorted(entry.HOOKS)
     assert set(plain["modules"]) == ENTRY_MODULES
 
 
-def test_a_scheduler_with_another_capturer_stops_its_parent(small_model: Path) -> None:
-    ((message, left, trainers_own),) = _started("others", small_model)[0]["STOPPED"]
+def test_a_scheduler_with_another_capturer_stops_its_parent(started: Callable[[str], Told]) -> None:
+    ((message, left, trainers_own),) = started("others")[0]["STOPPED"]
     assert message.startswith("router capture: 1 of 1 schedulers of this server do not run our recorder but _Other: ")
     assert "SGLANG_PLUGINS must name router_capture" in message
     assert left == []
