@@ -5,6 +5,7 @@ python -m tests.soak [--stock] [--rows N] [--seconds N] [--json FILE]
 
 from __future__ import annotations
 
+import datetime
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,9 +29,9 @@ def main(
         "write_through"
     ),
     storage: Annotated[bool, typer.Option(help="Files below the hierarchical cache.")] = True,
-    page_size: Annotated[int, typer.Option(help="Of the KV pool.")] = 1,
+    page_size: Annotated[int, typer.Option(help="Of the KV pool.")] = 16,
     pool: Annotated[int, typer.Option(help="KV slots on the device.")] = 2048,
-    dp_size: Annotated[int, typer.Option(help="Data-parallel ranks.")] = 1,
+    dp_size: Annotated[int, typer.Option(min=1, max=2, help="Data-parallel ranks.")] = 2,
     clients: Annotated[int, typer.Option(help="That send at once.")] = 14,
     operator_pause: Annotated[float, typer.Option(help="Mean seconds between acts of the operator.")] = 4.0,
     unnamed_updates: Annotated[bool, typer.Option(help="Half of the weight updates have no name.")] = True,
@@ -61,7 +62,8 @@ def main(
             bar.update(task, description="rows", completed=tally.rows.total(), state=state)
 
         result = soak(CHECKPOINT, Path(folder), setup, target, seed, progress=show)
-    report: dict[str, Any] = {"hardware": hardware(), "versions": versions(), "seed": seed, **result.report()}
+    about = {"date": datetime.date.today().isoformat(), "hardware": hardware(), "versions": versions(), "seed": seed}
+    report: dict[str, Any] = {**about, **result.report()}
     if json_file is not None:
         write_json(report, json_file)
     _print(result.tally.report(), result.memory)
@@ -87,7 +89,7 @@ def _print(report: dict[str, Any], memory: list[tuple[float, int]]) -> None:
     if memory:
         sizes = [size / 2**20 for _, size in memory]
         CONSOLE.print(f"schedulers' resident MiB: {[round(size) for size in sizes[:: max(1, len(sizes) // 12)]]}")
-    for fault in report["faults"][:20]:
+    for fault in report["faults"]:
         CONSOLE.print(fault, markup=False)
 
 

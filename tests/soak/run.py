@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 from transformers import AutoConfig
 
-from cpu_engines.sglang.server import HICACHE_FLAGS, Server
+from cpu_engines.sglang.server import HICACHE_FLAGS, STAND_IN_PLUGIN, TWO_RANKS, Server
 from router_replay.masks import RoutingGeometry
 from tests.small_model import serve
 from tests.soak.answers import Answer
@@ -53,7 +53,7 @@ class Setup:
         storage: whether the hierarchical cache has storage below it, in files.
         page_size: of the KV pool.
         pool: KV slots on the device, of each data-parallel rank.
-        dp_size: data-parallel ranks.
+        dp_size: data-parallel ranks: one or two.
         clients: that send at once.
         operator_pause_s: mean time between two acts of the operator.
         unnamed_updates: whether half of the weight updates have no name.
@@ -153,7 +153,9 @@ def soak(
     result = Result(setup, 0.0, oracle.bounds.tolist(), tally)
     environment = {"SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR": str(folder / "storage")}
     if setup.stock:
-        environment["SGLANG_PLUGINS"] = "none"
+        environment["SGLANG_PLUGINS"] = STAND_IN_PLUGIN
+    if setup.dp_size > 1:
+        environment |= TWO_RANKS
     with serve(model, *setup.server_flags(), environment=environment, timeout_s=900) as server:
         checker = Checker(oracle, checkpoints, history, tally)
         _drive(server, model, checkpoints, checker, target, seed, result, progress)
@@ -197,6 +199,8 @@ def _drive(
             waiting = _taken(answers, _BATCH)
             if waiting:
                 checker.check(waiting)
+            elif not psutil.pid_exists(server.pid) or psutil.Process(server.pid).status() == psutil.STATUS_ZOMBIE:
+                raise RuntimeError(f"the server is gone; the end of its log:\n{server.log()[-4000:]}")
             progress(result)
     finally:
         stop.set()
