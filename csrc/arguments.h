@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "mask_codec.h"
+#include "block.h"
 #include "require.h"
 
 namespace routing_masks {
@@ -75,6 +75,60 @@ struct Indices {
     const Geometry geometry(indices.size(dim - 2), num_experts, indices.size(dim - 1));
     const Tensor flat = with_one_leading_dim(indices, 2);
     return {flat, geometry, flat.const_data_ptr(), flat.size(0), flat.stride(0), flat.stride(1), flat.stride(2)};
+  }
+};
+
+// A tensor to write indices to, of the dtype that the caller chose.
+struct IndicesOut {
+  ScalarType dtype;
+  void* data;
+
+  // Refuses a tensor that is not `[..., last]` beside `rows` without gaps.
+  static IndicesOut of(const Tensor& out, const Tensor& rows, const std::vector<int64_t>& last) {
+    const std::vector<int64_t> sizes = sizes_with(rows, rows.dim() - 1, last);
+    bool fits = out.dim() == static_cast<int64_t>(sizes.size());
+    for (size_t dim = 0; fits && dim < sizes.size(); ++dim) fits = out.size(dim) == sizes[dim];
+    require(fits, "out has another shape than the indices of these rows");
+    const ScalarType dtype = out.scalar_type();
+    require(
+        dtype == ScalarType::Short || dtype == ScalarType::Int || dtype == ScalarType::Long,
+        "out must be int16, int32 or int64");
+    require(out.is_cpu() == rows.is_cpu() && out.get_device() == rows.get_device(), "out is not on the rows' device");
+    require(out.is_contiguous(), "out must be contiguous");
+    return {dtype, out.mutable_data_ptr()};
+  }
+};
+
+// The staging buffer `int16 [max_tokens, L, K or more]`, of which rows [first, last) are packed and all are reset.
+struct Staged {
+  int16_t* data;
+  int64_t max_tokens, first, last, end, row_size;
+
+  static Staged of(const Tensor& staging, int64_t first, int64_t last, int64_t end) {
+    require(
+        staging.scalar_type() == ScalarType::Short && staging.dim() == 3 && staging.is_contiguous(),
+        "staging must be contiguous int16 [tokens, MoE layers, top-k or more]");
+    const int64_t max_tokens = staging.size(0);
+    require(
+        first >= 0 && first <= last && last <= max_tokens && end >= 0, "tokens [", first, ", ", last, ") of a pass of ",
+        end, " are not in a staging buffer of ", max_tokens);
+    return {
+        static_cast<int16_t*>(staging.mutable_data_ptr()), max_tokens, first, last, end,
+        staging.size(1) * staging.size(2)};
+  }
+
+  // Whether there is a row behind those of the pass, which tells if the pass wrote more.
+  bool has_row_behind() const { return end < max_tokens; }
+
+  // Only where there is one: `end` may be so large that its place is no number.
+  const int16_t* row_behind() const { return data + end * row_size; }
+
+  // The rows that are packed; what follows the K in a layer are shared experts.
+  Indices indices(const Tensor& staging, int64_t num_experts, int64_t top_k) const {
+    const int64_t columns = staging.size(2);
+    require(columns >= top_k, "staging has ", columns, " columns, but top-k is ", top_k);
+    const Geometry geometry(staging.size(1), num_experts, top_k);
+    return {staging, geometry, data + first * row_size, last - first, row_size, columns, 1};
   }
 };
 

@@ -83,4 +83,12 @@ inline Wide count_of_sets(int num_experts, int top_k) {
   return with > ~Wide{0} - without ? ~Wide{0} : without + with;
 }
 
+// How many of the K lowest places, from the first on, have ranks below 2^63 among themselves; i places do, if the sets of
+// i of E - K + i experts are as many at most, since K - i experts are above them.
+inline int num_low_places(int num_experts, int top_k) {
+  int low = top_k;
+  while (low > 1 && count_of_sets(num_experts - top_k + low, low) > Wide{1} << 63) --low;
+  return low;
+}
+
 }  // namespace routing_masks

@@ -21,13 +21,37 @@ ROUTING_MASKS_FN uint64_t low_bits(int count) {
   return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1;
 }
 
-ROUTING_MASKS_FN int count_bits(uint64_t word) {
+// Number of bits set in up to kMostWords words. Not every x86-64 CPU has an instruction for it, so that a compiler calls
+// a function for each word; here the words' bytes are added up together.
+class BitCount {
+ public:
+  // A byte of the sums holds eight bits of each.
+  static constexpr int kMostWords = 255 / 8;
+
+  ROUTING_MASKS_FN void add(uint64_t word) {
 #ifdef __CUDA_ARCH__
-  return __popcll(word);
+    sums_ += __popcll(word);
 #else
-  return __builtin_popcountll(word);
+    word -= word >> 1 & kEvery2nd;
+    word = (word & kPairs) + (word >> 2 & kPairs);
+    sums_ += (word + (word >> 4)) & kNibbles;
 #endif
-}
+  }
+
+  ROUTING_MASKS_FN int total() const {
+#ifdef __CUDA_ARCH__
+    return static_cast<int>(sums_);
+#else
+    return static_cast<int>(((sums_ & kBytes) + (sums_ >> 8 & kBytes)) * (kBytes / 0xff) >> 48);
+#endif
+  }
+
+ private:
+  static constexpr uint64_t kEvery2nd = 0x5555555555555555, kPairs = 0x3333333333333333, kNibbles = 0x0f0f0f0f0f0f0f0f,
+                            kBytes = 0x00ff00ff00ff00ff;
+
+  uint64_t sums_ = 0;
+};
 
 // Place of the lowest set bit of a word that has one.
 ROUTING_MASKS_FN int lowest_bit(uint64_t word) {

@@ -16,9 +16,9 @@ struct OrderedCode {
 
   ROUTING_MASKS_FN int bits() const { return top_k * index_bits; }
 
-  template <int N>
+  template <class Out, int N>
   ROUTING_MASKS_FN void write(
-      BitWriter& out, const Experts<KMax, N>& given, const Experts<KMax, N>&, const bool (&legal)[N], int lanes) const {
+      Out& out, const Experts<KMax, N>& given, const Experts<KMax, N>&, const bool (&legal)[N], int lanes) const {
     for (int n = 0; n < lanes; ++n) {
       ROUTING_MASKS_UNROLL
       for (int k = 0; k < places<KMax>(top_k); ++k) {

@@ -20,11 +20,11 @@ struct RankCode {
 
   ROUTING_MASKS_FN int bits() const { return width; }
 
-  template <int N>
+  template <class Out, int N>
   ROUTING_MASKS_FN void write(
-      BitWriter& out, const Experts<KMax, N>&, const Experts<KMax, N>& sorted, const bool (&legal)[N], int lanes) const {
+      Out& out, const Experts<KMax, N>&, const Experts<KMax, N>& sorted, const bool (&legal)[N], int lanes) const {
     Rank rank[N];
-    rank_lanes<Rank>(search, sorted, top_k, rank);
+    rank_lanes(search, sorted, top_k, rank);
     for (int n = 0; n < lanes; ++n) {
       const Rank value = legal[n] ? rank[n] : ~Rank{0};
       out.append(static_cast<uint64_t>(value) & low_bits(width), width < 64 ? width : 64);
@@ -47,11 +47,41 @@ struct RankCode {
     }
     bool all_legal = true;
     for (int n = 0; n < N; ++n) all_legal &= legal[n];
-    if (N > 1 && all_legal) return unrank_lanes<Rank>(search, top_k, rank, visit);
-    unrank_lanes<Rank>(search, top_k, rank, [&](int n, int k, int c) { visit(n, k, legal[n] ? c : num_experts); });
+    if (N > 1 && all_legal) return unrank_lanes(search, top_k, rank, visit);
+    unrank_lanes(search, top_k, rank, [&](int n, int k, int c) { visit(n, k, legal[n] ? c : num_experts); });
+  }
+
+  // Of a code whose searches are bisections: the 64-bit words of a table for them, its contents, and the code with it.
+  ROUTING_MASKS_FN int table_words() const {
+    if constexpr (kIsWide) {
+      return routing_masks::table_words(search.low, search.num_low);
+    } else {
+      return routing_masks::table_words(search, top_k);
+    }
+  }
+
+  ROUTING_MASKS_FN void fill_table(uint64_t* table, int thread, int threads) const {
+    if constexpr (kIsWide) {
+      routing_masks::fill_table(search.low, search.num_low, table, thread, threads);
+    } else {
+      routing_masks::fill_table(search, top_k, table, thread, threads);
+    }
+  }
+
+  ROUTING_MASKS_FN auto in_table(const uint64_t* table) const {
+    if constexpr (kIsWide) {
+      using Both = Split<decltype(search.high), BisectionInTable>;
+      const BisectionInTable low(table, search.low.first_step());
+      return RankCode<KMax, Rank, Both>{num_experts, top_k, width, num_sets, Both{search.high, low, search.num_low}};
+    } else {
+      const BisectionInTable here(table, search.first_step());
+      return RankCode<KMax, Rank, BisectionInTable>{num_experts, top_k, width, num_sets, here};
+    }
   }
 
  private:
+  static constexpr bool kIsWide = sizeof(Rank) > sizeof(uint64_t);
+
   ROUTING_MASKS_FN Rank rank_at(const Field& field) const {
     Rank rank = read_bits(field.row, field.row_bytes, field.first_bit, width < 64 ? width : 64);
     if constexpr (sizeof(Rank) > 8) {
@@ -65,7 +95,7 @@ struct Rank {
   static constexpr const char* kName = "rank";
   static constexpr bool kHoldsLayerToRead = false;
 
-  // `Device::NarrowSearch::of(num_experts, top_k)` finds ranks below 2^63.
+  // `Device::Search<uint64_t>` is for ranks below 2^63, `Device::Search<Wide>` for all; both have of(num_experts, top_k).
   template <int KMax, class Device, class Run>
   static void with_code(int num_experts, int top_k, const Run& run) {
     const Wide num_sets = count_of_sets(num_experts, top_k);
@@ -73,13 +103,13 @@ struct Rank {
         num_sets != ~Wide{0}, "codec 'rank' has ranks of at most ", ROUTING_MASKS_MAX_RANK_BITS,
         " bits, and the sets of ", top_k, " of ", num_experts, " experts need more: choose 'auto', 'bitset' or 'ordered'");
     const int width = bit_length(num_sets - 1);
+    using Narrow = typename Device::template Search<uint64_t>;
     if (width < 64) {
-      using Search = typename Device::NarrowSearch;
-      return run(RankCode<KMax, uint64_t, Search>{
-          num_experts, top_k, width, static_cast<uint64_t>(num_sets), Search::of(num_experts, top_k)});
+      return run(RankCode<KMax, uint64_t, Narrow>{
+          num_experts, top_k, width, static_cast<uint64_t>(num_sets), Narrow::of(num_experts, top_k)});
     }
-    using Search = Bisection<Wide>;
-    run(RankCode<KMax, Wide, Search>{num_experts, top_k, width, num_sets, Search::of(num_experts, top_k)});
+    using Both = Split<typename Device::template Search<Wide>, Narrow>;
+    run(RankCode<KMax, Wide, Both>{num_experts, top_k, width, num_sets, Both::of(num_experts, top_k)});
   }
 };
 

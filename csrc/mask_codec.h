@@ -55,6 +55,18 @@ pack_group(const Code& code, int64_t num_layers, int64_t row_bytes, uint8_t* row
   return illegal;
 }
 
+// Packs all groups of a row. Returns whether each of its layers is K different experts.
+template <int N, class Code, class Read>
+ROUTING_MASKS_FN bool
+pack_row(const Code& code, int64_t num_layers, int64_t row_bytes, uint8_t* rows, const Read& read, int64_t row) {
+  bool legal = true;
+  const int64_t groups = num_groups(num_layers);
+  for (int64_t part = 0; part < groups; ++part) {
+    legal &= pack_group<N>(code, num_layers, row_bytes, rows, read, row * groups + part) < 0;
+  }
+  return legal;
+}
+
 // Writes for each item of a group whether it is K different experts.
 template <int N, int KMax, class Read>
 ROUTING_MASKS_FN void
@@ -84,6 +96,12 @@ struct PackedRows {
   }
 };
 
+// a / b of numbers that are not negative. A CUDA device divides 64 bits by a long sequence of instructions.
+ROUTING_MASKS_FN int64_t quotient(int64_t a, int64_t b) {
+  if (a <= UINT32_MAX && b <= UINT32_MAX) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+  return a / b;
+}
+
 // N items from `first` on, as far as there are `num_items`.
 template <int N>
 struct Items {
@@ -92,7 +110,7 @@ struct Items {
   bool zeros_after[N];
 
   ROUTING_MASKS_FN Items(const PackedRows& packed, int bits, int64_t num_items, int64_t first) {
-    int64_t item = first, row = first / packed.layers, layer = first % packed.layers;
+    int64_t item = first, row = quotient(first, packed.layers), layer = first - row * packed.layers;
     for (int n = 0; n < N; ++n) {
       at[n] = item;
       fields[n] = packed.field(row, packed.first_layer + layer, bits);

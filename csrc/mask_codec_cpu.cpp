@@ -2,6 +2,7 @@
 
 #include "python_module.h"
 
+#include <algorithm>
 #include <atomic>
 #include <type_traits>
 
@@ -68,7 +69,8 @@ void with_reader(const Indices& indices, const Run& run) {
 }
 
 struct Cpu {
-  using NarrowSearch = Guess;
+  template <class Rank>
+  using Search = Guess<Rank>;
 
   struct Guard {
     explicit Guard(const Tensor&) {}
@@ -78,6 +80,7 @@ struct Cpu {
   template <class Run>
   static void with_top_k(int top_k, const Run& run) {
     if (top_k <= 8) return run(std::integral_constant<int, 8>{});
+    if (top_k <= 16) return run(std::integral_constant<int, 16>{});
     run(std::integral_constant<int, kMaxTopK>{});
   }
 
@@ -96,12 +99,35 @@ struct Cpu {
   }
 
   template <class Code>
-  static void unpack(
-      const Code& code, const PackedRows& packed, const Tensor& rows, const Geometry& geometry, int32_t* indices) {
-    const int64_t top_k = geometry.top_k;
-    read(code, packed, rows.size(0), geometry, [=](int64_t item, int k, int expert) {
-      indices[item * top_k + k] = expert;
+  static void take(
+      const Code& code, const Indices& in, const Staged& staged, int64_t row_bytes, uint8_t* rows, bool* valid) {
+    const int16_t* data = static_cast<const int16_t*>(in.data);
+    const int64_t row_stride = in.row_stride, layer_stride = in.layer_stride;
+    const auto read = [=](int64_t row, int64_t layer, int k) -> int64_t {
+      return data[row * row_stride + layer * layer_stride + k];
+    };
+    const auto unwritten = [](int16_t index) { return index == kUnwritten; };
+    const bool as_expected = !staged.has_row_behind() ||
+                             std::all_of(staged.row_behind(), staged.row_behind() + staged.row_size, unwritten);
+    for_all(in.num_rows, [&](int64_t row) {
+      valid[row] = pack_row<kLanes>(code, in.geometry.num_layers, row_bytes, rows, read, row) && as_expected;
     });
+    std::fill_n(staged.data, staged.max_tokens * staged.row_size, kUnwritten);
+  }
+
+  template <class Code>
+  static void unpack(
+      const Code& code, const PackedRows& packed, const Tensor& rows, const Geometry& geometry, const IndicesOut& out) {
+    const int64_t top_k = geometry.top_k;
+    const auto write = [&](auto example) {
+      auto* const indices = static_cast<decltype(example)*>(out.data);
+      read(code, packed, rows.size(0), geometry, [=](int64_t item, int k, int expert) {
+        indices[item * top_k + k] = static_cast<decltype(example)>(expert);
+      });
+    };
+    if (out.dtype == ScalarType::Short) return write(int16_t{});
+    if (out.dtype == ScalarType::Int) return write(int32_t{});
+    write(int64_t{});
   }
 
   template <class Code>

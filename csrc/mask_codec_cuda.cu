@@ -8,6 +8,7 @@
 
 #include <type_traits>
 
+#include "block.h"
 #include "ops.h"
 
 namespace routing_masks {
@@ -19,26 +20,53 @@ constexpr int64_t kMaxBlocks = 1 << 20;
 
 enum class IndexType { kUInt8, kInt16, kUInt16, kInt32, kInt64 };
 
-// Reads indices of a dtype known only at run time: all threads take the same branch.
+// Reads indices of a dtype known only at run time: all threads take the same branch, once for a layer.
 struct IndexReader {
   const void* data;
   int64_t row_stride, layer_stride, k_stride;
   IndexType type;
+  int top_k;
 
-  __device__ __forceinline__ int64_t operator()(int64_t row, int64_t layer, int k) const {
-    const int64_t at = row * row_stride + layer * layer_stride + k * k_stride;
+  template <int KMax>
+  __device__ __forceinline__ void operator()(Experts<KMax, 1>& experts, int64_t row, int64_t layer) const {
+    const int64_t at = row * row_stride + layer * layer_stride;
     switch (type) {
       case IndexType::kUInt8:
-        return static_cast<const uint8_t*>(data)[at];
+        return load(experts, static_cast<const uint8_t*>(data) + at);
       case IndexType::kInt16:
-        return static_cast<const int16_t*>(data)[at];
+        return load(experts, static_cast<const int16_t*>(data) + at);
       case IndexType::kUInt16:
-        return static_cast<const uint16_t*>(data)[at];
+        return load(experts, static_cast<const uint16_t*>(data) + at);
       case IndexType::kInt32:
-        return static_cast<const int32_t*>(data)[at];
+        return load(experts, static_cast<const int32_t*>(data) + at);
       default:
-        return static_cast<const int64_t*>(data)[at];
+        return load(experts, static_cast<const int64_t*>(data) + at);
     }
+  }
+
+ private:
+  template <int KMax, class Index>
+  __device__ __forceinline__ void load(Experts<KMax, 1>& experts, const Index* layer) const {
+    load_lane(experts, 0, top_k, [&](int k) { return static_cast<int64_t>(layer[k * k_stride]); });
+  }
+};
+
+// Reads 8 or 16 int16 of a layer by loads of 16 bytes; strides are in such chunks.
+template <int K>
+struct ChunkReader {
+  const Chunk* data;
+  int64_t row_stride, layer_stride;
+
+  __device__ __forceinline__ void operator()(Experts<K, 1>& experts, int64_t row, int64_t layer) const {
+    constexpr int kChunks = K * sizeof(int16_t) / sizeof(Chunk);
+    Chunk chunks[kChunks];
+    const Chunk* at = data + row * row_stride + layer * layer_stride;
+    for (int chunk = 0; chunk < kChunks; ++chunk) chunks[chunk] = at[chunk];
+    const auto read = [&](int k) -> int64_t {
+      const uint32_t pair = chunks[k / 8].words[k % 8 / 2];
+      return static_cast<int16_t>(k % 2 == 0 ? pair : pair >> 16);
+    };
+    load_lane(experts, 0, K, read);
   }
 };
 
@@ -46,20 +74,93 @@ __device__ __forceinline__ int64_t first_of_thread() { return blockIdx.x * stati
 
 __device__ __forceinline__ int64_t all_threads() { return gridDim.x * static_cast<int64_t>(kThreads); }
 
-template <class Code>
-__global__ void __launch_bounds__(kThreads)
-    pack_kernel(Code code, IndexReader read, int64_t num_layers, int64_t row_bytes, uint8_t* rows, int64_t groups) {
-  for (int64_t group = first_of_thread(); group < groups; group += all_threads()) {
-    pack_group<1>(code, num_layers, row_bytes, rows, read, group);
+// The staging buffer of a pass whose rows are taken; of none, where rows are only packed.
+struct Taking {
+  int16_t* data;
+  int64_t max_tokens, first, last, end, row_size;
+  bool* valid;
+
+  // All threads of the block call it, and all know.
+  __device__ bool wrote_more() const {
+    bool written = false;
+    if (end < max_tokens) {
+      for (int64_t at = threadIdx.x; at < row_size; at += kBlockThreads) written |= data[end * row_size + at] != kUnwritten;
+    }
+    return __syncthreads_or(written);
+  }
+
+  __device__ void reset(int64_t begin, int64_t behind, int64_t thread, int64_t threads) const {
+    reset_rows(data, row_size, begin, behind, end, thread, threads);
+  }
+};
+
+template <bool kTake, class Code, class Load>
+__device__ __forceinline__ void pack_tiles(
+    const Code& code, const Load& load, const Tiling& tiling, int64_t row_bytes, uint8_t* rows, Chunk* shared,
+    const Taking& taking) {
+  __shared__ int illegal[kBlockGroups];
+  const int thread = threadIdx.x;
+  bool wrote_more = false;
+  if constexpr (kTake) wrote_more = taking.wrote_more();
+  for (int64_t tile = blockIdx.x; tile < tiling.num_tiles(); tile += gridDim.x) {
+    if (kTake && thread < kBlockGroups) illegal[thread] = wrote_more;
+    int64_t first_row = 0;
+    int num_rows = 0;
+    for (int number = 0; number < tiling.num_passes(); ++number) {
+      const PackingPass<Code> pass(code, tiling, row_bytes, rows, shared, tile, number);
+      first_row = pass.first_row();
+      num_rows = pass.num_rows();
+      pass.clear(thread);
+      __syncthreads();
+      int row;
+      const bool legal = pass.put(load, thread, &row);
+      if (kTake && !legal) atomicOr(&illegal[row], 1);
+      __syncthreads();
+      pass.store(thread);
+      __syncthreads();
+    }
+    if constexpr (kTake) {
+      if (thread < num_rows) taking.valid[first_row + thread] = illegal[thread] == 0;
+      const int64_t first = taking.first + first_row;
+      taking.reset(first, first + num_rows, thread, kBlockThreads);
+      __syncthreads();
+    }
+  }
+  if constexpr (kTake) {
+    const int64_t all = blockIdx.x * static_cast<int64_t>(kBlockThreads) + thread;
+    const int64_t threads = gridDim.x * static_cast<int64_t>(kBlockThreads);
+    taking.reset(0, taking.first, all, threads);
+    taking.reset(taking.last, taking.max_tokens, all, threads);
   }
 }
 
-template <class Code>
+template <bool kTable, bool kTake, class Code, class Load>
+__global__ void __launch_bounds__(kBlockThreads)
+    pack_kernel(Code code, Load load, Tiling tiling, int64_t row_bytes, uint8_t* rows, Taking taking) {
+  extern __shared__ Chunk shared[];
+  if constexpr (kTable) {
+    uint64_t* table = reinterpret_cast<uint64_t*>(shared);
+    // The blocks of a short pass have rows to set back, and most of them none to pack.
+    if (blockIdx.x < tiling.num_tiles()) code.fill_table(table, threadIdx.x, kBlockThreads);
+    __syncthreads();
+    Chunk* behind = shared + code.table_words() * sizeof(uint64_t) / sizeof(Chunk);
+    pack_tiles<kTake>(code.in_table(table), load, tiling, row_bytes, rows, behind, taking);
+  } else {
+    pack_tiles<kTake>(code, load, tiling, row_bytes, rows, shared, taking);
+  }
+}
+
+// Alone, since all blocks of a pass look at this row.
+__global__ void __launch_bounds__(kThreads) reset_kernel(int16_t* data, int64_t begin, int64_t end) {
+  reset_places(data, begin, end, threadIdx.x, kThreads);
+}
+
+template <class Code, class Index>
 __global__ void __launch_bounds__(kThreads)
-    unpack_kernel(Code code, PackedRows packed, int32_t* indices, int64_t items) {
+    unpack_kernel(Code code, PackedRows packed, Index* indices, int64_t items) {
   for (int64_t item = first_of_thread(); item < items; item += all_threads()) {
     unpack_items<1>(code, packed, items, item, [&](int64_t at, int k, int expert) {
-      indices[at * code.top_k + k] = expert;
+      indices[at * code.top_k + k] = static_cast<Index>(expert);
     });
   }
 }
@@ -74,10 +175,15 @@ __global__ void __launch_bounds__(kThreads) map_kernel(Code code, PackedRows pac
 }
 
 template <int KMax>
-__global__ void __launch_bounds__(kThreads) check_indices_kernel(
-    IndexReader read, int num_experts, int top_k, int64_t num_layers, int64_t groups, bool* legal) {
-  for (int64_t group = first_of_thread(); group < groups; group += all_threads()) {
-    check_group<1, KMax>(num_experts, top_k, num_layers, read, group, legal);
+__global__ void __launch_bounds__(kThreads)
+    check_indices_kernel(IndexReader load, int num_experts, int64_t num_layers, int64_t items, bool* is_legal) {
+  for (int64_t item = first_of_thread(); item < items; item += all_threads()) {
+    const int64_t row = quotient(item, num_layers);
+    Experts<KMax, 1> experts;
+    load(experts, row, item - row * num_layers);
+    bool legal[1];
+    sort_lanes(experts, load.top_k, num_experts, legal);
+    is_legal[item] = legal[0];
   }
 }
 
@@ -88,19 +194,57 @@ __global__ void __launch_bounds__(kThreads) check_rows_kernel(Code code, PackedR
   }
 }
 
+cudaStream_t current_stream(const Tensor& on) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
 // Launches on the current stream of the tensor's device.
 template <class... Parameter, class... Argument>
 void launch(const Tensor& on, void (*kernel)(Parameter...), int64_t threads, const Argument&... arguments) {
   if (threads == 0) return;
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(on.get_device(), &stream));
   const int64_t blocks = (threads + kThreads - 1) / kThreads;
-  kernel<<<blocks < kMaxBlocks ? blocks : kMaxBlocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
+  kernel<<<blocks < kMaxBlocks ? blocks : kMaxBlocks, kThreads, 0, current_stream(on)>>>(arguments...);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
+// Blocks that run at a time, with room for twice as many: each fills its table once and then packs tile after tile.
+int64_t resident_blocks(const Tensor& on) {
+  int multiprocessors = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, on.get_device()));
+  return multiprocessors * int64_t{2048 / kBlockThreads} * 2;
+}
+
+// Whether a code searches in tables, which are worth shared memory where they leave room for more than a few blocks.
+template <class Code>
+constexpr bool kSearches = false;
+template <int KMax, class Rank, class Search>
+constexpr bool kSearches<RankCode<KMax, Rank, Search>> = true;
+constexpr int kMaxTableBytes = 40 << 10;
+
+template <bool kTake, class Code, class Load>
+void launch_packing(
+    const Tensor& on, const Code& code, const Load& load, const Tiling& tiling, int64_t row_bytes, uint8_t* rows,
+    const Taking& taking) {
+  // A pass without rows of this rank still leaves a buffer to be set back.
+  const int64_t work = kTake ? tiling.num_tiles() + resident_blocks(on) : tiling.num_tiles();
+  if (work == 0) return;
+  const int64_t most = resident_blocks(on), blocks = work < most ? work : most;
+  const int bytes = Tiling::shared_bytes(code.bits());
+  const auto run = [&](auto kernel, int shared) {
+    kernel<<<blocks, kBlockThreads, shared, current_stream(on)>>>(code, load, tiling, row_bytes, rows, taking);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  };
+  if constexpr (kSearches<Code>) {
+    const int table_bytes = code.table_words() * static_cast<int>(sizeof(uint64_t));
+    if (table_bytes <= kMaxTableBytes) return run(pack_kernel<true, kTake, Code, Load>, table_bytes + bytes);
+  }
+  run(pack_kernel<false, kTake, Code, Load>, bytes);
+}
+
 IndexReader reader(const Indices& in) {
-  IndexReader reader{in.data, in.row_stride, in.layer_stride, in.k_stride, IndexType::kInt64};
+  IndexReader reader{in.data, in.row_stride, in.layer_stride, in.k_stride, IndexType::kInt64, in.geometry.top_k};
   switch (in.flat.scalar_type()) {
     case ScalarType::Byte:
       reader.type = IndexType::kUInt8;
@@ -121,7 +265,8 @@ IndexReader reader(const Indices& in) {
 }
 
 struct Cuda {
-  using NarrowSearch = Bisection<uint64_t>;
+  template <class Rank>
+  using Search = Bisection<Rank>;
 
   struct Guard {
     explicit Guard(const Tensor& tensor) : guard(tensor.get_device()) {}
@@ -138,14 +283,31 @@ struct Cuda {
 
   template <class Code>
   static void pack(const Code& code, const Indices& in, int64_t row_bytes, uint8_t* rows) {
-    const int64_t num_layers = in.geometry.num_layers, groups = in.num_rows * num_groups(num_layers);
-    launch(in.flat, pack_kernel<Code>, groups, code, reader(in), num_layers, row_bytes, rows, groups);
+    pack_or_take<false>(code, in, row_bytes, rows, Taking{});
   }
 
   template <class Code>
-  static void unpack(const Code& code, const PackedRows& packed, const Tensor& rows, const Geometry&, int32_t* indices) {
+  static void take(
+      const Code& code, const Indices& in, const Staged& staged, int64_t row_bytes, uint8_t* rows, bool* valid) {
+    const Taking taking{staged.data, staged.max_tokens, staged.first, staged.last, staged.end, staged.row_size, valid};
+    pack_or_take<true>(code, in, row_bytes, rows, taking);
+    if (staged.has_row_behind()) {
+      const int64_t begin = staged.end * staged.row_size;
+      launch(in.flat, reset_kernel, 1, staged.data, begin, begin + staged.row_size);
+    }
+  }
+
+  template <class Code>
+  static void unpack(
+      const Code& code, const PackedRows& packed, const Tensor& rows, const Geometry&, const IndicesOut& out) {
     const int64_t items = rows.size(0) * packed.layers;
-    launch(rows, unpack_kernel<Code>, items, code, packed, indices, items);
+    const auto write = [&](auto example) {
+      using Index = decltype(example);
+      launch(rows, unpack_kernel<Code, Index>, items, code, packed, static_cast<Index*>(out.data), items);
+    };
+    if (out.dtype == ScalarType::Short) return write(int16_t{});
+    if (out.dtype == ScalarType::Int) return write(int32_t{});
+    write(int64_t{});
   }
 
   template <class Code>
@@ -155,11 +317,11 @@ struct Cuda {
 
   static void check_indices(const Indices& in, bool* legal) {
     const Geometry& geometry = in.geometry;
-    const int64_t groups = in.num_rows * num_groups(geometry.num_layers);
+    const int64_t items = in.num_rows * geometry.num_layers;
     with_top_k(geometry.top_k, [&](auto k_max) {
       launch(
-          in.flat, check_indices_kernel<k_max>, groups, reader(in), geometry.num_experts, geometry.top_k,
-          geometry.num_layers, groups, legal);
+          in.flat, check_indices_kernel<k_max>, items, reader(in), geometry.num_experts, geometry.num_layers, items,
+          legal);
     });
   }
 
@@ -167,6 +329,25 @@ struct Cuda {
   static void check_rows(const Code& code, const PackedRows& packed, const Tensor& rows, bool* legal) {
     const int64_t items = rows.size(0) * packed.layers;
     launch(rows, check_rows_kernel<Code>, items, code, packed, items, legal);
+  }
+
+ private:
+  template <bool kTake, class Code>
+  static void pack_or_take(
+      const Code& code, const Indices& in, int64_t row_bytes, uint8_t* rows, const Taking& taking) {
+    const Tiling tiling = Tiling::of(in.num_rows, in.geometry.num_layers);
+    if constexpr (Code::KMax <= kMostUnrolled) {
+      constexpr int64_t kPlaces = sizeof(Chunk) / sizeof(int16_t);
+      const bool in_chunks = in.geometry.top_k == Code::KMax && in.flat.scalar_type() == ScalarType::Short &&
+                             in.k_stride == 1 && in.layer_stride % kPlaces == 0 && in.row_stride % kPlaces == 0 &&
+                             offset_in_chunk(in.data) == 0;
+      if (in_chunks) {
+        const ChunkReader<Code::KMax> chunks{
+            static_cast<const Chunk*>(in.data), in.row_stride / kPlaces, in.layer_stride / kPlaces};
+        return launch_packing<kTake>(in.flat, code, chunks, tiling, row_bytes, rows, taking);
+      }
+    }
+    launch_packing<kTake>(in.flat, code, reader(in), tiling, row_bytes, rows, taking);
   }
 };
 

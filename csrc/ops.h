@@ -2,10 +2,11 @@
 //
 // A Device brings the rows to the codes:
 //   Guard(tensor)                                       makes the tensor's device the current one
-//   NarrowSearch                                        see code_rank.h
+//   Search<Rank>                                        see code_rank.h
 //   with_top_k(top_k, run)                              run(an integral constant that is at least `top_k`)
 //   pack(code, indices, row_bytes, rows)                all rows
-//   unpack(code, packed, rows, geometry, indices)       int32 [num_rows, packed.layers, K]
+//   take(code, indices, staged, row_bytes, rows, valid) the rows of a pass; bool [num_rows]
+//   unpack(code, packed, rows, geometry, indices)       IndicesOut [num_rows, packed.layers, K]
 //   map(code, packed, rows, geometry, map)              bool [num_rows, E] that is all False, for one layer
 //   check_indices(indices, legal)                       bool [num_rows, L]
 //   check_rows(code, packed, rows, legal)               bool [num_rows, L]
@@ -14,6 +15,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <string>
+#include <tuple>
 
 #include "arguments.h"
 
@@ -35,17 +37,53 @@ struct Ops {
     return rows;
   }
 
+  static std::tuple<Tensor, Tensor> take_rows(
+      Tensor staging, int64_t first, int64_t last, int64_t end, int64_t num_experts, int64_t top_k,
+      const std::string& codec) {
+    const typename Device::Guard guard(staging);
+    const Staged staged = Staged::of(staging, first, last, end);
+    const Indices in = staged.indices(staging, num_experts, top_k);
+    Tensor rows;
+    const Tensor valid = empty_beside(staging, {in.num_rows}, ScalarType::Bool);
+    Codecs::with(codec, [&](auto chosen) {
+      with_code<decltype(chosen)>(in.geometry, [&](const auto& code) {
+        const int64_t row_bytes = in.geometry.row_bytes(code.bits());
+        rows = empty_beside(staging, {in.num_rows, row_bytes}, ScalarType::Byte);
+        Device::take(
+            code, in, staged, row_bytes, static_cast<uint8_t*>(rows.mutable_data_ptr()),
+            static_cast<bool*>(valid.mutable_data_ptr()));
+      });
+    });
+    return {rows, valid};
+  }
+
   static Tensor unpack_indices(
       const Tensor& rows, int64_t num_layers, int64_t num_experts, int64_t top_k, const std::string& codec) {
-    return unpack(rows, 0, num_layers, {num_layers, top_k}, Geometry(num_layers, num_experts, top_k), codec);
+    const Tensor indices = int32_beside(rows, {num_layers, top_k});
+    unpack_indices_out(rows, num_layers, num_experts, top_k, codec, indices);
+    return indices;
+  }
+
+  static void unpack_indices_out(
+      const Tensor& rows, int64_t num_layers, int64_t num_experts, int64_t top_k, const std::string& codec,
+      Tensor out) {
+    unpack(rows, 0, num_layers, {num_layers, top_k}, Geometry(num_layers, num_experts, top_k), codec, out);
   }
 
   static Tensor unpack_layer(
       const Tensor& rows, int64_t layer_index, int64_t num_layers, int64_t num_experts, int64_t top_k,
       const std::string& codec) {
+    const Tensor indices = int32_beside(rows, {top_k});
+    unpack_layer_out(rows, layer_index, num_layers, num_experts, top_k, codec, indices);
+    return indices;
+  }
+
+  static void unpack_layer_out(
+      const Tensor& rows, int64_t layer_index, int64_t num_layers, int64_t num_experts, int64_t top_k,
+      const std::string& codec, Tensor out) {
     const Geometry geometry(num_layers, num_experts, top_k);
     require_layer_index(layer_index, geometry);
-    return unpack(rows, layer_index, 1, {top_k}, geometry, codec);
+    unpack(rows, layer_index, 1, {top_k}, geometry, codec, out);
   }
 
   static Tensor unpack_bitset(
@@ -85,17 +123,24 @@ struct Ops {
   }
 
  private:
-  static Tensor unpack(
+  // Before the sizes are checked, which are checked once, with the tensor that is written to.
+  static Tensor int32_beside(const Tensor& rows, const std::vector<int64_t>& last_sizes) {
+    const typename Device::Guard guard(rows);
+    for (const int64_t size : last_sizes) require(size >= 0 && size <= kMaxLayers, size, " MoE layers or top-k");
+    const int64_t leading = rows.dim() > 0 ? rows.dim() - 1 : 0;
+    return empty_beside(rows, sizes_with(rows, leading, last_sizes), ScalarType::Int);
+  }
+
+  static void unpack(
       const Tensor& rows, int64_t first_layer, int64_t layers, const std::vector<int64_t>& last_sizes,
-      const Geometry& geometry, const std::string& codec) {
+      const Geometry& geometry, const std::string& codec, const Tensor& out) {
     const typename Device::Guard guard(rows);
     const Tensor flat = flat_rows(rows);
-    const Tensor indices = empty_beside(rows, sizes_with(rows, rows.dim() - 1, last_sizes), ScalarType::Int);
+    const IndicesOut indices = IndicesOut::of(out, rows, last_sizes);
     with_reading_code(codec, geometry, [&](const auto& code) {
       const PackedRows packed = packed_rows(flat, geometry, code, first_layer, layers);
-      Device::unpack(code, packed, flat, geometry, static_cast<int32_t*>(indices.mutable_data_ptr()));
+      Device::unpack(code, packed, flat, geometry, indices);
     });
-    return indices;
   }
 
   template <class Run>
@@ -122,8 +167,11 @@ struct Ops {
 template <class Device, class Library>
 void register_ops(Library& library) {
   library.impl("pack", TORCH_BOX(&Ops<Device>::pack));
+  library.impl("take_rows", TORCH_BOX(&Ops<Device>::take_rows));
   library.impl("unpack_indices", TORCH_BOX(&Ops<Device>::unpack_indices));
+  library.impl("unpack_indices_out", TORCH_BOX(&Ops<Device>::unpack_indices_out));
   library.impl("unpack_layer", TORCH_BOX(&Ops<Device>::unpack_layer));
+  library.impl("unpack_layer_out", TORCH_BOX(&Ops<Device>::unpack_layer_out));
   library.impl("unpack_bitset", TORCH_BOX(&Ops<Device>::unpack_bitset));
   library.impl("legal_indices", TORCH_BOX(&Ops<Device>::legal_indices));
   library.impl("legal_rows", TORCH_BOX(&Ops<Device>::legal_rows));

@@ -18,10 +18,17 @@ KERNEL = re.compile(
     r"Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
-# routing_masks::(anonymous namespace)::pack_kernel<routing_masks::RankCode<8, unsigned long, ...> >(...)
+# routing_masks::(anonymous namespace)::pack_kernel<true, false, routing_masks::RankCode<8, unsigned long, ...>,
+# routing_masks::(anonymous namespace)::ChunkReader<8> >(...)
 NAME = re.compile(
-    r"(?P<kernel>\w+)_kernel<(?:routing_masks::(?P<code>\w+)Code<)?(?P<k_max>\d+)(?:, unsigned (?P<rank>\w+))?"
+    r"(?P<kernel>\w+)_kernel(?:<(?:(?P<table>true|false), (?P<take>true|false), )?"
+    r"(?:routing_masks::(?P<code>\w+)Code<)?(?P<k_max>\d+)(?:, unsigned (?P<rank>\w+))?)?"
+    r".*?(?P<detail>ChunkReader|IndexReader|, (?:short|int|long)>|\((?!anonymous))"
 )
+DETAILS = {
+    "ChunkReader": "16-byte loads", "IndexReader": "any indices",
+    ", short>": "int16", ", int>": "int32", ", long>": "int64", "(": "",
+}  # fmt: skip
 
 
 def main() -> int:
@@ -32,7 +39,7 @@ def main() -> int:
     symbols = "\n".join(each["symbol"] for each in found)
     names = subprocess.run(["c++filt"], input=symbols, capture_output=True, text=True, check=True).stdout.splitlines()
     table = Table(
-        "kernel", "code", "arrays of", "architecture", "registers", "stack", "spill stores", "spill loads",
+        "kernel", "code", "arrays of", "variant", "architecture", "registers", "stack", "spill stores", "spill loads",
         title="CUDA kernels: registers and bytes per thread", title_justify="left",
     )  # fmt: skip
     rows = []
@@ -42,7 +49,10 @@ def main() -> int:
             raise ValueError(f"a kernel of unknown name: {name}")
         code = (parts["code"] or "none").lower() + {"long": " 64 bit", "__int128": " 128 bit", None: ""}[parts["rank"]]
         figures = (each[key] for key in ("registers", "stack", "stores", "loads"))
-        rows.append((parts["kernel"], code, int(parts["k_max"]), each["architecture"], *figures))
+        kernel = "take" if parts["take"] == "true" else parts["kernel"]
+        details = (DETAILS[parts["detail"]], "table" if parts["table"] == "true" else "")
+        detail = ", ".join(filter(None, details))
+        rows.append((kernel, code, int(parts["k_max"] or 0), detail, each["architecture"], *figures))
     for row in sorted(rows):
         table.add_row(*map(str, row))
     Console(width=110).print(table)

@@ -26,7 +26,11 @@ class Event:
     tensors: tuple[Tensor, ...]
 
     def map_device_tensors(self, copy: Callable[[Tensor], Tensor]) -> None:
-        """Replace the tensors that are on a device by what `copy` makes of them."""
+        """Replace the tensors that are on a device by what `copy` makes of them.
+
+        With confidential computing a thread of SGLang's own calls this, with a `copy` that blocks
+        (`async_d2h_copy_worker`): whoever reads `tensors` meanwhile gets the device's or whole copies.
+        """
         self.tensors = tuple(copy(tensor) if tensor.device.type != "cpu" else tensor for tensor in self.tensors)
 
     def run(self) -> None:

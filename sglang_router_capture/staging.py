@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from router_replay.errors import PairingError
-from router_replay.masks import RoutingGeometry
+from router_replay.masks import Codec, RoutingGeometry
 from router_replay.masks.codecs.ops import OPS
-
-_UNWRITTEN = -1
+from router_replay.masks.codecs.reference import UNWRITTEN
 
 
 class Staging:
@@ -37,7 +36,7 @@ class Staging:
     ) -> None:
         width = geometry.top_k + num_shared_experts
         self._layers = geometry.moe_layers if layers is None else layers
-        self.buffer = torch.full((max_tokens, len(self._layers), width), _UNWRITTEN, dtype=torch.int16, device=device)
+        self.buffer = torch.full((max_tokens, len(self._layers), width), UNWRITTEN, dtype=torch.int16, device=device)
         self._geometry = geometry
         self._index_of = {layer: index for index, layer in enumerate(self._layers)}
 
@@ -49,6 +48,30 @@ class Staging:
                 f" {self._layers} do: routes of this model cannot be attributed to layers"
             )
         self.buffer[: topk_indices.shape[0], self._index_of[layer_id]] = topk_indices
+
+    def take_rows(self, codec: Codec, first: int, last: int, end: int | None = None) -> tuple[Tensor, Tensor]:
+        """Rows of the pass's tokens [first, last), and set the buffer back, for a model whose layers all run here.
+
+        No host sync, and one kernel on CUDA where `end` is not given, else two.
+
+        Args:
+            end: as of `take`.
+
+        Returns:
+            `(rows uint8 [n, row_bytes], valid bool [n])`: where a layer reported no expert, one out of range or one
+            twice, `valid` is False and the row's field of that layer is illegal wherever the codec has such a field.
+
+        Raises:
+            PairingError: only a part of the model's MoE layers is here, so that there is no whole row.
+        """
+        if self._layers != self._geometry.moe_layers:
+            raise PairingError(
+                f"a row holds decoder layers {self._geometry.moe_layers}, but only {self._layers} run here: call"
+                " `take`, and pack when the indices of all layers are together"
+            )
+        end = len(self.buffer) if end is None else end
+        num_experts, top_k = self._geometry.num_experts, self._geometry.top_k
+        return OPS.take_rows(self.buffer, first, last, end, num_experts, top_k, codec.name)
 
     def take(self, first: int, last: int, end: int | None = None) -> tuple[Tensor, Tensor]:
         """Routes of the pass's tokens [first, last), and set the buffer back. No host sync.
@@ -68,7 +91,7 @@ class Staging:
         if self._layers:
             valid = OPS.legal_indices(taken, num_experts).all(-1)
         if end is not None and end < len(self.buffer):
-            valid &= (self.buffer[end] == _UNWRITTEN).all()
+            valid &= (self.buffer[end] == UNWRITTEN).all()
         legal = torch.arange(top_k, dtype=torch.int16, device=taken.device)
         indices = torch.where(valid[:, None, None], taken, legal)
         self.reset()
@@ -76,4 +99,4 @@ class Staging:
 
     def reset(self) -> None:
         """Forget what layers reported."""
-        self.buffer.fill_(_UNWRITTEN)
+        self.buffer.fill_(UNWRITTEN)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.interleaved import Seconds, median_seconds
 from benchmarks.machine import hardware, versions, write_json
-from benchmarks.mask_codec.gpu import gigabytes_per_second
+from benchmarks.mask_codec.gpu import speeds_on_gpu
 from benchmarks.mask_codec.models import MODELS, geometry_of
 from benchmarks.mask_codec.pipelines import pipelines
 from router_replay.masks import CODEC_NAMES, RoutingGeometry, choose_codec, get_codec
@@ -114,11 +114,12 @@ def measure(model: str, tokens: int, speed_tokens: int, rounds: int, threads: in
         },
     }  # fmt: skip
     if torch.cuda.is_available():
-        on_gpu = gigabytes_per_second(geometry_of(model), indices.to(torch.int16), max(rounds, 20))
-        figures["gigabytes_per_second_on_gpu"] = on_gpu
-        console.print(
-            _table("Read and written on the GPU", "", {name: {"GB/s": rate} for name, rate in on_gpu.items()}, ",.0f")
-        )
+        on_gpu = speeds_on_gpu(geometry_of(model), indices.to(torch.int16), max(rounds, 20))
+        figures["on_gpu"] = {name: speed._asdict() for name, speed in on_gpu.items()}
+        by_variant = {
+            name: {"µs": each.microseconds, "GB/s": each.gigabytes_per_second} for name, each in on_gpu.items()
+        }
+        console.print(_table("Read and written on the GPU", "", by_variant, ",.1f"))
     console.print({key: figures[key] for key in ("date", "hardware", "versions", "missing_kernels")})
     if json_file is not None:
         write_json(figures, json_file)

@@ -87,7 +87,8 @@ class FirstStage(Recorder):
         self._waiting.clear()
         super().destroy()
 
-    def _launch(self, tokens: OwnTokens, indices: Tensor, valid: Tensor, version: int) -> PassRecord:
+    def _launch(self, tokens: OwnTokens, version: int) -> PassRecord:
+        indices, valid = self.device_cache.take(tokens.first, tokens.first + len(tokens.slots), tokens.end)
         waiting = _Waiting(self._num_launched, tokens.slots.clone(), indices, valid)
         waiting.record = self.log.launch(partial(self._settle, waiting, version))
         self._waiting.append(waiting)

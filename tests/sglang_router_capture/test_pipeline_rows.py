@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from router_replay.errors import PairingError
 from router_replay.masks import RoutingGeometry, get_codec, open_store
 from sglang_router_capture import recorder as recorder_module
 from sglang_router_capture.follow.pipeline import PASS_KEY, ROWS_KEY, FirstStage, LaterStage
@@ -159,3 +161,14 @@ def test_a_stage_without_moe_layers_passes_on_what_came(monkeypatch: pytest.Monk
     pipeline = Pipeline(monkeypatch)
     pipeline.back(pipeline.launch([6], 40))
     assert pipeline.table(6) == [[41, 42, 43, 44]]
+
+
+@pytest.mark.parametrize("layers", [*LAYERS, ()])
+def test_a_stage_alone_has_no_whole_row(layers: tuple[int, ...]) -> None:
+    staging = Staging(GEOMETRY, 8, 0, "cpu", layers)
+    for layer in layers:
+        staging.capture(layer, torch.tensor([[5, 6]]))
+    with pytest.raises(PairingError, match=rf"layers \(1, 2, 3, 4\), but only {re.escape(str(layers))} run here"):
+        staging.take_rows(get_codec("ordered"), 0, 1)
+    indices, valid = staging.take(0, 1)
+    assert indices.tolist() == [[[5, 6]] * len(layers)] and bool(valid.all())

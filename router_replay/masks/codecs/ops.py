@@ -1,11 +1,14 @@
 """The ops of `torch.ops.routing_masks`: what they are, the libraries with kernels, and plain torch in their place.
 
-    pack             indices int [..., L, K] -> rows uint8 [..., row_bytes]
-    unpack_indices   rows -> int32 [..., L, K]
-    unpack_layer     one MoE layer of the rows -> int32 [..., K]
-    unpack_bitset    one MoE layer of the rows -> bool [..., E], the routing map that dispatchers take
-    legal_indices    whether indices are K different experts, bool [..., L]
-    legal_rows       whether a row's fields are such that `pack` can have written them, bool [..., L]
+    pack                 indices int [..., L, K] -> rows uint8 [..., row_bytes]
+    take_rows            a pass's rows out of a staging buffer int16 [max_tokens, L, K or more], which is reset
+    unpack_indices       rows -> int32 [..., L, K]
+    unpack_layer         one MoE layer of the rows -> int32 [..., K]
+    unpack_indices_out   as unpack_indices, into a contiguous tensor that is given: int16, int32 or int64
+    unpack_layer_out     as unpack_layer, into a tensor that is given
+    unpack_bitset        one MoE layer of the rows -> bool [..., E], the routing map that dispatchers take
+    legal_indices        whether indices are K different experts, bool [..., L]
+    legal_rows           whether a row's fields are such that `pack` can have written them, bool [..., L]
 
 Indices are uint8, int16, uint16, int32 or int64, of any strides and leading shape; L = MoE layers, K = top-k,
 E = experts; `layer_index` is among the L. `router_replay.masks.codecs.reference` says what each of them means.
@@ -28,10 +31,16 @@ from router_replay.masks.codecs.registry import CODES
 from router_replay.masks.limits import MAX_EXPERTS, MAX_RANK_BITS, MAX_TOP_K
 
 _GEOMETRY = "int num_layers, int num_experts, int top_k, str codec"
-_SCHEMAS: dict[Callable[..., Tensor], str] = {
+_SCHEMAS: dict[Callable[..., object], str] = {
     reference.pack: "pack(Tensor indices, int num_experts, str codec) -> Tensor",
     reference.unpack_indices: f"unpack_indices(Tensor rows, {_GEOMETRY}) -> Tensor",
     reference.unpack_layer: f"unpack_layer(Tensor rows, int layer_index, {_GEOMETRY}) -> Tensor",
+    reference.take_rows: (
+        "take_rows(Tensor(a!) staging, int first, int last, int end, int num_experts, int top_k, str codec)"
+        " -> (Tensor, Tensor)"
+    ),
+    reference.unpack_indices_out: f"unpack_indices_out(Tensor rows, {_GEOMETRY}, Tensor(a!) out) -> ()",
+    reference.unpack_layer_out: f"unpack_layer_out(Tensor rows, int layer_index, {_GEOMETRY}, Tensor(a!) out) -> ()",
     reference.unpack_bitset: f"unpack_bitset(Tensor rows, int layer_index, {_GEOMETRY}) -> Tensor",
     reference.legal_indices: "legal_indices(Tensor indices, int num_experts) -> Tensor",
     reference.legal_rows: f"legal_rows(Tensor rows, {_GEOMETRY}) -> Tensor",
@@ -46,6 +55,18 @@ def _fake_pack(indices: Tensor, num_experts: int, codec: str) -> Tensor:
     *leading, num_layers, top_k = indices.shape
     width = reference.row_bytes(codec, num_layers, num_experts, int(top_k))
     return indices.new_empty((*leading, width), dtype=torch.uint8)
+
+
+def _fake_take_rows(
+    staging: Tensor, first: int, last: int, end: int, num_experts: int, top_k: int, codec: str
+) -> tuple[Tensor, Tensor]:
+    width = reference.row_bytes(codec, staging.shape[1], num_experts, top_k)
+    rows = staging.new_empty((last - first, width), dtype=torch.uint8)
+    return rows, staging.new_empty(last - first, dtype=torch.bool)
+
+
+def _fake_unpack_out(*args: object) -> None:
+    """Nothing is made: the caller's tensor is written to."""
 
 
 def _fake_unpack_indices(rows: Tensor, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
@@ -72,8 +93,11 @@ def _fake_legal_rows(rows: Tensor, num_layers: int, num_experts: int, top_k: int
     return rows.new_empty((*rows.shape[:-1], num_layers), dtype=torch.bool)
 
 
-_FAKES: dict[str, Callable[..., Tensor]] = {
+_FAKES: dict[str, Callable[..., object]] = {
     "pack": _fake_pack,
+    "take_rows": _fake_take_rows,
+    "unpack_indices_out": _fake_unpack_out,
+    "unpack_layer_out": _fake_unpack_out,
     "unpack_indices": _fake_unpack_indices,
     "unpack_layer": _fake_unpack_layer,
     "unpack_bitset": _fake_unpack_bitset,

@@ -23,6 +23,9 @@ from router_replay.masks.limits import MAX_EXPERTS, MAX_TOP_K
 
 # Elements of the largest intermediate tensor: bounds the working memory to some tens of megabytes.
 _ELEMENTS_AT_ONCE = 1 << 21
+UNWRITTEN = -1
+"""What a staging buffer holds where no MoE layer wrote."""
+OUT_DTYPES = (torch.int16, torch.int32, torch.int64)
 INDEX_DTYPES = (torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64)
 
 
@@ -42,17 +45,48 @@ def pack(indices: Tensor, num_experts: int, codec: str) -> Tensor:
     """Expert indices `int [..., L, K]` -> rows `uint8 [..., row_bytes]`."""
     _require_indices(indices, num_experts)
     *leading, num_layers, top_k = indices.shape
-    code, width = _code_and_width(codec, num_experts, top_k)
-    num_bytes = row_bytes(codec, num_layers, num_experts, top_k)
+    _code_and_width(codec, num_experts, top_k)
     flat = indices.reshape(math.prod(leading), num_layers, top_k).long()
     if indices.device.type == "cpu":
         problem = f"the indices are not {top_k} different experts in [0, {num_experts})"
         _refuse(are_different_experts(flat, num_experts), 0, problem)
-    rows = torch.empty((flat.shape[0], num_bytes), dtype=torch.uint8, device=indices.device)
-    for part in _parts(flat.shape[0], num_layers * max(num_experts, width)):
-        fields = _encode(flat[part], num_experts, code)
-        rows[part] = bytes_of_bits(fields.flatten(1), num_bytes)
-    return rows.reshape(*leading, num_bytes)
+    rows = _packed(flat, num_experts, codec)
+    return rows.reshape(*leading, rows.shape[1])
+
+
+def take_rows(
+    staging: Tensor, first: int, last: int, end: int, num_experts: int, top_k: int, codec: str
+) -> tuple[Tensor, Tensor]:
+    """Rows of the tokens [first, last) of a pass, and set its staging buffer back to `UNWRITTEN`, all of it.
+
+    Illegal indices are no error here on any device: they are what a layer leaves that reported nothing.
+
+    Args:
+        staging: contiguous `int16 [max_tokens, L, columns]`, the first K columns routed experts.
+        end: number of rows that the pass is known to have written, or at least `max_tokens`. Where it wrote more, the
+            rows are not laid out as the caller thinks, and none is valid.
+
+    Returns:
+        `(rows uint8 [n, row_bytes], valid bool [n])`; valid: each of the token's layers has K different experts.
+    """
+    if staging.dtype != torch.int16 or staging.dim() != 3 or not staging.is_contiguous():
+        raise RuntimeError(
+            f"staging is {staging.dtype} {tuple(staging.shape)}, but must be contiguous int16 [tokens, MoE layers,"
+            " top-k or more]"
+        )
+    if not 0 <= first <= last <= len(staging) or end < 0:
+        raise RuntimeError(f"tokens [{first}, {last}) of a pass of {end} are not in a staging buffer of {len(staging)}")
+    if staging.shape[2] < top_k:
+        raise RuntimeError(f"staging has {staging.shape[2]} columns, but top-k is {top_k}")
+    taken = staging[first:last, :, :top_k].long()
+    _require_indices(taken, num_experts)
+    _code_and_width(codec, num_experts, top_k)
+    valid = are_different_experts(taken, num_experts).all(-1)
+    if end < len(staging):
+        valid &= (staging[end] == UNWRITTEN).all()
+    rows = _packed(taken, num_experts, codec)
+    staging.fill_(UNWRITTEN)
+    return rows, valid
 
 
 def unpack_indices(rows: Tensor, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
@@ -67,6 +101,20 @@ def unpack_layer(rows: Tensor, layer_index: int, num_layers: int, num_experts: i
         raise RuntimeError(f"layer_index {layer_index} is none of the {num_layers} MoE layers")
     indices = _unpack(rows, layer_index, layer_index + 1, num_layers, num_experts, top_k, codec)
     return indices.reshape(*rows.shape[:-1], top_k)
+
+
+def unpack_indices_out(rows: Tensor, num_layers: int, num_experts: int, top_k: int, codec: str, out: Tensor) -> None:
+    """As `unpack_indices`, into contiguous `out` `[..., L, K]` of int16, int32 or int64."""
+    _require_out(out, rows, (num_layers, top_k))
+    out.copy_(unpack_indices(rows, num_layers, num_experts, top_k, codec))
+
+
+def unpack_layer_out(
+    rows: Tensor, layer_index: int, num_layers: int, num_experts: int, top_k: int, codec: str, out: Tensor
+) -> None:
+    """As `unpack_layer`, into contiguous `out` `[..., K]` of int16, int32 or int64."""
+    _require_out(out, rows, (top_k,))
+    out.copy_(unpack_layer(rows, layer_index, num_layers, num_experts, top_k, codec))
 
 
 def unpack_bitset(rows: Tensor, layer_index: int, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:
@@ -99,6 +147,17 @@ def _unpack(rows: Tensor, first: int, end: int, num_layers: int, num_experts: in
     if rows.device.type == "cpu":
         _refuse(legal, first, f"these bits are not {top_k} different experts of {num_experts}: corrupted rows")
     return indices
+
+
+def _packed(flat: Tensor, num_experts: int, codec: str) -> Tensor:
+    """Rows `uint8 [T, row_bytes]` of `int64 [T, L, K]`, of which the illegal become illegal fields."""
+    _, num_layers, top_k = flat.shape
+    code, width = _code_and_width(codec, num_experts, top_k)
+    num_bytes = row_bytes(codec, num_layers, num_experts, top_k)
+    rows = torch.empty((flat.shape[0], num_bytes), dtype=torch.uint8, device=flat.device)
+    for part in _parts(flat.shape[0], num_layers * max(num_experts, width)):
+        rows[part] = bytes_of_bits(_encode(flat[part], num_experts, code).flatten(1), num_bytes)
+    return rows
 
 
 def _decoded(
@@ -160,6 +219,18 @@ def _require_indices(indices: Tensor, num_experts: int) -> None:
             " [..., MoE layers, top-k]"
         )
     _require_geometry(indices.shape[-2], num_experts, indices.shape[-1])
+
+
+def _require_out(out: Tensor, rows: Tensor, last: tuple[int, ...]) -> None:
+    expected = (*rows.shape[:-1], *last)
+    if tuple(out.shape) != expected:
+        raise RuntimeError(f"out has another shape than the indices of these rows: {tuple(out.shape)}, not {expected}")
+    if out.dtype not in OUT_DTYPES:
+        raise RuntimeError(f"out must be int16, int32 or int64, and is {out.dtype}")
+    if out.device != rows.device:
+        raise RuntimeError(f"out is not on the rows' device: {out.device}, not {rows.device}")
+    if not out.is_contiguous():
+        raise RuntimeError("out must be contiguous")
 
 
 def _flat_rows(rows: Tensor, num_layers: int, num_experts: int, top_k: int, codec: str) -> Tensor:

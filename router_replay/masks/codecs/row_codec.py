@@ -82,20 +82,38 @@ class Codec:
             check_indices(indices, geometry)
             raise
 
-    def unpack_indices(self, rows: Tensor, geometry: RoutingGeometry) -> Tensor:
-        """Rows `uint8 [..., row_bytes]` -> expert indices `int32 [..., L, K]`.
+    def unpack_indices(
+        self, rows: Tensor, geometry: RoutingGeometry, *, dtype: torch.dtype | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Rows `uint8 [..., row_bytes]` -> expert indices `[..., L, K]`.
 
         On the CPU the values are checked. On a device a field that is not K different experts reads as K times E.
 
-        Raises:
-            PairingError: rows of another width or dtype.
-            InputError: on the CPU, bits that `pack` cannot have written.
-        """
-        return self._checked(OPS.unpack_indices, rows, geometry)
+        Args:
+            dtype: of the indices: int16, int32 or int64; by default that of `out`, or else int32.
+            out: what to write to and return, contiguous and on the device of the rows; a new tensor by default. It must
+                not share memory with `rows`, which are still read while it is written. What it holds after an error is
+                not defined.
 
-    def unpack_layer(self, rows: Tensor, geometry: RoutingGeometry, layer_index: int) -> Tensor:
-        """One stored layer of the rows as expert indices `int32 [..., K]`; as `unpack_indices` in all else."""
-        return self._checked(OPS.unpack_layer, rows, geometry, layer_index)
+        Raises:
+            PairingError: rows of another width or dtype, an `out` of another shape.
+            InputError: on the CPU, bits that `pack` cannot have written; a dtype or an `out` that indices cannot have.
+        """
+        shape = (*rows.shape[:-1], geometry.num_moe_layers, geometry.top_k)
+        return self._unpack(OPS.unpack_indices, OPS.unpack_indices_out, rows, geometry, (), shape, dtype, out)
+
+    def unpack_layer(
+        self,
+        rows: Tensor,
+        geometry: RoutingGeometry,
+        layer_index: int,
+        *,
+        dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """One stored layer of the rows as expert indices `[..., K]`; as `unpack_indices` in all else."""
+        shape = (*rows.shape[:-1], geometry.top_k)
+        return self._unpack(OPS.unpack_layer, OPS.unpack_layer_out, rows, geometry, (layer_index,), shape, dtype, out)
 
     def unpack_bitset(self, rows: Tensor, geometry: RoutingGeometry, layer_index: int) -> Tensor:
         """One stored layer of the rows as a mask `bool [..., E]`: the routing map that dispatchers take.
@@ -156,7 +174,30 @@ class Codec:
             f" different experts of {geometry.num_experts} as codec {self.name!r} writes them: corrupted rows"
         )
 
-    def _checked(self, op: Callable[..., Tensor], rows: Tensor, geometry: RoutingGeometry, *layer_index: int) -> Tensor:
+    def _unpack(
+        self,
+        op: Callable[..., Tensor],
+        into: Callable[..., None],
+        rows: Tensor,
+        geometry: RoutingGeometry,
+        layer_index: tuple[int, ...],
+        shape: tuple[int, ...],
+        dtype: torch.dtype | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        self.require_row_bytes(rows, geometry)
+        dtype = _index_dtype(dtype, out)
+        if out is None:
+            if dtype == torch.int32:
+                return self._checked(op, rows, geometry, *layer_index)
+            out = torch.empty(shape, dtype=dtype, device=rows.device)
+        _require_out(out, shape, rows.device)
+        self._checked(lambda *arguments: into(*arguments, out), rows, geometry, *layer_index)
+        return out
+
+    def _checked[Result](
+        self, op: Callable[..., Result], rows: Tensor, geometry: RoutingGeometry, *layer_index: int
+    ) -> Result:
         self.require_row_bytes(rows, geometry)
         try:
             return op(rows, *layer_index, *_arguments(geometry), self.name)
@@ -229,6 +270,27 @@ def _first_illegal(legal: Tensor) -> tuple[int, int] | None:
         return None
     token, layer_index = (~legal.reshape(-1, legal.shape[-1])).nonzero()[0].tolist()
     return token, layer_index
+
+
+def _index_dtype(dtype: torch.dtype | None, out: Tensor | None) -> torch.dtype:
+    """The dtype that indices are asked for in."""
+    if out is not None and dtype is not None and out.dtype != dtype:
+        raise InputError(f"indices are asked for in {dtype}, but out is {out.dtype}: leave one of the two away")
+    chosen = out.dtype if out is not None else dtype or torch.int32
+    if chosen not in reference.OUT_DTYPES:
+        raise InputError(f"indices are written as torch.int16, torch.int32 or torch.int64, not as {chosen}")
+    return chosen
+
+
+def _require_out(out: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if tuple(out.shape) != shape:
+        raise PairingError(f"out is {tuple(out.shape)}, but the indices of these rows are {shape}")
+    if out.device != device:
+        raise InputError(f"out is on {out.device} and the rows on {device}: make it beside them, device=rows.device")
+    if not out.is_contiguous():
+        raise InputError(
+            f"out has strides {out.stride()}, but must be contiguous: give a tensor of its own, and copy from that"
+        )
 
 
 def _require_shape(indices: Tensor, geometry: RoutingGeometry) -> None:

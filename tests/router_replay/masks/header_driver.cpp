@@ -12,6 +12,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "block.h"
 #include "codes.h"
 #include "guess.h"
 #include "mask_codec.h"
@@ -37,10 +38,12 @@ std::vector<int64_t> shuffled(int64_t count) {
 
 // The searches for ranks that the kernels of either device use.
 struct OnDevice {
-  using NarrowSearch = Bisection<uint64_t>;
+  template <class Rank>
+  using Search = Bisection<Rank>;
 };
 struct OnHost {
-  using NarrowSearch = Guess;
+  template <class Rank>
+  using Search = Guess<Rank>;
 };
 
 // Whether some field of the code is illegal. Codes without order have one legal field for each set.
@@ -49,6 +52,80 @@ bool has_illegal_field(const Code& code) {
   const int experts = code.num_experts, top_k = code.top_k;
   if constexpr (std::is_same_v<Code, OrderedCode<Code::KMax>>) return top_k > 1 || (experts & (experts - 1)) != 0;
   return code.bits() >= 63 || count_of_sets(experts, top_k) < Wide{1} << code.bits();
+}
+
+// Packs as a block of CUDA threads does, its threads in any order between two barriers, to rows that begin anywhere, and
+// finds the bytes of `expected` and no illegal layer but those of row 0 if `first_is_illegal`.
+template <class Code, class Load>
+void drive_block(
+    const Code& code, const Load& load, int64_t num_rows, int64_t num_layers, const uint8_t* expected,
+    bool first_is_illegal) {
+  const Tiling tiling = Tiling::of(num_rows, num_layers);
+  const int64_t row_bytes = (num_layers * code.bits() + 7) / 8, all = num_rows * row_bytes;
+  for (const int offset : {0, 1, 15}) {
+    std::unique_ptr<Chunk[]> memory(new Chunk[(offset + all) / sizeof(Chunk) + 2]);
+    uint8_t* const bytes = reinterpret_cast<uint8_t*>(memory.get());
+    std::fill_n(bytes, offset + all + 16, 0x5a);
+    std::vector<int> illegal(num_rows, 0);
+    for (int64_t tile : shuffled(tiling.num_tiles())) {
+      for (int64_t number : shuffled(tiling.num_passes())) {
+        std::unique_ptr<Chunk[]> shared(new Chunk[Tiling::shared_bytes(code.bits()) / sizeof(Chunk)]);
+        const PackingPass<Code> pass(
+            code, tiling, row_bytes, bytes + offset, shared.get(), tile, static_cast<int>(number));
+        for (int64_t thread : shuffled(kBlockThreads)) pass.clear(static_cast<int>(thread));
+        for (int64_t thread : shuffled(kBlockThreads)) {
+          int row;
+          if (!pass.put(load, static_cast<int>(thread), &row)) illegal.at(pass.first_row() + row) = 1;
+        }
+        for (int64_t thread : shuffled(kBlockThreads)) pass.store(static_cast<int>(thread));
+      }
+    }
+    demand(std::equal(expected, expected + all, bytes + offset), "a block packs the same bytes");
+    demand(std::count(bytes, bytes + offset, 0x5a) == offset, "a block writes nothing before the rows");
+    demand(std::count(bytes + offset + all, bytes + offset + all + 16, 0x5a) == 16, "a block writes nothing behind");
+    for (int64_t row = 0; row < num_rows; ++row) {
+      demand(illegal.at(row) == (row == 0 && first_is_illegal), "a block finds what is illegal");
+    }
+  }
+}
+
+// Calls run with the code that searches in a table, as a block has it in shared memory.
+template <class Code, class Run>
+void run_in_table(const Code& code, const Run& run) {
+  std::unique_ptr<uint64_t[]> table(new uint64_t[code.table_words()]);
+  for (int64_t thread : shuffled(7)) code.fill_table(table.get(), static_cast<int>(thread), 7);
+  run(code.in_table(table.get()));
+}
+
+template <class Code, class Run>
+void with_tables(const Code&, const Run&) {}
+
+template <int KMax, class Number, class Run>
+void with_tables(const RankCode<KMax, Number, Bisection<Number>>& code, const Run& run) {
+  run_in_table(code, run);
+}
+
+template <int KMax, class Run>
+void with_tables(const RankCode<KMax, Wide, Split<Bisection<Wide>, Bisection<uint64_t>>>& code, const Run& run) {
+  run_in_table(code, run);
+}
+
+void drive_resets() {
+  const int64_t row_size = 9;
+  for (const int64_t kept : {0, 3, 5, 7, 11, 12}) {
+    for (const int64_t first : {0, 3}) {
+      for (const int64_t last : {3, 7, 12}) {
+        std::unique_ptr<int16_t[]> staging(new int16_t[12 * row_size]);
+        std::fill_n(staging.get(), 12 * row_size, int16_t{7});
+        for (int64_t thread : shuffled(5)) reset_rows(staging.get(), row_size, first, last, kept, thread, 5);
+        for (int64_t at = 0; at < 12 * row_size; ++at) {
+          const int64_t row = at / row_size;
+          const bool set_back = row >= first && row < last && row != kept;
+          demand(staging[at] == (set_back ? kUnwritten : 7), "rows are set back, and no others");
+        }
+      }
+    }
+  }
 }
 
 template <int N, class Code>
@@ -75,6 +152,18 @@ void drive(const Code& code, int64_t num_rows, int64_t num_layers) {
     pack_group<N>(code, num_layers, row_bytes, again.get(), read, group);
   }
   demand(std::equal(rows.get(), rows.get() + num_rows * row_bytes, again.get()), "every byte of the rows is written");
+  const auto load = [&](auto& experts, int64_t row, int64_t layer) {
+    load_lane(experts, 0, top_k, [&](int k) { return read(row, layer, k); });
+  };
+  const auto pack_in_blocks = [&](bool first_is_illegal) {
+    if constexpr (N == 1) {
+      drive_block(code, load, num_rows, num_layers, rows.get(), first_is_illegal);
+      with_tables(code, [&](const auto& in_table) {
+        drive_block(in_table, load, num_rows, num_layers, rows.get(), first_is_illegal);
+      });
+    }
+  };
+  pack_in_blocks(false);
 
   // Rows as a slice of wider ones, whose last ends where the allocation ends.
   const int64_t stride = row_bytes + 3;
@@ -115,6 +204,13 @@ void drive(const Code& code, int64_t num_rows, int64_t num_layers) {
     const int right = indices.at(top_k - 1);
     indices.at(top_k - 1) = wrong;
     demand(pack_group<N>(code, num_layers, row_bytes, rows.get(), read, 0) == 0, "illegal indices are found");
+    if (wrong == experts) {
+      // The indices are in another order by now.
+      for (int64_t group : shuffled(num_rows * num_groups(num_layers))) {
+        pack_group<N>(code, num_layers, row_bytes, rows.get(), read, group);
+      }
+      pack_in_blocks(true);
+    }
     check_group<N, Code::KMax>(experts, top_k, num_layers, read, 0, legal.get());
     demand(!legal[0], "illegal indices do not pass the check");
     const PackedRows packed{rows.get(), row_bytes, row_bytes, num_layers, 0, num_layers};
@@ -147,7 +243,7 @@ void drive_all(int experts, int top_k, int64_t num_rows, int64_t num_layers) {
     if (std::is_same_v<Codec, Rank> && sets == ~Wide{0}) return;
     Codec::template with_code<KMax, OnDevice>(experts, top_k, run);
   });
-  if (sets >> 63 == 0) Rank::with_code<KMax, OnHost>(experts, top_k, run);
+  if (sets != ~Wide{0}) Rank::with_code<KMax, OnHost>(experts, top_k, run);
 }
 
 void look_up_names() {
@@ -169,6 +265,7 @@ void look_up_names() {
 
 int main() {
   look_up_names();
+  drive_resets();
   const int geometries[][2] = {{1, 1}, {8, 2}, {8, 8}, {9, 8}, {60, 4}, {64, 8}, {65, 3}, {128, 1}, {128, 8}, {256, 8},
                                {384, 8}, {512, 8}, {1024, 8}, {1023, 5}};
   const int more[][2] = {{67, 33}, {64, 32}, {512, 10}, {512, 22}, {64, 64}, {1024, 64}, {66, 64}, {130, 16}};
@@ -178,10 +275,18 @@ int main() {
       drive_all<8, 8>(experts, top_k, 3, num_layers);
     }
     for (const auto& [experts, top_k] : more) {
-      if (top_k <= 16) drive_all<16, 1>(experts, top_k, 2, num_layers);
+      if (top_k <= 16) {
+        drive_all<16, 1>(experts, top_k, 2, num_layers);
+        drive_all<16, 8>(experts, top_k, 2, num_layers);
+      }
       drive_all<kMaxTopK, 1>(experts, top_k, 2, num_layers);
       drive_all<kMaxTopK, 8>(experts, top_k, 2, num_layers);
     }
+  }
+  // Rows that are longer than what a block packs at a time, many rows in a tile, and a last tile that is not full.
+  for (const int64_t num_layers : {2, 94, 255, 256, 257, 600}) {
+    drive_all<8, 1>(60, 4, 37, num_layers);
+    drive_all<16, 1>(512, 10, 5, num_layers);
   }
   std::printf("all well\n");
   return 0;

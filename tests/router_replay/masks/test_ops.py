@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from router_replay.errors import InputError, PairingError
 from router_replay.masks import CODEC_NAMES, RoutingGeometry, get_codec
 from router_replay.masks.codecs import reference
 from router_replay.masks.codecs.ops import MISSING_KERNELS, OPS
@@ -74,6 +75,86 @@ def test_every_op_is_the_reference(coded, leading, dtype, way, seed):
         assert_same(OPS.unpack_bitset(*of_layer), reference.unpack_bitset(*of_layer))
     assert bool(OPS.legal_rows(*read).all())
     assert bool(OPS.legal_indices(strided(indices, way), num_experts).all())
+
+
+@given(coded_geometries(), st.lists(st.integers(0, 3), max_size=2), st.sampled_from(reference.OUT_DTYPES), seeds)
+@settings(max_examples=60, deadline=None)
+def test_indices_in_the_dtype_that_is_asked_for(coded, leading, dtype, seed):
+    geometry, codec = coded
+    arguments = geometry.num_moe_layers, geometry.num_experts, geometry.top_k, codec
+    flat = get_codec(codec).pack(random_indices(geometry, torch.Size(leading).numel(), seed), geometry)
+    rows = flat.reshape(*leading, flat.shape[1])
+    expected, layer_index = reference.unpack_indices(rows, *arguments).to(dtype), geometry.num_moe_layers // 2
+    for implementation in (OPS, reference):
+        out = torch.full(expected.shape, -7, dtype=dtype)
+        implementation.unpack_indices_out(rows, *arguments, out)
+        assert_same(out, expected)
+        of_layer = torch.full_like(expected[..., layer_index, :], -7, memory_format=torch.contiguous_format)
+        implementation.unpack_layer_out(rows, layer_index, *arguments, of_layer)
+        assert_same(of_layer, expected[..., layer_index, :])
+
+
+def test_a_codec_writes_to_the_buffer_that_is_given():
+    geometry, codec = RoutingGeometry(3, (0, 2), 60, 4), get_codec("rank")
+    rows = codec.pack(random_indices(geometry, 6, 0), geometry)
+    expected = codec.unpack_indices(rows, geometry)
+    for dtype in reference.OUT_DTYPES:
+        assert_same(codec.unpack_indices(rows, geometry, dtype=dtype), expected.to(dtype))
+        assert_same(codec.unpack_layer(rows, geometry, 1, dtype=dtype), expected[:, 1].to(dtype))
+        buffer = torch.full((10, 2, 4), -7, dtype=dtype)
+        given_buffer = buffer[2:8]
+        assert codec.unpack_indices(rows, geometry, out=given_buffer) is given_buffer
+        assert_same(given_buffer, expected.to(dtype))
+        assert bool((buffer[:2] == -7).all()) and bool((buffer[8:] == -7).all())
+        codec.unpack_layer(rows, geometry, 0, dtype=dtype, out=buffer[:6, 0].contiguous())
+    for out, error, words in [
+        (torch.zeros(5, 2, 4, dtype=torch.int32), PairingError, r"out is \(5, 2, 4\), .* are \(6, 2, 4\)"),
+        (torch.zeros(6, 2, 4), InputError, "int16, torch.int32 or torch.int64, not as torch.float32"),
+        (torch.zeros(6, 2, 4, dtype=torch.int32, device="meta"), InputError, "out is on meta and the rows on cpu"),
+        (torch.zeros(2, 6, 4, dtype=torch.int32).transpose(0, 1), InputError, r"strides \(4, 24, 1\).*contiguous"),
+    ]:
+        with pytest.raises(error, match=words):
+            codec.unpack_indices(rows, geometry, out=out)
+    with pytest.raises(InputError, match=r"torch.int16, but out is torch.int32: leave one"):
+        codec.unpack_indices(rows, geometry, dtype=torch.int16, out=torch.zeros(6, 2, 4, dtype=torch.int32))
+    with pytest.raises(InputError, match=r"not as torch.uint8"):
+        codec.unpack_layer(rows, geometry, 0, dtype=torch.uint8)
+    rows[4] = 0xFF
+    with pytest.raises(InputError, match="token 4, decoder layer 0"):
+        codec.unpack_indices(rows, geometry, dtype=torch.int16)
+
+
+@st.composite
+def passes(draw: st.DrawFn) -> tuple[RoutingGeometry, str, Tensor, int, int, int]:
+    """Arguments of take_rows: a buffer in which some layers did not report, or wrongly, and a rank's tokens in it."""
+    geometry, codec = draw(coded_geometries(max_experts=300))
+    written = draw(st.integers(0, 12))
+    indices = random_indices(geometry, written, draw(seeds))
+    staging = staged(indices, written + draw(st.integers(0, 3)), draw(st.integers(0, 2)))
+    for wrong in draw(st.lists(st.sampled_from([-1, geometry.num_experts, 32767, -32768, 0]), max_size=3)):
+        if written:
+            at = draw(st.integers(0, written - 1)), draw(st.integers(0, geometry.num_moe_layers - 1))
+            staging[(*at, draw(st.integers(0, geometry.top_k - 1)))] = wrong
+    first = draw(st.integers(0, written))
+    last = draw(st.integers(first, written))
+    return geometry, codec, staging, first, last, draw(st.integers(0, len(staging) + 1) | st.just(2**62))
+
+
+@given(passes())
+@settings(max_examples=150, deadline=None)
+def test_a_pass_is_taken_as_by_the_reference(case):
+    geometry, codec, staging, first, last, end = case
+    arguments = first, last, end, geometry.num_experts, geometry.top_k, codec
+    taken = staging[first:last, :, : geometry.top_k].long()
+    legal = reference.legal_indices(taken, geometry.num_experts)
+    expected_valid = legal.all(-1) & (end >= len(staging) or bool((staging[end:][:1] == -1).all()))
+    for implementation in (OPS, reference):
+        buffer = staging.clone()
+        rows, valid = implementation.take_rows(buffer, *arguments)
+        assert_same(valid, expected_valid)
+        assert bool((buffer == -1).all()) and rows.is_contiguous()
+        assert_same(rows[legal.all(-1)], reference.pack(taken[legal.all(-1)], geometry.num_experts, codec))
+        assert_same(rows, reference.take_rows(staging.clone(), *arguments)[0])
 
 
 @given(coded_geometries(max_experts=80), st.integers(1, 4), ways, seeds)
@@ -150,11 +231,37 @@ def arguments_of(op: str, codec: str) -> tuple:
         return indices, 24, codec
     if op == "legal_indices":
         return indices, 24
+    if op == "take_rows":
+        return staged(indices.flatten(0, 1), 9, 1), 1, 6, 8, 24, 4, codec
     rows = get_codec(codec).pack(indices, geometry)
-    return (rows, 3, 5, 24, 4, codec) if op in ("unpack_layer", "unpack_bitset") else (rows, 5, 24, 4, codec)
+    layer_index = (3,) if op in ("unpack_layer", "unpack_layer_out", "unpack_bitset") else ()
+    outs = {
+        "unpack_indices_out": (torch.zeros(2, 3, 5, 4, dtype=torch.int16),),
+        "unpack_layer_out": (torch.zeros(2, 3, 4, dtype=torch.int64),),
+    }
+    return (rows, *layer_index, 5, 24, 4, codec, *outs.get(op, ()))
 
 
-OP_NAMES = ("pack", "unpack_indices", "unpack_layer", "unpack_bitset", "legal_indices", "legal_rows")
+def staged(indices: Tensor, max_tokens: int, num_shared: int) -> Tensor:
+    """The staging buffer after a pass of these tokens, `int16 [max_tokens, L, K + num_shared]`."""
+    num_tokens, num_layers, top_k = indices.shape
+    staging = torch.full((max_tokens, num_layers, top_k + num_shared), -1, dtype=torch.int16)
+    staging[:num_tokens] = 99
+    staging[:num_tokens, :, :top_k] = indices
+    return staging
+
+
+OP_NAMES = (
+    "pack",
+    "take_rows",
+    "unpack_indices",
+    "unpack_layer",
+    "unpack_indices_out",
+    "unpack_layer_out",
+    "unpack_bitset",
+    "legal_indices",
+    "legal_rows",
+)
 
 
 @pytest.mark.parametrize("codec", CODEC_NAMES)
@@ -175,6 +282,9 @@ def test_a_compiled_function_packs_and_unpacks():
         assert torch.equal(there_and_back(indices), indices[:, 2].sort(-1).values.int() + 1)
 
 
+BITSETS = torch.zeros(2, 9, dtype=torch.uint8), 3, 24, 4, "bitset"
+
+
 @pytest.mark.parametrize("implementation", [OPS, reference], ids=["kernels", "reference"])
 @pytest.mark.parametrize(
     ("op", "arguments", "words"),
@@ -192,6 +302,21 @@ def test_a_compiled_function_packs_and_unpacks():
         ("legal_indices", (torch.zeros(2, 3, 4, dtype=torch.bool), 24), "uint8, int16, uint16, int32 or int64"),
         ("unpack_indices", (torch.tensor(3, dtype=torch.uint8), 3, 24, 4, "bitset"), "uint8"),
         ("pack", (torch.arange(23).expand(1, 1, 23), 512, "rank"), "128 bits.*23 of 512"),
+        ("take_rows", (torch.zeros(4, 3, 4, dtype=torch.int32), 0, 2, 4, 24, 4, "rank"), "int16"),
+        ("take_rows", (torch.zeros(4, 3, dtype=torch.int16), 0, 2, 4, 24, 3, "rank"), "int16"),
+        ("take_rows", (torch.zeros(3, 4, 4, dtype=torch.int16).transpose(0, 1), 0, 2, 4, 24, 4, "rank"), "contiguous"),
+        ("take_rows", (torch.zeros(4, 3, 4, dtype=torch.int16), 0, 2, 4, 24, 5, "rank"), "4 columns, but top-k is 5"),
+        ("take_rows", (torch.zeros(4, 3, 4, dtype=torch.int16), 3, 2, 4, 24, 4, "rank"), r"\[3, 2\).* of 4"),
+        ("take_rows", (torch.zeros(4, 3, 4, dtype=torch.int16), 0, 5, 5, 24, 4, "rank"), r"\[0, 5\).* of 4"),
+        ("take_rows", (torch.zeros(4, 3, 4, dtype=torch.int16), -1, 2, 4, 24, 4, "rank"), r"\[-1, 2\).* of 4"),
+        ("take_rows", (torch.zeros(4, 3, 4, dtype=torch.int16), 0, 2, -1, 24, 4, "rank"), "a pass of -1"),
+        ("take_rows", (torch.zeros(4, 3, 4, dtype=torch.int16), 0, 2, 4, 24, 4, "zip"), "unknown codec 'zip'"),
+        ("take_rows", (torch.zeros(4, 1, 23, dtype=torch.int16), 0, 2, 4, 512, 23, "rank"), "128 bits.*23 of 512"),
+        ("unpack_indices_out", (*BITSETS, torch.zeros(2, 3, 3, dtype=torch.int32)), "another shape"),
+        ("unpack_indices_out", (*BITSETS, torch.zeros(2, 3, dtype=torch.int32)), "another shape"),
+        ("unpack_indices_out", (*BITSETS, torch.zeros(2, 3, 4)), "int16, int32 or int64"),
+        ("unpack_indices_out", (*BITSETS, torch.zeros(2, 3, 4, dtype=torch.uint8)), "int16, int32 or int64"),
+        ("unpack_indices_out", (*BITSETS, torch.zeros(2, 4, 3, dtype=torch.int32).transpose(1, 2)), "contiguous"),
         ("unpack_indices", (torch.zeros(2, 7, dtype=torch.uint8), 3, 24, 4, "bitset"), "7.*9"),
         ("unpack_indices", (torch.zeros(2, 9), 3, 24, 4, "bitset"), "uint8"),
         (

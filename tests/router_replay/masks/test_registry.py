@@ -59,8 +59,14 @@ def test_a_registered_codec_is_one_of_those_to_choose_from(indices: Tensor) -> N
 def test_kernels_without_the_codec_refuse_it_by_name(indices: Tensor, op: str) -> None:
     rows = reference.pack(indices, 300, "bytes")
     arguments = {"pack": (indices, 300, "bytes")}.get(op, (rows, *ARGUMENTS))
-    if op in ("unpack_layer", "unpack_bitset"):
+    if op in ("unpack_layer", "unpack_layer_out", "unpack_bitset"):
         arguments = (rows, 1, *ARGUMENTS)
+    if op == "take_rows":
+        arguments = (indices.short(), 0, 2, 2, 300, 4, "bytes")
+    if op == "unpack_indices_out":
+        arguments = (*arguments, torch.empty_like(indices))
+    if op == "unpack_layer_out":
+        arguments = (*arguments, torch.empty_like(indices[:, 1]))
     with pytest.raises(RuntimeError, match="unknown codec 'bytes': the kernels know bitset, rank, ordered"):
         getattr(OPS, op)(*arguments)
 
