@@ -21,6 +21,10 @@ class DataError(RouterReplayError, ValueError):
     """Bytes, a file or an answer that does not hold what this version can read: get it again, or written anew."""
 
 
+class StoreError(RouterReplayError, OSError):
+    """A store of masks that cannot be reached, read or written: mend the place, or try again."""
+
+
 class CallOrderError(RouterReplayError, RuntimeError):
     """A call at the wrong time: before what it needs, after its end, or twice."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from router_replay.errors import DataError, InputError, RouterReplayError
 from router_replay.files import write_whole
@@ -61,6 +61,39 @@ def load_file(path: str | PathLike[str]) -> RoutingMasks:
         raise DataError(f"{source}: {error}") from error
 
 
+def map_file(path: str | PathLike[str], crc32: str | None = None) -> RoutingMasks:
+    """The masks in a local file, whose rows are its pages in memory and not a copy of them.
+
+    The mapping is private: writing into the rows changes no file. They stay when the file is removed or another one is
+    renamed onto it, and are lost, with the process, when somebody truncates it in place, which no store does.
+
+    Args:
+        crc32: checksum that the file must say it has, `stated_crc32` of the bytes that were written.
+
+    Raises:
+        FileNotFoundError: no such file.
+        OSError: a file that cannot be read.
+        DataError: a file that `from_bytes` refuses, or one with another checksum.
+    """
+    source = _path(path, "map_file(path)")
+    try:
+        # Opened first, for errors that say more than the library's own.
+        with source.open("rb"), safe_open(source, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
+    except (SafetensorError, ValueError) as error:
+        raise DataError(f"{source} is not a whole safetensors file ({error}): truncated, or foreign") from error
+    try:
+        return _checked(tensors, metadata, crc32)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from error
+
+
+def stated_crc32(data: bytes) -> str:
+    """The checksum that a container of `to_bytes` says it has, over everything else in it."""
+    return _metadata(data)["crc32"]
+
+
 def to_bytes(masks: RoutingMasks) -> bytes:
     """Masks as the bytes of an ordinary safetensors file, which any tool that knows safetensors can open.
 
@@ -87,12 +120,16 @@ def to_bytes(masks: RoutingMasks) -> bytes:
     return safetensors.torch.save(tensors, metadata)
 
 
-def from_bytes(data: bytes | bytearray | memoryview) -> RoutingMasks:
+def from_bytes(data: bytes | bytearray | memoryview, crc32: str | None = None) -> RoutingMasks:
     """Read masks written by `to_bytes`, and check that the valid rows are rows that the codec can have written.
+
+    Args:
+        crc32: checksum that the container must say it has, `stated_crc32` of the bytes that were written.
 
     Raises:
         InputError: a path or text in the place of bytes.
-        DataError: truncated or foreign bytes, a format version that this code does not know, or corrupted rows.
+        DataError: truncated or foreign bytes, a format version that this code does not know, corrupted rows, or masks
+            with another checksum.
     """
     if not isinstance(data, bytes | bytearray | memoryview):
         way_out = "of a file take load_file(path), of a handle load(handle)"
@@ -105,6 +142,10 @@ def from_bytes(data: bytes | bytearray | memoryview) -> RoutingMasks:
         raise DataError(
             f"these {len(data)} bytes are not a whole safetensors file ({error}): truncated in transfer, or foreign"
         ) from error
+    return _checked(tensors, metadata, crc32)
+
+
+def _checked(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], crc32: str | None) -> RoutingMasks:
     if metadata.get("format") != FORMAT:
         raise DataError(
             f"a safetensors file of format {metadata.get('format')!r} with tensors {sorted(tensors)}, not {FORMAT!r}"
@@ -137,6 +178,8 @@ def from_bytes(data: bytes | bytearray | memoryview) -> RoutingMasks:
             f"masks were written with CRC-32 {metadata.get('crc32')}, those read have {found}: corrupted in transfer or"
             " on disk"
         )
+    if crc32 not in (None, found):
+        raise DataError(f"masks with CRC-32 {found} lie where those with {crc32} were put: they are another sequence's")
     return masks
 
 

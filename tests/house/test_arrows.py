@@ -46,7 +46,9 @@ LIBRARIES: dict[str, set[str]] = {
     "matplotlib": {"router_replay.report"},
     "typer": {"router_replay_cli"},
     "rich": {"router_replay_cli"},
-} | {engine: set() for engine in ENGINES - {"sglang", "megatron"}}
+    "fsspec": {"router_replay.masks.stores"},
+    "ray": {"router_replay.masks.stores.ray"},
+} | {engine: set() for engine in ENGINES - {"sglang", "megatron", "ray"}}
 
 
 def _within(module: str, packages: Iterable[str]) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Mapping
 from typing import Any
+
+import pybase64
 
 from router_replay.errors import DataError, InputError
 from router_replay.masks import container
 from router_replay.masks.masks import RoutingMasks
+from router_replay.masks.stores.handles import require_store
 from router_replay.masks.stores.store import Handle, Stat, Store
 
 URL = "inline:"
@@ -23,7 +24,7 @@ class InlineStore(Store):
 
     def put(self, masks: RoutingMasks) -> dict[str, Any]:
         """A handle that carries the masks."""
-        return {"store": URL, "data": base64.b64encode(container.to_bytes(masks)).decode("ascii")}
+        return {"store": URL, "data": pybase64.b64encode_as_string(container.to_bytes(masks))}
 
     def get(self, handle: Handle) -> RoutingMasks:
         """The masks in the handle.
@@ -47,9 +48,8 @@ class InlineStore(Store):
 
 
 def _data(handle: Handle) -> bytes:
-    if not isinstance(handle, Mapping) or handle.get("store") != URL:
-        raise DataError(f"not a handle of the store {URL!r}: {str(handle)[:80]!r}; load(handle) finds a handle's own")
+    require_store(handle, URL)
     try:
-        return base64.b64decode(handle["data"], validate=True)
+        return pybase64.b64decode(handle["data"], validate=True)
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"an inline handle whose data is not base64 text: {error!r}") from error

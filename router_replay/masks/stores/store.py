@@ -34,15 +34,27 @@ class Store(ABC):
     """Keeps masks under handles. It is closed by `close`, or at the end of a `with` block.
 
     A store's constructor takes its URL, of which it knows the scheme. Every method but `put` takes the handles of
-    stores with the same URL, in other processes too.
+    stores with the same URL, in other processes too. Every method may be called from any thread.
     """
 
     @abstractmethod
     def __init__(self, url: str) -> None: ...
 
+    def prepare(self) -> None:  # noqa: B027, a store that needs nothing has nothing to do
+        """Make the place where masks are going to be put, and try it: who will write calls this once, at its start.
+
+        Raises:
+            StoreError: masks cannot be put there: it is not to be reached, read-only or full.
+        """
+
     @abstractmethod
     def put(self, masks: RoutingMasks) -> dict[str, Any]:
-        """Keep masks, and give the handle under which they are."""
+        """Keep masks, and give the handle under which they are.
+
+        Raises:
+            InputError: no masks.
+            StoreError: they cannot be kept now; nothing of them stays, and the next ones may be put.
+        """
 
     @abstractmethod
     def get(self, handle: Handle) -> RoutingMasks:
@@ -50,6 +62,7 @@ class Store(ABC):
 
         Raises:
             DataError: not a handle of this store, or nothing whole is behind it (any more).
+            StoreError: the store cannot be reached or read now.
         """
 
     @abstractmethod
@@ -58,6 +71,7 @@ class Store(ABC):
 
         Raises:
             DataError: not a handle of this store.
+            StoreError: the store cannot be reached now, or is read-only.
         """
 
     @abstractmethod
@@ -66,6 +80,7 @@ class Store(ABC):
 
         Raises:
             DataError: not a handle of this store, or something is there that is not whole.
+            StoreError: the store cannot be reached now.
         """
 
     @abstractmethod

@@ -101,7 +101,7 @@ def test_bytes_of_other_types_are_read():
         (make_masks(), "masks already"),
         ({"routing_masks": [HANDLE]}, r"masks_from_meta_info\(meta_info\)"),
         ({"meta_info": {"routing_masks": [HANDLE]}}, r"masks_from_meta_info\(meta_info\)"),
-        ({"store": "ray:actor"}, "another release: use the same at both ends"),
+        ({"store": "cloud:actor"}, "another release: use the same at both ends"),
         ({"store": "inline"}, "another release"),
         ({"store": "inline:/somewhere"}, "store cannot be opened.*'inline:/somewhere'"),
         (5, r'pass meta_info\["routing_masks"\]\[0\]'),

@@ -100,11 +100,19 @@ def test_a_store_closes_at_the_end_of_its_block(store: Store):
     assert not OPEN
 
 
-@pytest.mark.parametrize("url", ["s3://bucket", "inline", "", ":", "inlined:", None, 5, {"store": "inline:"}])
+@pytest.mark.parametrize("url", ["s4://bucket", "inline", "", ":", "inlined:", None, 5, {"store": "inline:"}])
 def test_a_url_of_no_known_store_is_refused_with_those_known(url):
     known = ", ".join(f"{scheme}:" for scheme in STORES)
-    with pytest.raises(InputError, match=f"is not the URL of a known store: use one that begins with {known}$"):
+    message = f"is not the URL of a known store: use one that begins with {known} or another scheme of fsspec$"
+    with pytest.raises(InputError, match=message):
         open_store(url)
+    with pytest.raises(DataError, match="not a handle of a known store"):
+        load({"store": url})
+
+
+def test_a_handle_whose_store_cannot_be_opened_is_refused():
+    with pytest.raises(DataError, match=r"whose store cannot be opened: .*keeps nothing at any place"):
+        load({"store": "inline:/tmp", "data": ""})
 
 
 def test_the_inline_store_has_no_place():
@@ -138,10 +146,12 @@ def test_a_store_is_imported_when_it_is_named():
     program = (
         "import sys, router_replay.masks as masks\n"
         "name = 'router_replay.masks.stores.inline'\n"
-        "before = name in sys.modules\nmasks.open_store('inline:')\nprint(before, name in sys.modules)"
+        "before = name in sys.modules\nmasks.open_store('inline:')\nprint(before, name in sys.modules)\n"
+        "for url in ('file:///r3', 'http://host:1', 'parts:', 'ray:'):\n    masks.open_store(url)\n"
+        "print({'ray', 's3fs', 'aiohttp'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["False", "True"]
+    assert result.stdout.split() == ["False", "True", "set()"]
 
 
 def test_a_view_is_put_without_what_surrounds_it(store: Store):
