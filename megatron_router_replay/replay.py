@@ -16,6 +16,7 @@ from megatron_router_replay.model_groups import ModelGroups
 from megatron_router_replay.recompute import CHECKPOINT_PATCH
 from megatron_router_replay.router_settings import RouterSettings
 from router_replay.errors import CallOrderError, InputError, PairingError
+from router_replay.masks.batch import RoutingMasksBatch
 from router_replay.masks.geometry import RoutingGeometry
 from router_replay.masks.masks import RoutingMasks
 from router_replay.replay.binding import NATIVE, bound, current
@@ -89,7 +90,7 @@ class Replay:
 
     def place(
         self,
-        masks: Iterable[RoutingMasks | None],
+        masks: Iterable[RoutingMasks | None] | RoutingMasksBatch,
         layout: BatchLayout,
         *,
         fresh: FreshWeights | None = None,
@@ -104,7 +105,7 @@ class Replay:
 
         Args:
             masks: one per sequence of the layout, each from token 0; None for a sequence that the trainer is to route
-                itself. Tokens without a valid row take the trainer's own top-k.
+                itself. A list, or a batch or a part of one. Tokens without a valid row take the trainer's own top-k.
             layout: of the whole sequences, as they are before context and sequence parallelism cut them.
             fresh: which weights' routes are fresh enough to be replayed; all by default.
             partial: accept masks that end before the last token but one of their sequence, whose other tokens the
@@ -132,7 +133,7 @@ class Replay:
     @contextlib.contextmanager
     def microbatch(
         self,
-        masks: Iterable[RoutingMasks | None] | MicrobatchRoutes,
+        masks: Iterable[RoutingMasks | None] | RoutingMasksBatch | MicrobatchRoutes,
         layout: BatchLayout | None = None,
         *,
         fresh: FreshWeights | None = None,

@@ -25,6 +25,9 @@ def main(
         str | None, typer.Option(help="URL of a running SGLang server with --enable-router-capture.")
     ] = None,
     model: Annotated[Path, typer.Option(help="Qwen3-MoE checkpoint folder; that of --server, too.")] = CHECKPOINT,
+    store: Annotated[
+        str, typer.Option(help="Where the server started here puts masks, as --router-capture-store takes it.")
+    ] = "inline:",
     conversations: Annotated[int, typer.Option(min=1, help="How many to play.")] = 256,
     group_size: Annotated[int, typer.Option(min=1, help="Conversations about each problem: a prompt's group.")] = 4,
     concurrency: Annotated[int, typer.Option(min=1, help="Conversations at a time.")] = 16,
@@ -41,6 +44,7 @@ def main(
     run(
         server=server,
         model=model,
+        store=store,
         conversations=conversations,
         group_size=group_size,
         concurrency=concurrency,

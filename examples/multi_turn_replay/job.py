@@ -30,7 +30,7 @@ console = Console()
 
 
 @contextlib.contextmanager
-def rollout_server(model: Path, server: str | None, seed: int) -> Iterator[str]:
+def rollout_server(model: Path, server: str | None, seed: int, store: str) -> Iterator[str]:
     """URL of `server`, or of one with router capture that runs for the length of the block."""
     if server is not None:
         yield server
@@ -38,7 +38,7 @@ def rollout_server(model: Path, server: str | None, seed: int) -> Iterator[str]:
     on_cpu = not torch.cuda.is_available()
     with contextlib.ExitStack() as stack:
         with console.status(f"starting SGLang on the {'CPU' if on_cpu else 'GPU'} (a minute or two)"):
-            flags = (*SERVER_FLAGS, f"--random-seed={seed}")
+            flags = (*SERVER_FLAGS, f"--random-seed={seed}", f"--router-capture-store={store}")
             # The small model's matrices are too small to share: threads would only wait for each other.
             environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")} if on_cpu else {}
             server_here = serve(
@@ -87,6 +87,7 @@ def run(
     *,
     server: str | None,
     model: Path,
+    store: str,
     conversations: int,
     group_size: int,
     concurrency: int,
@@ -102,7 +103,7 @@ def run(
     seconds: dict[str, float] = {}
     try:
         begin = time.perf_counter()
-        with rollout_server(model, server, seed) as url:
+        with rollout_server(model, server, seed, store) as url:
             seconds["server_start"] = _lap(begin)
             begin = time.perf_counter()
             played = roll_out(url, model, conversations, seed, concurrency, group_size=group_size)

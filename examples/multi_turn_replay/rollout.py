@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from examples.calculator.game import MAX_TURN_TOKENS, Calculator, Problem, prompt_text, reply_text
-from router_replay.masks import RoutingMasks, masks_from_meta_info
+from router_replay.masks import Rollout, RoutingMasks, open_store
 
 # The untouched distribution, so that the log-probabilities in the answer are those of the sampler.
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": MAX_TURN_TOKENS}
@@ -83,7 +83,8 @@ def converse(server_url: str, problem: Problem, tokenizer: PreTrainedTokenizerBa
     token_ids: list[int] = []
     sampled: list[bool] = []
     logprobs: list[float] = []
-    deltas: list[RoutingMasks] = []
+    rollout = Rollout()
+    handles: list[Mapping[str, Any]] = []
     cached = masks_bytes = 0
 
     def append(ids: Sequence[int], ids_logprobs: Sequence[float] | None = None) -> None:
@@ -97,23 +98,28 @@ def converse(server_url: str, problem: Problem, tokenizer: PreTrainedTokenizerBa
             "input_ids": token_ids,
             "sampling_params": {**SAMPLING, "stop_token_ids": [tokenizer.eos_token_id]},
             "return_logprob": True,
-            "return_routed_experts": True,
             # Earlier turns' routes are here already; only the tokens since then are new.
-            "routed_experts_start_len": deltas[-1].end if deltas else 0,
+            **rollout.request_fields(token_ids),
         }
         meta_info = _generate(server_url, body)["meta_info"]
-        deltas.append(masks_from_meta_info(meta_info))
         masks_bytes += len(json.dumps(meta_info["routing_masks"]))
         cached += meta_info["cached_tokens"]
         turn = [token_id for _, token_id, *_ in meta_info["output_token_logprobs"]]
+        rollout.add(meta_info, turn)
+        handles += meta_info["routing_masks"]
         append(turn, [logprob for logprob, *_ in meta_info["output_token_logprobs"]])
         written = turn[:-1] if turn[-1] == tokenizer.eos_token_id else turn
         append(_encode(tokenizer, reply_text(calculator.step(str(tokenizer.decode(written))))))
+    masks = rollout.join()
+    for handle in handles:
+        # One process is all who needs them. A store keeps what nobody deletes, until it is full.
+        with open_store(handle["store"]) as store:
+            store.delete(handle)
     return Conversation(
         token_ids=token_ids,
         sampled=sampled,
         rollout_logprobs=logprobs,
-        masks=RoutingMasks.join(deltas, token_ids),
+        masks=masks,
         num_turns=calculator.turns,
         correct=calculator.correct,
         prefix_cached_tokens=cached,

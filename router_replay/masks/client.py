@@ -23,13 +23,14 @@ def masks_from_meta_info(meta_info: Mapping[str, Any]) -> RoutingMasks:
         InputError: a whole answer, several of them, or anything else that is no `meta_info`.
         DataError: no masks, masks in SGLang's own format, or not one handle.
     """
-    _require_meta_info(meta_info)
+    require_meta_info(meta_info, "routing_masks", "masks_from_meta_info")
     handles = meta_info.get("routing_masks")
     if not handles:
         if meta_info.get("routed_experts") is not None:
             raise DataError(
                 'the answer has routes in SGLang\'s own format (meta_info["routed_experts"]), not routing masks: start'
-                " the server with --enable-router-capture --router-capture-format masks"
+                " the server with --enable-router-capture --router-capture-format masks, or read them with"
+                " masks_from_sglang(meta_info, token_ids, geometry)"
             )
         raise DataError(
             "the answer has no routing masks: the request must say return_routed_experts: true, and the server must run"
@@ -45,18 +46,18 @@ def masks_from_meta_info(meta_info: Mapping[str, Any]) -> RoutingMasks:
     return load(handles[0])
 
 
-def _require_meta_info(meta_info: Any) -> None:
+def require_meta_info(meta_info: Any, key: str, reader: str) -> None:
+    """Raise InputError for what is no `meta_info`; `reader` is the function that looks for `key` in it."""
     if isinstance(meta_info, Mapping):
-        if "meta_info" in meta_info and "routing_masks" not in meta_info:
+        if "meta_info" in meta_info and key not in meta_info:
             raise InputError('this is a whole answer, not its meta_info: pass answer["meta_info"]')
-        if "store" in meta_info and "routing_masks" not in meta_info:
+        if "store" in meta_info and key not in meta_info:
             raise InputError("this is a handle, not a meta_info: pass it to load(handle)")
         return
     if isinstance(meta_info, list | tuple):
         raise InputError(
             f"this is a list of {len(meta_info)}, not one meta_info: a request with n > 1 and a batched request are"
-            ' answered with a list, so call it for each: [masks_from_meta_info(answer["meta_info"]) for answer in'
-            " answers]"
+            f' answered with a list, so call it for each: [{reader}(answer["meta_info"]) for answer in answers]'
         )
     way_out = "there is none in a request that failed, so look for its error"
     if isinstance(meta_info, str | bytes):

@@ -24,7 +24,36 @@ def token_digest(token_ids: TokenIds) -> str:
     Raises:
         InputError: text, floats, bools, or ids of several sequences.
     """
-    return hashlib.blake2b(as_token_ids(token_ids).astype("<i8").tobytes(), digest_size=16).hexdigest()
+    ids = as_token_ids(token_ids)
+    return PrefixDigest().grown(ids, len(ids)).hexdigest()
+
+
+class PrefixDigest:
+    """The digest of a sequence's first `length` token ids, from which that of a longer prefix follows.
+
+    It does not change: `grown` gives another, and hashes only the ids that are new.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._hash = hashlib.blake2b(digest_size=16)
+
+    def grown(self, ids: np.ndarray, length: int) -> PrefixDigest:
+        """The digest of `ids[:length]`, where `ids`, `int64 [n]`, begin with those that this one is of.
+
+        A shorter prefix is hashed from its beginning.
+        """
+        longer = PrefixDigest()
+        begin = 0
+        if length >= self.length:
+            longer._hash, begin = self._hash.copy(), self.length
+        longer._hash.update(np.ascontiguousarray(ids[begin:length], dtype="<i8"))
+        longer.length = length
+        return longer
+
+    def hexdigest(self) -> str:
+        """As of `token_digest`."""
+        return self._hash.hexdigest()
 
 
 def as_token_ids(token_ids: TokenIds) -> np.ndarray:

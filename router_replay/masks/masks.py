@@ -14,7 +14,7 @@ from torch import Tensor
 from router_replay.errors import InputError, PairingError
 from router_replay.masks.arguments import as_bools, as_integer, as_tensor, require_type
 from router_replay.masks.codecs.row_codec import NO_ROW, choose_codec, get_codec
-from router_replay.masks.digest import TokenIds, as_token_ids, token_digest
+from router_replay.masks.digest import PrefixDigest, TokenIds, as_token_ids, token_digest
 from router_replay.masks.geometry import RoutingGeometry
 from router_replay.masks.weight_versions import Runs, joined_runs, require_runs, runs_within
 
@@ -26,7 +26,8 @@ class RoutingMasks:
     """Routes of the tokens [start, end) of one sequence.
 
     Row t - start holds the experts that the forward pass which consumed token t chose. A rollout of n tokens has
-    rows up to token n - 2: the last sampled token was never fed back.
+    rows up to token n - 2: the last sampled token was never fed back. Pickled they are little more than their rows, and
+    come back on the CPU.
 
     Attributes:
         rows: `uint8 [num_tokens, row_bytes]` on the CPU or a device, as `codec` writes them.
@@ -79,6 +80,12 @@ class RoutingMasks:
 
     def __len__(self) -> int:
         return self.num_tokens
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As arrays: a tensor is pickled with all of the memory that it is a part of. They come back on the CPU.
+        rows, valid = self.rows.cpu().numpy(), self.valid.cpu().numpy()
+        fields = (self.start, self.geometry, self.codec, self.weight_versions, self.token_digest)
+        return type(self), (rows, valid, *fields)
 
     def __repr__(self) -> str:
         geometry = self.geometry
@@ -166,19 +173,31 @@ class RoutingMasks:
             InputError: text, floats, bools, or ids of several sequences.
             PairingError: fewer tokens than rows, or other tokens.
         """
-        ids = as_token_ids(token_ids)
+        self.check_prefix(as_token_ids(token_ids), PrefixDigest())
+
+    def check_prefix(self, ids: np.ndarray, known: PrefixDigest) -> PrefixDigest:
+        """As `check_tokens`, where the digest of some of the first ids is known, so that these are not hashed again.
+
+        Args:
+            ids: `int64 [n]`, as `as_token_ids` gives them.
+            known: of `ids[:known.length]`.
+
+        Returns:
+            The digest of `ids[:end]`.
+        """
         if len(ids) < self.end:
             raise PairingError(
                 f"masks cover tokens [{self.start}, {self.end}), but the sequence has only {len(ids)} tokens: pair each"
                 " sequence with its own masks; of one that was cut short to n tokens take masks.cut(n, token_ids)"
             )
-        found = token_digest(ids[: self.end])
-        if found != self.token_digest:
+        digest = known.grown(ids, self.end)
+        if (found := digest.hexdigest()) != self.token_digest:
             raise PairingError(
                 f"masks were recorded for a sequence whose first {self.end} token ids have digest {self.token_digest},"
                 f" the sequence given has {found}: pair each sequence with its own masks, and pass the token ids of"
                 " the rollout unchanged (not text tokenized again)"
             )
+        return digest
 
     @classmethod
     def from_indices(
@@ -229,6 +248,8 @@ class RoutingMasks:
     def join(cls, parts: Iterable[RoutingMasks], token_ids: TokenIds) -> RoutingMasks:
         """Put the deltas of consecutive turns together: each part begins where the one before it ends.
 
+        Every token id is hashed once, however many parts there are. `Rollout` collects the parts of a conversation.
+
         Args:
             parts: in order of position; the first may begin anywhere.
             token_ids: `int [n]`, n >= the last part's end; every part is checked against them.
@@ -239,12 +260,10 @@ class RoutingMasks:
                 with a gap or an overlap; rows of unknown weights after rows of known ones.
         """
         parts, ids = _parts(parts), as_token_ids(token_ids)
-        first = parts[0]
+        first, digest = parts[0], PrefixDigest()
         for number, part in enumerate(parts):
-            part.check_tokens(ids)
-            first.geometry.require_same(part.geometry, "part 0", f"part {number}")
-            if part.codec != first.codec:
-                raise PairingError(f"part 0 has codec {first.codec!r}, part {number} has {part.codec!r}")
+            digest = part.check_prefix(ids, digest)
+            require_same_rows(first, part, "part 0", f"part {number}")
             if number:
                 _require_adjacent(parts[number - 1], part, number)
         return replace(
@@ -253,6 +272,15 @@ class RoutingMasks:
             valid=torch.cat([part.valid for part in parts]),
             weight_versions=joined_runs([(part.weight_versions, part.start, part.valid) for part in parts]),
             token_digest=parts[-1].token_digest,
+        )
+
+
+def require_same_rows(first: RoutingMasks, other: RoutingMasks, ours: str, theirs: str) -> None:
+    """Raise PairingError unless both are rows of one model and one codec; `ours` and `theirs` name the two."""
+    first.geometry.require_same(other.geometry, ours, theirs)
+    if other.codec != first.codec:
+        raise PairingError(
+            f"{ours} has codec {first.codec!r}, {theirs} has {other.codec!r}: rows that are put together need one codec"
         )
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from router_replay.masks import RoutingGeometry, RoutingMasks, choose_codec, get_codec
+from router_replay.masks import RoutingGeometry, RoutingMasks, RoutingMasksBatch, choose_codec, get_codec
 from router_replay.masks.arguments import require_type
-from router_replay.masks.batch import list_of_masks_or_none
+from router_replay.masks.batch import list_of_masks_or_none, row_checksum
 from router_replay.replay.gate import FreshWeights
 from router_replay.replay.layout import BatchLayout, require_layout
 from router_replay.replay.microbatch import MicrobatchRoutes
@@ -31,7 +31,7 @@ _REPLAYED, _UNREAD = 4, 5
 
 
 def place(
-    masks: Iterable[RoutingMasks | None],
+    masks: Iterable[RoutingMasks | None] | RoutingMasksBatch,
     layout: BatchLayout,
     geometry: RoutingGeometry,
     device: torch.device,
@@ -42,11 +42,12 @@ def place(
 ) -> MicrobatchRoutes:
     """Check the pairing, and put the rows of this rank's places on `device`.
 
-    Masks whose tensors are on a device are read back here; nothing afterwards waits for the device.
+    Masks of a list whose tensors are on a device are read back here; nothing afterwards waits for the device. The rows
+    of a batch that is on `device` are put in their places there.
 
     Args:
         masks: one for each sequence of the layout, in its order, each from token 0; None for a sequence without routes,
-            which the trainer routes itself.
+            which the trainer routes itself. A list, a batch or a part of one.
         layout: of whole sequences.
         geometry: of the model.
         shards: what part of the batch this rank's routers see; by default the layout is of this rank's places.
@@ -76,8 +77,7 @@ def place(
     kind = kind_of_token[token]
 
     spread = spread_rows(codec.name, geometry)
-    table = torch.cat([*(one.rows.cpu() for one in given), spread])
-    num_recorded = len(table) - len(spread)
+    num_recorded = sum(len(one) for one in given)
     source = torch.where(kind == _REPLAYED, row_of_token[token], num_recorded)
     unread = (kind == _UNREAD).nonzero().flatten()
     # Ranks begin at different rows, so that a few places of padding on each do not all load the same experts.
@@ -88,16 +88,34 @@ def place(
     return MicrobatchRoutes(
         geometry=geometry,
         codec=codec,
-        # Whole rows at once; table[source] would go byte by byte.
-        rows=to_device(table.index_select(0, source), device),
+        rows=_rows_of_places(masks if isinstance(masks, RoutingMasksBatch) else given, spread, source, device),
         native_places=to_device((kind < _REPLAYED).nonzero().flatten(), device),
         sample=to_device(sample_of((kind == _REPLAYED).nonzero().flatten()), device),
         called_ids=called_ids_on(called, device),
         num_replayed=counts[_REPLAYED],
         num_padding=counts[_UNREAD],
         native_causes=dict(zip(NATIVE_CAUSES, counts, strict=False)),
-        fingerprint=fingerprint(layout, kind_of_token, given),
+        fingerprint=fingerprint(layout, kind_of_token, given, _checksums(masks, given)),
     )
+
+
+def _rows_of_places(
+    masks: Sequence[RoutingMasks] | RoutingMasksBatch, spread: Tensor, source: Tensor, device: torch.device
+) -> Tensor:
+    """Row `source[i]` of all rows and those of `spread` behind them, for every place, on the device."""
+    parts = [masks.rows] if isinstance(masks, RoutingMasksBatch) else [one.rows.cpu() for one in masks]
+    there = parts[0].device if parts and parts[0].device.type == device.type else torch.device("cpu")
+    table = torch.cat([*(part.to(there) for part in parts), to_device(spread, there)])
+    # Whole rows at once; table[source] would go byte by byte.
+    return to_device(table.index_select(0, to_device(source, there)), device)
+
+
+def _checksums(masks: object, given: Sequence[RoutingMasks]) -> list[int]:
+    """CRC-32 of the rows of every sequence that has masks."""
+    if not isinstance(masks, RoutingMasksBatch):
+        return [row_checksum(one.rows) for one in given]
+    both = zip(masks.checksums, masks.token_digests, strict=True)
+    return [checksum for checksum, digest in both if digest is not None]
 
 
 def _kinds(masks: RoutingMasks | None, length: int, fresh: FreshWeights | None) -> Tensor:
@@ -137,16 +155,21 @@ def called_ids_on(called: BatchLayout, device: torch.device) -> Tensor | None:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy from the host without waiting for the device: from pinned memory."""
-    if device.type == "cpu":
-        return tensor
+    """Copy from the host without waiting for the device: from pinned memory. What is there already stays."""
+    if tensor.device.type == device.type:
+        return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def fingerprint(layout: BatchLayout, kinds: Tensor | None = None, masks: Sequence[RoutingMasks] = ()) -> int:
+def fingerprint(
+    layout: BatchLayout,
+    kinds: Tensor | None = None,
+    masks: Sequence[RoutingMasks] = (),
+    checksums: Sequence[int] = (),
+) -> int:
     """A number below 2**61 of what was bound; ranks with another number were given something else."""
     parts = [one.token_digest for one in masks]
-    parts += [str(zlib.crc32(one.rows.cpu().contiguous().numpy())) for one in masks]
+    parts += [str(checksum) for checksum in checksums]
     # Not its places: a rank may have been given the layout of its own.
     vectors = (layout.token_ids, layout.cu_seqlens, *(() if kinds is None else (kinds,)))
     parts += [str(zlib.crc32(each.contiguous().numpy())) for each in vectors]

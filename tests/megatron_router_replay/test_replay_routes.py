@@ -7,6 +7,7 @@ import torch
 
 from cpu_engines.megatron.logprobs import forward_logits, token_logprobs
 from megatron_router_replay import BatchLayout, attach
+from router_replay.masks.batch import RoutingMasksBatch
 from router_replay.masks.masks import RoutingMasks
 from tests.megatron_router_replay.batches import dispatched_maps, experts_of, random_batch
 
@@ -66,6 +67,21 @@ def _best_groups_only(logits: torch.Tensor) -> torch.Tensor:
     best = grouped.topk(2).values.sum(-1).topk(2).indices
     kept = torch.zeros(grouped.shape[:2], dtype=torch.bool).scatter(1, best, True)
     return logits.masked_fill(~kept.repeat_interleave(4, dim=1), float("-inf"))
+
+
+def test_a_part_of_a_batch_of_masks_is_dispatched_as_a_list_of_them_is(build_model, geometry, batch):
+    model, other = build_model(), random_batch(geometry, (6, 9), seed=4)
+    whole = RoutingMasksBatch.of([*other.masks, *batch.masks])
+    seen = []
+    for masks in (batch.masks, whole[2:]):
+        with (
+            attach(model, overlap_every=None) as replay,
+            dispatched_maps(model) as maps,
+            replay.microbatch(masks, batch.layout),
+        ):
+            forward_logits(model, batch.token_ids)
+        seen.append(maps)
+    assert all(torch.equal(seen[0][layer][0], seen[1][layer][0]) for layer in (1, 2, 3))
 
 
 @pytest.mark.parametrize("codec", ["bitset", "ordered"])

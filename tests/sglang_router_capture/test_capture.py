@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer, Qwen3MoeForCausalLM
 
 from cpu_engines.sglang.server import Server
-from router_replay.masks import RoutingGeometry, RoutingMasks, masks_from_meta_info
+from router_replay.masks import Rollout, RoutingGeometry, RoutingMasks, masks_from_meta_info
 from tests.sglang_router_capture.oracle import assert_rows_are_of
 from tests.sglang_router_capture.requests import END, flush, generate, masks_of, prompt
 
@@ -64,12 +64,14 @@ def test_prefix_cached_turn_returns_the_rows_of_the_turn_that_computed_them(capt
 
 def test_deltas_give_the_rows_of_the_whole(capture_server: Server) -> None:
     flush(capture_server)
-    ids, parts = prompt(4, 60), []
+    ids, parts, rollout = prompt(4, 60), [], Rollout()
     for turn in range(3):
         start = parts[-1].end if parts else 0
+        assert rollout.request_fields(ids)["routed_experts_start_len"] == start
         answer = generate(capture_server, ids, 9, routed_experts_start_len=start)
         parts.append(masks_of(answer, ids))
         assert parts[-1].start == start
+        assert rollout.add(answer["meta_info"], answer["output_ids"]).is_delta == (turn > 0)
         last_input, ids = ids, ids + answer["output_ids"] + prompt(50 + turn, 17)
     whole_answer = generate(capture_server, last_input, 9)
     whole = masks_of(whole_answer, last_input)
@@ -80,6 +82,13 @@ def test_deltas_give_the_rows_of_the_whole(capture_server: Server) -> None:
     assert joined.valid.all()
     assert whole.valid.all()
     assert torch.equal(joined.rows, whole.rows)
+    assert torch.equal(rollout.join().rows, whole.rows)
+    # The last turn once more: its prompt's rows are there.
+    assert rollout.request_fields(last_input)["routed_experts_start_len"] == len(last_input)
+    again = generate(capture_server, last_input, 9, routed_experts_start_len=len(last_input))
+    turn = rollout.add(again["meta_info"], again["output_ids"])
+    assert (turn.start, turn.num_new) == (len(last_input), 8)
+    rollout.join().check_tokens(last_input + again["output_ids"])
 
 
 def test_slots_that_changed_hands_return_the_new_tokens_rows(capture_server: Server) -> None:
@@ -181,4 +190,7 @@ def test_bad_start_is_refused_and_the_server_goes_on(capture_server: Server, sta
 
 
 def test_server_says_what_it_records(capture_server: Server) -> None:
-    assert "router capture is on: format masks, codec rank, 5 MoE layers of 4 of 32 experts" in capture_server.log()
+    assert (
+        "router capture is on: format masks, codec rank, store inline:, 5 MoE layers of 4 of 32 experts"
+        in capture_server.log()
+    )

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cpu_engines.sglang.server import Server
-from router_replay.masks import RoutingGeometry, get_codec
+from router_replay.masks import RoutingGeometry, get_codec, masks_from_sglang
 from sglang_router_capture import hooks
 from sglang_router_capture.sglang_format import packed, unpacked
 from tests.sglang_router_capture.requests import generate, prompt, upstream_routes
@@ -47,6 +47,17 @@ def test_bytes_are_upstreams(sglang_format_server: Server, stock: list[dict]) ->
     # Decoder layer 0 is dense: zeros there, and routes everywhere else.
     assert torch.equal(routes[:, 0], torch.zeros_like(routes[:, 0]))
     assert (routes[:, 1:].sort(-1).values.diff(dim=-1) > 0).all()
+    # The reader for trainers takes both: the whole, and of a continuation what comes after the start.
+    geometry = RoutingGeometry(num_layers=6, moe_layers=(1, 2, 3, 4, 5), num_experts=32, top_k=4)
+    token_ids = prompt(5, 5) + stock[0]["output_ids"]
+    masks = masks_from_sglang(stock[0]["meta_info"], token_ids, geometry)
+    assert masks.valid.all() and torch.equal(masks.indices(), routes[:, 1:].sort(-1).values)
+    longer = token_ids + prompt(1005, 21)
+    whole, delta = (
+        masks_from_sglang(answer["meta_info"], longer + answer["output_ids"], geometry, start=start)
+        for answer, start in ((stock[3], 0), (stock[4], 5))
+    )
+    assert torch.equal(whole[5:].rows, delta.rows) and delta.start == 5
 
 
 GEOMETRY = RoutingGeometry(num_layers=4, moe_layers=(1, 3), num_experts=128, top_k=8)

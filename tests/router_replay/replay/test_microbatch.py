@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from router_replay.errors import InputError, PairingError
-from router_replay.masks import RoutingMasks
+from router_replay.masks import RoutingMasks, RoutingMasksBatch
 from router_replay.replay import BatchLayout, MicrobatchRoutes, ObservedRoutes, place
 from tests.router_replay.replay.batches import GEOMETRY, padded, recorded
 
@@ -41,6 +41,7 @@ def check(routes: MicrobatchRoutes, layout: BatchLayout, masks: list[RoutingMask
 LENGTHS = st.lists(st.integers(0, 9), min_size=1, max_size=4)
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(0, 1000), st.sampled_from(["right", "left", "packed"]), st.data())
 def test_every_place_has_its_own_tokens_experts(lengths, seed, kind, data):
     ids, masks, indices = recorded(lengths, seed)
@@ -59,6 +60,7 @@ def zigzag(width: int, batch: int, ranks: int, rank: int) -> Tensor:
     return torch.cat([chunks[rank], chunks[2 * ranks - 1 - rank]])
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(0, 1000), st.sampled_from([1, 2, 4]))
 def test_context_parallel_zigzag_is_an_index(lengths, seed, ranks):
     ids, masks, indices = recorded(lengths, seed)
@@ -134,6 +136,32 @@ def test_a_generator_of_masks_is_a_list_of_them():
     check(place((one for one in masks), layout, GEOMETRY, CPU), layout, masks, indices)
 
 
+@settings(deadline=None)
+@given(LENGTHS, st.integers(0, 1000), st.data())
+def test_a_batch_and_a_part_of_it_are_placed_as_a_list_is(lengths, seed, data):
+    ids, masks, _ = recorded([*lengths, 5], seed)
+    without = data.draw(st.sets(st.integers(0, len(lengths) - 1)))
+    listed = [None if index in without else one for index, one in enumerate(masks)]
+    first = data.draw(st.integers(0, len(lengths)))
+    for part in (slice(None), slice(first, None)):
+        layout = padded(ids[part])
+        expected = place(listed[part], layout, GEOMETRY, CPU)
+        found = place(RoutingMasksBatch.of(listed)[part], layout, GEOMETRY, CPU)
+        assert torch.equal(found.rows, expected.rows)
+        assert torch.equal(found.native_places, expected.native_places) and torch.equal(found.sample, expected.sample)
+        assert found.native_causes == expected.native_causes and found.fingerprint == expected.fingerprint
+        assert (found.num_replayed, found.num_padding) == (expected.num_replayed, expected.num_padding)
+
+
+def test_a_batch_of_other_sequences_is_refused():
+    ids, masks, _ = recorded([4, 5, 4], 0)
+    batch = RoutingMasksBatch.of(masks)
+    with pytest.raises(PairingError, match="the layout has 3 sequences, masks were given for 2"):
+        place(batch[1:], padded(ids), GEOMETRY, CPU)
+    with pytest.raises(PairingError, match=r"masks of sequence 0: .* digest"):
+        place(batch[::-1], padded(ids), GEOMETRY, CPU)
+
+
 @pytest.mark.parametrize("layout", [None, torch.zeros(2, 5), [3, 4]])
 def test_what_is_no_layout(layout):
     _, masks, _ = recorded([4, 5], 0)
@@ -155,12 +183,14 @@ def test_a_batch_padded_on_the_other_side_is_told():
 def test_token_ids_and_masks_of_a_device():
     ids, masks, indices = recorded([5, 4], 0)
     on_cpu = padded(ids)
-    batch = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).cuda()
-    layout = BatchLayout.padded(batch, torch.tensor([5, 4], device="cuda"))
+    padded_ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).cuda()
+    layout = BatchLayout.padded(padded_ids, torch.tensor([5, 4], device="cuda"))
     assert torch.equal(layout.position, on_cpu.position) and torch.equal(layout.token_ids, on_cpu.token_ids)
-    routes = place(masks, layout, GEOMETRY, torch.device("cuda"))
-    assert routes.native_places.is_cuda and routes.experts(1).is_cuda
-    check(routes, layout, masks, indices)
+    batch = RoutingMasksBatch.of(masks)
+    for given_as in (masks, batch, batch.pin_memory().to("cuda", non_blocking=True)):
+        routes = place(given_as, layout, GEOMETRY, torch.device("cuda"))
+        assert routes.native_places.is_cuda and routes.experts(1).is_cuda
+        check(routes, layout, masks, indices)
 
 
 @pytest.mark.parametrize("layout", [None, torch.zeros(2, 5)])
