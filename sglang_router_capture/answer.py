@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,8 +60,7 @@ def collect(recorder: Recorder, req: Any, req_to_token_pool: Any) -> None:
         req: `sglang.srt.managers.schedule_batch.Req`, finished, still holding its KV.
     """
     token_ids = [*req.origin_input_ids, *req.output_ids_through_stop]
-    masks = _masks(recorder, req, _rows(recorder, req, token_ids, req_to_token_pool))
-    setattr(req, _HANDLE, recorder.store.put(masks))
+    _put(recorder, req, _rows(recorder, req, token_ids, req_to_token_pool))
 
 
 def has_kept(req: Any) -> bool:
@@ -75,11 +75,11 @@ def collect_kept(recorder: Recorder, req: Any) -> None:
         req: `sglang.srt.managers.schedule_batch.Req` whose rows were kept when it was retracted, aborted since. It has
             sampled nothing in between.
     """
-    setattr(req, _HANDLE, recorder.store.put(_masks(recorder, req, getattr(req, _KEPT))))
+    _put(recorder, req, getattr(req, _KEPT))
 
 
 def handles(req: Any) -> list[dict[str, Any]]:
-    """What goes into the request's meta_info with this output: its handle once, as soon as there is one."""
+    """What goes into the request's meta_info with this output: its handle once, or a ticket for it."""
     handle = getattr(req, _HANDLE, None)
     if handle is None:
         return []
@@ -101,9 +101,15 @@ def _rows(recorder: Recorder, req: Any, token_ids: list[int], req_to_token_pool:
     return _Rows(token_ids, rows, valid, versions)
 
 
-def _masks(recorder: Recorder, req: Any, found: _Rows) -> RoutingMasks:
-    start = _start(req, found.token_ids)
+def _put(recorder: Recorder, req: Any, found: _Rows) -> None:
     recorder.counts.count_returned(found.valid, found.versions)
+    # Gathered here, since the slots are about to be given away; all else may be done later, and elsewhere.
+    make = partial(_masks, recorder, _start(req, found.token_ids), found)
+    handle = recorder.store.put(make()) if recorder.writer is None else recorder.writer.submit(make, found.rows.nbytes)
+    setattr(req, _HANDLE, handle)
+
+
+def _masks(recorder: Recorder, start: int, found: _Rows) -> RoutingMasks:
     # Rows that are not valid were computed by nobody: they neither begin nor end a run of one weight version.
     computed = found.valid.nonzero().flatten()
     numbers = found.versions[computed]

@@ -47,30 +47,25 @@ def around_resolve_once(original: Callable[..., None], server_args: Any, **other
         # Imported here: this is where a process becomes one that captures.
         from sglang_router_capture import takeover
 
-        takeover.begin(server_args, chosen)
-        _attach(server_args, chosen)
+        _attach(server_args, takeover.begin(server_args, chosen))
 
 
 class TravellingOptions(CaptureOptions):
     """Options that hook the process in which they arrive: SGLang loads plugins in some of a server's processes only."""
 
-    def __reduce__(self) -> tuple[Callable[..., CaptureOptions], tuple[str, str, str]]:
-        return _arrived, (self.format, self.codec, self.start)
-
-
-class ArrivedOptions(TravellingOptions):
-    """Options of a server that another process started."""
+    def __reduce__(self) -> tuple[Callable[..., CaptureOptions], tuple[str, ...]]:
+        return _arrived, (self.format, self.codec, self.store, self.start)
 
 
 def _attach(server_args: Any, chosen: CaptureOptions) -> None:
-    # The same settings may serve for one start after the other, and each has a name of its own.
-    if not isinstance(chosen, ArrivedOptions):
-        options.attach(server_args, TravellingOptions(chosen.format, chosen.codec))
+    # Of a server that was started they have the name of that start, which all of its processes know.
+    if not isinstance(chosen, TravellingOptions):
+        options.attach(server_args, TravellingOptions(chosen.format, chosen.codec, chosen.store))
 
 
-def _arrived(format_: str, codec: str, start: str) -> ArrivedOptions:
+def _arrived(format_: str, codec: str, store: str, start: str) -> TravellingOptions:
     wrappers.apply(HOOKS)
-    return ArrivedOptions(format_, codec, start)
+    return TravellingOptions(format_, codec, store, start)
 
 
 def _upstream_was_asked(server_args: Any) -> bool:

@@ -35,6 +35,13 @@ class Metrics:
             [*names, "table"],
             multiprocess_mode="mostrecent",
         )
+        self._requests = Counter(f"{_PREFIX}_requests", "Requests by what became of their masks.", [*names, "event"])
+        self._waiting = Gauge(
+            f"{_PREFIX}_store_waiting_bytes",
+            "Rows on their way into the store.",
+            names,
+            multiprocess_mode="mostrecent",
+        )
         self._log = Gauge(
             f"{_PREFIX}_log_entries",
             "Passes and events that are not applied to the tables yet.",
@@ -44,9 +51,15 @@ class Metrics:
 
     def publish(self) -> None:
         """Write the present values."""
-        for event, count in status.rows(self._recorder).items():
-            self._rows.labels(**self._labels, event=event).inc(count - self._told.get(event, 0))
-            self._told[event] = count
+        self._count(self._rows, status.rows(self._recorder))
+        stored = status.stored(self._recorder)
+        self._waiting.labels(**self._labels).set(stored.pop("waiting_bytes", 0))
+        self._count(self._requests, stored)
         for name, table in status.tables(self._recorder).items():
             self._table_bytes.labels(**self._labels, table=name).set(status.table_bytes(table))
         self._log.labels(**self._labels).set(len(self._recorder.log))
+
+    def _count(self, counter: Any, counts: Mapping[str, int]) -> None:
+        for event, count in counts.items():
+            counter.labels(**self._labels, event=event).inc(count - self._told.get(event, 0))
+            self._told[event] = count

@@ -6,7 +6,7 @@ import argparse
 import os
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from router_replay.errors import InputError
@@ -14,16 +14,26 @@ from router_replay.errors import InputError
 ENABLE_FLAG = "--enable-router-capture"
 FORMAT_FLAG = "--router-capture-format"
 CODEC_FLAG = "--router-capture-codec"
+STORE_FLAG = "--router-capture-store"
 UPSTREAM_FLAG = "--enable-return-routed-experts"
 UPSTREAM_SETTING = "enable_return_routed_experts"
 
 ENABLE_VARIABLE = "SGLANG_ROUTER_CAPTURE"
 FORMAT_VARIABLE = "SGLANG_ROUTER_CAPTURE_FORMAT"
 CODEC_VARIABLE = "SGLANG_ROUTER_CAPTURE_CODEC"
+STORE_VARIABLE = "SGLANG_ROUTER_CAPTURE_STORE"
 
 FORMATS = ("masks", "sglang")
+INLINE = "inline:"
+OWN = "http:"
+"""The store of a server that serves its masks itself, at the address at which it listens."""
+_EVERYWHERE = ("0.0.0.0", "::")
 
 _ATTRIBUTE = "_router_capture"
+
+
+def _new_start() -> str:
+    return uuid.uuid4().hex[:12]
 
 
 @dataclass(frozen=True)
@@ -34,12 +44,14 @@ class CaptureOptions:
         format: 'masks' (a handle in `meta_info["routing_masks"]`) or 'sglang' (base64 int32 in
             `meta_info["routed_experts"]`).
         codec: of the rows; 'auto' is the smallest that the format can use.
+        store: URL of the store that masks are put into.
         start: a name of this start of the server that no other has; all of its processes have the same.
     """
 
     format: str = "masks"
     codec: str = "auto"
-    start: str = field(default_factory=lambda: uuid.uuid4().hex[:12], compare=False)
+    store: str = INLINE
+    start: str = field(default_factory=_new_start, compare=False)
 
     def __post_init__(self) -> None:
         # Imported here: flags are declared in every server, and the codecs bring torch ops.
@@ -54,6 +66,12 @@ class CaptureOptions:
                 f" leave {CODEC_FLAG} away or choose 'ordered'"
             )
 
+        if self.format == "sglang" and self.store != INLINE:
+            raise InputError(
+                f"{FORMAT_FLAG} sglang has its routes in the answer, and {STORE_FLAG} {self.store} would hold none:"
+                " leave one of the two away"
+            )
+
     @property
     def needs_order(self) -> bool:
         """Whether the format has the experts in the router's column order."""
@@ -64,7 +82,48 @@ class CaptureOptions:
         """Options that the environment asks for; None where it asks for none."""
         if environ.get(ENABLE_VARIABLE, "").lower() not in ("1", "true", "yes", "on"):
             return None
-        return cls(environ.get(FORMAT_VARIABLE, "masks"), environ.get(CODEC_VARIABLE, "auto"))
+        return cls(
+            environ.get(FORMAT_VARIABLE, "masks"),
+            environ.get(CODEC_VARIABLE, "auto"),
+            environ.get(STORE_VARIABLE, INLINE),
+        )
+
+
+def with_servers_url(chosen: CaptureOptions, config: Any) -> CaptureOptions:
+    """The options, with the URL of the server itself in the place of `http:`.
+
+    Args:
+        config: the server's settings: `host`, `port` and `ssl_certfile`.
+
+    Raises:
+        InputError: it listens everywhere, which is no address.
+    """
+    if chosen.store != OWN:
+        return chosen
+    scheme, host = "https" if config.ssl_certfile else "http", config.host
+    if host in _EVERYWHERE:
+        raise InputError(
+            f"{STORE_FLAG} {OWN} with --host {host}: say under which address trainers reach this server,"
+            f" {STORE_FLAG} {scheme}://ADDRESS:{config.port}"
+        )
+    return replace(chosen, store=f"{scheme}://{f'[{host}]' if ':' in host else host}:{config.port}")
+
+
+def attach_for_a_start(server_args: Any, asked: CaptureOptions) -> CaptureOptions:
+    """Give a server that starts now a name of its start that no other has, and the URL of its own store.
+
+    The same settings may serve for one start after the other, and may have been made in another process.
+
+    Raises:
+        InputError: the server has no address that its store could have.
+    """
+    chosen = replace(asked, start=_new_start())
+    if chosen.store == OWN:
+        from sglang.srt.arg_groups.overrides import resolving_view
+
+        chosen = with_servers_url(chosen, resolving_view(server_args))
+    attach(server_args, chosen)
+    return chosen
 
 
 def attach(server_args: Any, chosen: CaptureOptions) -> None:
@@ -83,7 +142,7 @@ def of(server_args: Any) -> CaptureOptions | None:
 def asked_on_command_line(argv: Sequence[str]) -> bool:
     """Whether a command line has a flag, maybe abbreviated, that asks for routes."""
     names = [argument.split("=")[0] for argument in argv if argument.startswith("--") and len(argument) > 2]
-    flags = (ENABLE_FLAG, FORMAT_FLAG, CODEC_FLAG, UPSTREAM_FLAG)
+    flags = (ENABLE_FLAG, FORMAT_FLAG, CODEC_FLAG, STORE_FLAG, UPSTREAM_FLAG)
     return any(flag.startswith(name) for name in names for flag in flags)
 
 
@@ -111,6 +170,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " models), ordered (keeps the top-k column order), auto (default: the smallest that the format can use)."
         f" Environment: {CODEC_VARIABLE}.",
     )
+    group.add_argument(
+        STORE_FLAG,
+        metavar="URL",
+        default=None,
+        help="Where masks wait for the trainer: inline: (default, in the answer itself), file:///dev/shm/r3 or any URL"
+        " of fsspec (s3://bucket/prefix), ray:?address=auto (the object store of a Ray cluster), http: (this server"
+        " serves them itself; http://ADDRESS:PORT where trainers know it by another address than --host)."
+        f" Environment: {STORE_VARIABLE}.",
+    )
 
 
 def from_arguments(arguments: argparse.Namespace) -> CaptureOptions | None:
@@ -121,12 +189,17 @@ def from_arguments(arguments: argparse.Namespace) -> CaptureOptions | None:
             a combination of them that cannot be.
     """
     # A parser that was made before our flags were declared has none of them.
-    format_, codec = (getattr(arguments, f"router_capture_{name}", None) for name in ("format", "codec"))
+    format_, codec, store = (
+        getattr(arguments, f"router_capture_{name}", None) for name in ("format", "codec", "store")
+    )
     if not getattr(arguments, "enable_router_capture", False) and CaptureOptions.from_environment() is None:
-        idle = [flag for flag, value in ((FORMAT_FLAG, format_), (CODEC_FLAG, codec)) if value is not None]
+        given = ((FORMAT_FLAG, format_), (CODEC_FLAG, codec), (STORE_FLAG, store))
+        idle = [flag for flag, value in given if value is not None]
         if idle:
             raise InputError(f"{' and '.join(idle)} given without {ENABLE_FLAG}: add it, or take them away")
         return None
     return CaptureOptions(
-        format_ or os.environ.get(FORMAT_VARIABLE, "masks"), codec or os.environ.get(CODEC_VARIABLE, "auto")
+        format_ or os.environ.get(FORMAT_VARIABLE, "masks"),
+        codec or os.environ.get(CODEC_VARIABLE, "auto"),
+        store or os.environ.get(STORE_VARIABLE, INLINE),
     )

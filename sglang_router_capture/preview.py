@@ -65,7 +65,11 @@ def preview(argv: Sequence[str]) -> Preview:
     except Exception as error:
         # SGLang refuses settings by exceptions of every kind.
         return Preview(found is not None, chosen, (f"SGLang itself: {type(error).__name__}: {error}",))
-    refused = _refused(resolving_view(server_args))
+    config, refused = resolving_view(server_args), []
+    try:
+        refused = _refused(config, options.with_servers_url(chosen, config))
+    except RouterReplayError as error:
+        refused.append(str(error))
     geometry, codec = None, None
     try:
         model_config = ModelConfig.from_server_args(server_args)
@@ -79,10 +83,10 @@ def preview(argv: Sequence[str]) -> Preview:
     return Preview(found is not None, chosen, tuple(refused), geometry, codec)
 
 
-def _refused(config: Any) -> list[str]:
+def _refused(config: Any, chosen: CaptureOptions) -> list[str]:
     """Every refusal of settings, not only the first, as a server's start would word it."""
     refused = []
-    for check in refusals.checks(config):
+    for check in refusals.checks(config, chosen):
         try:
             check()
         except RouterReplayError as error:

@@ -22,6 +22,7 @@ from sglang_router_capture.sglang_format import packed
 from sglang_router_capture.slot_table import SlotTable
 from sglang_router_capture.staging import Staging
 from sglang_router_capture.weight_versions import WeightVersions
+from sglang_router_capture.writer import Writer
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,8 @@ class Recorder(RoutedExpertsCapturer):
         log: what happens to slots, in order, on its way to the tables.
         options: what the server was asked for, read once when it started.
         store: where the masks of finished requests go; the recorder closes it.
+        writer: what puts them there in the background; None where the answer cannot wait for it, and `store` is asked
+            at once.
         weight_versions: which weights the numbers in the tables stand for.
         stream_output: the scheduler's way to answer requests, `(requests, whether with log-probabilities)`; None where
             answers have upstream's own format.
@@ -65,6 +68,7 @@ class Recorder(RoutedExpertsCapturer):
         self.codec = codec
         self.options = options
         self.store = store
+        self.writer: Writer | None = None
         self.table = SlotTable(num_slots, codec.row_bytes(geometry))
         self.log = Log(device)
         self.counts = RowCounts()
@@ -97,12 +101,12 @@ class Recorder(RoutedExpertsCapturer):
                 " ModelRunner.init_routed_experts_capturer did not run"
             )
         tokens = own_tokens(forward_batch, can_run_graph, cuda_graph_batch)
-        indices, valid = self.device_cache.take(tokens.first, tokens.first + len(tokens.slots), tokens.end)
         if not len(tokens.slots):
             # Nobody asks for the result of a pass that this rank ran for others alone.
+            self.device_cache.reset()
             self.log.settle_what_is_ready()
             return None
-        record = self._launch(tokens, indices, valid, self.weight_versions.present)
+        record = self._launch(tokens, self.weight_versions.present)
         if no_copy_to_cpu:
             return record
         record.finalize()
@@ -129,10 +133,13 @@ class Recorder(RoutedExpertsCapturer):
         self.log.clear()
         self.table = SlotTable(0, 0)
         self.hicache = None
+        if self.writer is not None:
+            self.writer.close()
         self.store.close()
 
-    def _launch(self, tokens: OwnTokens, indices: Tensor, valid: Tensor, version: int) -> PassRecord:
-        rows = self.codec.pack(indices, self.geometry)
+    def _launch(self, tokens: OwnTokens, version: int) -> PassRecord:
+        last = tokens.first + len(tokens.slots)
+        rows, valid = self.device_cache.take_rows(self.codec, tokens.first, last, tokens.end)
         return self.log.launch(partial(self._pass_settled, version), tokens.slots.clone(), rows, valid)
 
     def _pass_settled(self, version: int, slots: Tensor, rows: Tensor, valid: Tensor) -> None:

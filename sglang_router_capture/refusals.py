@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 from router_replay.errors import UnsupportedError
 from router_replay.upstream import Refusal, refuse
 from sglang_router_capture.ledger import LEDGER
+from sglang_router_capture.options import INLINE, STORE_FLAG, CaptureOptions
+from sglang_router_capture.server_store import store_of
 
 logger = logging.getLogger(__name__)
 
@@ -163,11 +165,12 @@ def stop(error: Exception) -> NoReturn:
     raise SystemExit(f"router capture: {error}") from error
 
 
-def checks(config: Any) -> Iterator[Callable[[], None]]:
+def checks(config: Any, chosen: CaptureOptions) -> Iterator[Callable[[], object]]:
     """What a server is held against before it starts, one refusal each; to be called by whoever wants it raised.
 
     Args:
         config: what `sglang.srt.arg_groups.overrides.resolving_view` gives.
+        chosen: what it was asked for.
     """
     yield require_python_server
     yield require_no_ray_actors
@@ -175,20 +178,34 @@ def checks(config: Any) -> Iterator[Callable[[], None]]:
         yield partial(refuse, LEDGER, (row,), config)
     if config.pp_size > 1:
         yield require_every_pass_to_return
+    yield partial(store_of, chosen)
+    if config.nnodes > 1:
+        yield partial(require_store_of_many_nodes, chosen.store, config.nnodes)
 
 
-def require_supported_config(config: Any) -> None:
-    """Refuse resolved server arguments under which a row could be wrong and look right.
-
-    Args:
-        config: as of `checks`.
+def require_supported_config(config: Any, chosen: CaptureOptions) -> None:
+    """Refuse resolved server arguments under which a row could be wrong and look right. Arguments as of `checks`.
 
     Raises:
         UnsupportedError: naming the flag or the environment variable.
         SeamError: naming a setting that the installed SGLang no longer has.
     """
-    for check in checks(config):
+    for check in checks(config, chosen):
         check()
+
+
+def require_store_of_many_nodes(store: str, num_nodes: int) -> None:
+    """Refuse a store behind a server of several nodes: handles follow their answers through the memory of one.
+
+    Raises:
+        UnsupportedError: naming the flag.
+    """
+    if store != INLINE:
+        raise UnsupportedError(
+            f"{STORE_FLAG} {store} cannot be used with --nnodes {num_nodes}: schedulers on other nodes cannot tell the"
+            f" process that writes the answers that masks were stored. Leave the flag away ({INLINE}, in the answer"
+            " itself), or start a server on each node"
+        )
 
 
 def require_python_server() -> None:

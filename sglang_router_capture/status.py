@@ -45,6 +45,7 @@ def status(recorder: Recorder) -> dict[str, Any]:
             "names": len(recorder.weight_versions),
         },
         "rows": rows(recorder),
+        "store": {"url": recorder.options.store, **stored(recorder)},
     }
 
 
@@ -65,6 +66,13 @@ def rows(recorder: Recorder) -> dict[str, int]:
     """Counts of rows since the start, by what became of them."""
     moved = {} if recorder.hicache is None else asdict(recorder.hicache.counters)
     return {**asdict(recorder.counts), **moved}
+
+
+def stored(recorder: Recorder) -> dict[str, int]:
+    """Requests since the start by what became of their masks, and the rows that are on their way into the store."""
+    counts = {} if recorder.writer is None else asdict(recorder.writer.counts)
+    # A store that holds what it was given has no such count.
+    return {**counts, "evicted": getattr(recorder.store, "num_dropped", 0)}
 
 
 def _table(table: SlotTable) -> dict[str, int]:

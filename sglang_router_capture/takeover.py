@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 from functools import cache
 from typing import Any
 
 from router_replay.errors import UnsupportedError
-from sglang_router_capture import options, refusals, seam_check, wrappers
+from sglang_router_capture import options, refusals, seam_check, server_folder, wrappers
 from sglang_router_capture.options import CaptureOptions
 
 
-def begin(server_args: Any, chosen: CaptureOptions) -> None:
+def begin(server_args: Any, chosen: CaptureOptions) -> CaptureOptions:
     """Hook this process, and check a server's settings once they are final.
+
+    Returns:
+        What it was asked for, by the settings.
 
     Raises:
         SystemExit: the installed SGLang is not the one that the hooks were written for, or these settings are refused.
@@ -19,7 +23,7 @@ def begin(server_args: Any, chosen: CaptureOptions) -> None:
     try:
         _put_hooks_in_place()
         _ask_for_routes(server_args)
-        _require_supported(server_args)
+        return _supported(server_args, chosen)
     except Exception as error:
         refusals.stop(error)
 
@@ -32,6 +36,8 @@ def _put_hooks_in_place() -> None:
 
     wrappers.apply(seam_check.targets(hooks.HOOKS))
     seam_check.require_applied(hooks.HOOKS)
+    # Before SGLang registers the end of the servers that it starts here, and so after that end.
+    atexit.register(server_folder.close_opened)
 
 
 def _ask_for_routes(server_args: Any) -> None:
@@ -49,7 +55,10 @@ def _ask_for_routes(server_args: Any) -> None:
         ) from error
 
 
-def _require_supported(server_args: Any) -> None:
+def _supported(server_args: Any, chosen: CaptureOptions) -> CaptureOptions:
     from sglang.srt.arg_groups.overrides import resolving_view
 
-    refusals.require_supported_config(resolving_view(server_args))
+    config = resolving_view(server_args)
+    chosen = options.with_servers_url(chosen, config)
+    refusals.require_supported_config(config, chosen)
+    return chosen

@@ -7,19 +7,24 @@ from collections.abc import Callable
 from typing import Any
 
 from router_replay.errors import RouterReplayError, SeamError, UnsupportedError
-from router_replay.masks import RoutingGeometry, choose_codec, open_store
+from router_replay.masks import RoutingGeometry, choose_codec
 from sglang_router_capture import live_refusals, refusals, seam_check
 from sglang_router_capture.follow.pipeline import FirstStage, LaterStage
 from sglang_router_capture.hooks.process import (
+    answers_wait_for_handles,
     options_of_this_process,
     other_rank_of_this_process,
     recorder_of_this_process,
 )
 from sglang_router_capture.hooks.registry import HOOKS, hook
 from sglang_router_capture.ledger.capturer import FUSED_SHARED_EXPERTS
+from sglang_router_capture.mailbox import Mailbox
 from sglang_router_capture.ranks import OtherRank, Place
 from sglang_router_capture.recorder import Recorder
+from sglang_router_capture.server_folder import ServerFolder
+from sglang_router_capture.server_store import store_of
 from sglang_router_capture.staging import Staging
+from sglang_router_capture.writer import Writer
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +41,7 @@ def around_create(
     **others: Any,
 ) -> Any:
     """Our recorder in the place of upstream's capturer."""
-    from sglang.srt.runtime_context import get_parallel, get_schedule
+    from sglang.srt.runtime_context import get_parallel, get_schedule, get_server_args
 
     chosen = options_of_this_process()
     if chosen is None:
@@ -67,22 +72,30 @@ def around_create(
     if place.stage > 0:
         logger.info("router capture: stage %d passes the routes of layers %s on", place.stage, layers)
         return LaterStage(Staging(geometry, max_tokens, num_shared, device, layers), geometry, num_shared)
+    try:
+        store = store_of(chosen)
+        store.prepare()
+    except RouterReplayError as error:
+        refusals.stop(error)
     recorder = (Recorder if place.num_stages == 1 else FirstStage)(
         geometry,
         codec,
         options=chosen,
-        store=open_store("inline:"),
+        store=store,
         num_slots=num_tokens,
         max_tokens_per_pass=max_tokens,
         num_fused_shared_experts=num_shared,
         device=device,
         layers=layers,
     )
+    if answers_wait_for_handles(get_server_args()):
+        recorder.writer = Writer(store, chosen.store, Mailbox(ServerFolder(chosen.start).handles))
     logger.info(
-        "router capture is on: format %s, codec %s, %d MoE layers of %d of %d experts, %d bytes per token, %d KV slots"
-        " (%.1f MB)",
+        "router capture is on: format %s, codec %s, store %s, %d MoE layers of %d of %d experts, %d bytes per token,"
+        " %d KV slots (%.1f MB)",
         chosen.format,
         codec.name,
+        chosen.store,
         geometry.num_moe_layers,
         geometry.top_k,
         geometry.num_experts,

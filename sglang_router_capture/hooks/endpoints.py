@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
-from sglang_router_capture import refusals
+from sglang_router_capture import options, refusals
 from sglang_router_capture.answer import META_INFO_KEY
-from sglang_router_capture.hooks.process import options_of_this_process
+from sglang_router_capture.hooks.process import answers_wait_for_handles, options_of_this_process
 from sglang_router_capture.hooks.registry import hook
+from sglang_router_capture.mailbox import Mailbox, is_ticket
+from sglang_router_capture.server_folder import ServerFolder
 from sglang_router_capture.sglang_format import is_packed, unpacked
 
 _TOKENIZER = "managers.tokenizer_manager.TokenizerManager"
@@ -46,6 +49,43 @@ def before_answers(manager: Any, recv_obj: Any, **others: Any) -> None:
     routes = getattr(recv_obj, "routed_experts", None)
     if routes and any(map(is_packed, routes)):
         recv_obj.routed_experts = [unpacked(each) if is_packed(each) else each for each in routes]
+
+
+@hook(f"{_TOKENIZER}.generate_request", "AROUND")
+def around_generate_request(original: Callable[..., Any], tokenizer: Any, *args: Any, **others: Any) -> Any:
+    """Answers on their way to whoever asked: those whose masks are being stored wait for their handles."""
+    answers = original(tokenizer, *args, **others)
+    # Not the process's: it may have started another server since.
+    chosen = options.of(tokenizer.server_args)
+    if chosen is None or not answers_wait_for_handles(tokenizer.server_args):
+        return answers
+    return with_handles(answers, Mailbox(ServerFolder(chosen.start).handles))
+
+
+async def with_handles(answers: AsyncGenerator[Any, None], mailbox: Mailbox) -> AsyncGenerator[Any, None]:
+    """Answers, or lists of them, with the handles of their masks in the place of tickets.
+
+    Those with tickets come last, once SGLang is done with the request: it holds a lock until then, for which every
+    update of the weights, and behind it every new request, would wait as long as the store takes.
+    """
+    held = []
+    async with aclosing(answers):
+        async for answer in answers:
+            if any(map(is_ticket, _handles(answer))):
+                held.append(answer)
+            else:
+                yield answer
+    for answer in held:
+        for one in answer if isinstance(answer, list) else [answer]:
+            if handles := one["meta_info"].get(META_INFO_KEY):
+                one["meta_info"][META_INFO_KEY] = [await mailbox.redeemed(each) for each in handles]
+        yield answer
+
+
+def _handles(answer: Any) -> list[dict[str, Any]]:
+    ones = answer if isinstance(answer, list) else [answer]
+    found = [one.get("meta_info", {}).get(META_INFO_KEY) or [] for one in ones if isinstance(one, dict)]
+    return [handle for handles in found for handle in handles]
 
 
 @hook(f"{_TOKENIZER}._validate_one_request", "BEFORE")

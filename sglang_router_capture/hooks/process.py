@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from router_replay.errors import RouterReplayError
 from sglang_router_capture import options, refusals
 from sglang_router_capture.options import CaptureOptions
@@ -23,6 +25,15 @@ def other_rank_of_this_process() -> OtherRank | None:
 
     capturer = get_global_experts_capturer()
     return capturer if isinstance(capturer, OtherRank) else None
+
+
+def answers_wait_for_handles(server_args: Any) -> bool:
+    """Whether handles reach the answers of a server by a mailbox, behind tickets.
+
+    Schedulers on other nodes cannot reach it, so the one store of theirs puts the masks into the handles at once.
+    """
+    chosen = options.of(server_args)
+    return chosen is not None and chosen.format == "masks" and server_args.nnodes == 1
 
 
 def options_of_this_process() -> CaptureOptions | None:

@@ -23,7 +23,7 @@ def around_collect(original: Callable[..., None], processor: Any, req: Any, **ot
     recorder = recorder_of_this_process()
     if recorder is None:
         return original(processor, req, **others)
-    if not req.return_routed_experts:
+    if not req.return_routed_experts or _only_fills_the_cache(req):
         return
     if recorder.options.format == "masks":
         answer.collect(recorder, req, processor.req_to_token_pool)
@@ -33,6 +33,14 @@ def around_collect(original: Callable[..., None], processor: Any, req: Any, **ot
         req.routed_experts = recorder.get_topk(
             req.kv.req_pool_idx, num_tokens, processor.req_to_token_pool, req.routed_experts_start_len
         )
+
+
+def _only_fills_the_cache(req: Any) -> bool:
+    """Whether this is the copy of a prompt by which SGLang fills the prefix cache for several choices.
+
+    Nobody reads its answer.
+    """
+    return req.sampling_params.max_new_tokens == 0 and req.sampling_params.n > 1
 
 
 @hook("managers.schedule_batch.release_req", "BEFORE")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from router_replay.errors import RouterReplayError, SeamError
 from sglang_router_capture import options, refusals, seam_check
 from sglang_router_capture.hooks.process import (
+    answers_wait_for_handles,
     options_of_this_process,
     other_rank_of_this_process,
     recorder_of_this_process,
 )
 from sglang_router_capture.hooks.registry import hook
 from sglang_router_capture.ledger import LEDGER
+from sglang_router_capture.server_folder import ServerFolder
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +51,22 @@ def after_get_init_info_of_controller(info: dict[str, Any], controller: Any, **o
         info[REPORT] = [report for said in controller._scheduler_init_infos for report in _reports(said)]
 
 
-@hook("entrypoints.engine.Engine._launch_scheduler_processes", "AFTER")
-def after_launch_scheduler_processes(
-    result: tuple[Any, Any], cls: type, server_args: Any, *args: Any, **others: Any
-) -> None:
-    """The schedulers of a server were started, and nobody has waited for them yet."""
-    if options.of(server_args) is None:
-        return
+@hook("entrypoints.engine.Engine._launch_scheduler_processes", "AROUND")
+def around_launch_scheduler_processes(
+    original: Callable[..., tuple[Any, Any]], cls: type, server_args: Any, *args: Any, **others: Any
+) -> tuple[Any, Any]:
+    """The schedulers of a server are to be started: this is its start, whoever made the settings and how often."""
+    asked = options.of(server_args)
+    if asked is None:
+        return original(cls, server_args, *args, **others)
+    try:
+        chosen = options.attach_for_a_start(server_args, asked)
+        if answers_wait_for_handles(server_args):
+            ServerFolder(chosen.start).open()
+    except RouterReplayError as error:
+        refusals.stop(error)
+    result = original(cls, server_args, *args, **others)
+    # Nobody has waited for them yet.
     launched = result[0]
     wait_for_ready = launched.wait_for_ready
 
@@ -69,6 +81,7 @@ def after_launch_scheduler_processes(
                 refusals.stop(error)
 
     launched.wait_for_ready = wait_and_check
+    return result
 
 
 def require_ours(infos: list[dict[str, Any]]) -> None:

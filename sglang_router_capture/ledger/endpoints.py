@@ -39,6 +39,13 @@ SEAMS = (
         _OWN_FIELD,
     ),
     Seam(
+        f"{_TOKENIZER}.generate_request",
+        (),
+        "hooked by hooks.endpoints.around_generate_request",
+        "an answer waits there for the handle of its masks, which are stored in the background",
+        _REQUEST_LEVEL,
+    ),
+    Seam(
         f"{_TOKENIZER}._validate_one_request",
         ("obj",),
         "hooked by hooks.endpoints.before_validate_one_request",
@@ -99,6 +106,13 @@ ATTRIBUTES = (
         "read by hooks.endpoints.around_handle_request",
         "streams of the chat endpoint have none",
         _COMPLETIONS,
+    ),
+    Attribute(
+        _TOKENIZER,
+        "server_args",
+        "read by hooks.endpoints.around_generate_request",
+        "a process that started two servers has answers of both",
+        "tests/sglang_router_capture/test_server_store.py::test_every_answer_has_its_own_masks",
     ),
     Attribute(
         _GENERATE,

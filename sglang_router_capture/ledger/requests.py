@@ -106,6 +106,13 @@ ATTRIBUTES = (
     ),
     Attribute(
         _REQ,
+        "sampling_params",
+        "read by hooks.requests.around_collect",
+        "SGLang sends a prompt of several choices once more, to fill the cache, and nobody reads that answer",
+        "tests/sglang_router_capture/test_server_store.py::test_every_answer_has_its_own_masks",
+    ),
+    Attribute(
+        _REQ,
         "routed_experts",
         "read by hooks.requests.around_collect",
         "SGLang sends what it holds",

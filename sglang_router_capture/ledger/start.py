@@ -65,6 +65,23 @@ SEAMS = (
         _FLAGS,
     ),
     Seam(
+        "arg_groups.fields.parallel.Parallel.nnodes",
+        None,
+        "read by refusals.checks",
+        "the handles of stored masks are known on one node alone",
+        "handles go with SGLang's own messages",
+    ),
+    *(
+        Seam(
+            f"arg_groups.fields.serving.Serving.{name}",
+            None,
+            "read by takeover.begin",
+            "a server that serves its masks itself names its address in their handles",
+            "never: it is where a server listens",
+        )
+        for name in ("host", "port", "ssl_certfile")
+    ),
+    Seam(
         "environ.Envs.SGLANG_RUST_SERVER",
         None,
         "read by refusals.require_python_server",
@@ -88,14 +105,14 @@ SEAMS = (
     Seam(
         "entrypoints.engine.Engine._launch_scheduler_processes",
         ("server_args",),
-        "hooked by hooks.start.after_launch_scheduler_processes",
+        "hooked by hooks.start.around_launch_scheduler_processes",
         "whoever starts a server waits there for what each scheduler says of itself",
         _REPORTS,
     ),
     Seam(
         "entrypoints.engine.SchedulerInitResult",
         None,
-        "read by hooks.start.after_launch_scheduler_processes",
+        "read by hooks.start.around_launch_scheduler_processes",
         "it holds what the schedulers said, and the processes that are to end with a start that failed",
         _REPORTS,
     ),
@@ -116,14 +133,14 @@ SEAMS = (
     Seam(
         "managers.data_parallel_controller.SCHEDULER_PIDS_ARG",
         None,
-        "read by hooks.start.after_launch_scheduler_processes",
+        "read by hooks.start.around_launch_scheduler_processes",
         "it tells a controller that passes on nothing from a scheduler that is not ours",
         _REPORTS,
     ),
     Seam(
         "utils.kill_process_tree",
         ("parent_pid",),
-        "called by hooks.start.after_launch_scheduler_processes",
+        "called by hooks.start.around_launch_scheduler_processes",
         "the processes of a start that failed must end with it",
         _REPORTS,
     ),

@@ -75,6 +75,7 @@ def _finished(asked: bool = True) -> tuple[Any, Any]:
         output_ids_through_stop=[6, 7],
         routed_experts_start_len=0,
         return_routed_experts=asked,
+        sampling_params=SimpleNamespace(max_new_tokens=2, n=1),
         kv=SimpleNamespace(req_pool_idx=0),
     )
     return req, SimpleNamespace(req_to_token=torch.arange(8).reshape(1, 8))
@@ -122,6 +123,16 @@ def test_a_request_that_did_not_ask_leaves_nothing() -> None:
     req, pool = _finished(asked=False)
     assert _collect(req, pool) == []
     assert answer.handles(req) == [] and not KEPT
+
+
+@pytest.mark.usefixtures("recorder")
+@pytest.mark.parametrize(("choices", "num_handles"), [(1, 1), (2, 0)])
+def test_a_prompt_that_only_fills_the_cache_leaves_nothing(choices: int, num_handles: int) -> None:
+    """SGLang sends it before the choices; a single request for no token has an answer that somebody reads."""
+    req, pool = _finished()
+    req.sampling_params = SimpleNamespace(max_new_tokens=0, n=choices)
+    assert _collect(req, pool) == []
+    assert len(answer.handles(req)) == len(KEPT) == num_handles
 
 
 @pytest.mark.parametrize("format_", ["sglang", None])

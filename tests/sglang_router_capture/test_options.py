@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,7 +16,8 @@ from sglang_router_capture.options import CaptureOptions
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (options.ENABLE_VARIABLE, options.FORMAT_VARIABLE, options.CODEC_VARIABLE):
+    variables = (options.ENABLE_VARIABLE, options.FORMAT_VARIABLE, options.CODEC_VARIABLE, options.STORE_VARIABLE)
+    for name in variables:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -35,6 +37,31 @@ def test_flags() -> None:
     assert _parse("--enable-router-capture") == CaptureOptions("masks", "auto")
     assert _parse("--enable-router-capture", "--router-capture-codec", "bitset") == CaptureOptions("masks", "bitset")
     assert _parse("--enable-router-capture", "--router-capture-format=sglang").needs_order
+
+
+def test_a_store_is_chosen_by_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ("--enable-router-capture", "--router-capture-store", "file:///dev/shm/r3")
+    assert _parse(*asked) == CaptureOptions(store="file:///dev/shm/r3")
+    assert options.asked_on_command_line(["--router-capture-store=ray:"])
+    monkeypatch.setenv(options.STORE_VARIABLE, "ray:")
+    assert _parse("--enable-router-capture") == CaptureOptions(store="ray:")
+    assert _parse(*asked) == CaptureOptions(store="file:///dev/shm/r3")
+    with pytest.raises(RouterReplayError, match="sglang has its routes in the answer, and --router-capture-store ray:"):
+        _parse("--enable-router-capture", "--router-capture-format=sglang")
+
+
+def test_a_server_that_serves_its_masks_itself_has_an_address() -> None:
+    def of(host: str, certificate: str | None = None) -> SimpleNamespace:
+        return SimpleNamespace(host=host, port=30000, ssl_certfile=certificate)
+
+    own = CaptureOptions(store="http:")
+    assert options.with_servers_url(own, of("127.0.0.1")) == CaptureOptions(store="http://127.0.0.1:30000")
+    assert options.with_servers_url(own, of("h", "x.pem")) == CaptureOptions(store="https://h:30000")
+    assert options.with_servers_url(own, of("fe80::1")) == CaptureOptions(store="http://[fe80::1]:30000")
+    named = CaptureOptions(store="http://10.0.0.5:30000")
+    assert options.with_servers_url(named, of("0.0.0.0")) == named
+    with pytest.raises(RouterReplayError, match="say under which address trainers reach this server"):
+        options.with_servers_url(own, of("0.0.0.0"))
 
 
 def test_upstreams_flag_alone_is_left_to_the_settings() -> None:

@@ -26,7 +26,7 @@ from tests.small_model import serve
 
 pytestmark = pytest.mark.timeout(900)
 
-ON = "router capture is on: format masks, codec rank, 5 MoE layers"
+ON = "router capture is on: format masks, codec rank, store inline:, 5 MoE layers"
 OTHER_RANK = "router capture: this rank answers no request and records nothing"
 
 

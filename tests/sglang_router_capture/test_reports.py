@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from router_replay.errors import SeamError, UnsupportedError
-from sglang_router_capture import entry, live_refusals, options, refusals, takeover
+from sglang_router_capture import entry, live_refusals, options, refusals, server_folder, takeover
 from sglang_router_capture.hooks import start
 from sglang_router_capture.options import CaptureOptions
+from sglang_router_capture.server_folder import ServerFolder
 
 OURS = {"capturer": "Recorder", "ours": True, "format": "masks", "codec": "rank"}
 STOCK = {"capturer": "RoutedExpertsCapturer", "ours": False, "format": "masks", "codec": None}
@@ -57,19 +58,47 @@ def _launched(infos: list[dict[str, Any]]) -> SimpleNamespace:
 def test_a_parent_that_was_not_asked_checks_nothing() -> None:
     launched = _launched([{"status": "ready"}])
     wait = launched.wait_for_ready
-    start.after_launch_scheduler_processes((launched, []), object, SimpleNamespace())
+    found = start.around_launch_scheduler_processes(lambda *args: (launched, []), object, SimpleNamespace())
+    assert found == (launched, [])
     assert launched.wait_for_ready is wait
 
 
 def test_a_parent_ends_what_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr("sglang.srt.utils.kill_process_tree", ended.append)
-    server_args, launched = SimpleNamespace(), _launched([{start.REPORT: [STOCK]}])
+    server_args, launched = SimpleNamespace(nnodes=1), _launched([{start.REPORT: [STOCK]}])
     options.attach(server_args, CaptureOptions())
-    start.after_launch_scheduler_processes((launched, []), object, server_args)
+    start.around_launch_scheduler_processes(lambda *args: (launched, []), object, server_args)
+    server_folder.close_opened()
     with pytest.raises(SystemExit, match="router capture: 1 of 1 schedulers"):
         launched.wait_for_ready()
     assert ended == [7, 8]
+
+
+def test_settings_that_came_from_another_process_start_one_server_after_another() -> None:
+    """As a trainer makes them: parsed in one process, and used in others, more than once."""
+    from sglang.srt.server_args import ServerArgs
+
+    started: list[CaptureOptions | None] = []
+
+    def launch(cls: type, server_args: Any) -> tuple[Any, Any]:
+        started.append(options.of(server_args))
+        return _launched([{start.REPORT: [OURS]}]), []
+
+    server_args = ServerArgs(model_path="x", port=30123)
+    arrived = entry.TravellingOptions("masks", "auto", "http:", "one-start")
+    options.attach(server_args, arrived)
+    for _ in range(2):
+        start.around_launch_scheduler_processes(launch, object, server_args)
+    first, second = started
+    assert first is not None and second is not None
+    assert len({"one-start", first.start, second.start}) == 3
+    assert first.store == second.store == "http://127.0.0.1:30123"
+    # The schedulers find the folder when they start.
+    folders = [ServerFolder(each.start) for each in (first, second)]
+    assert all(folder.handles.is_dir() for folder in folders)
+    server_folder.close_opened()
+    assert not any(folder.path.exists() for folder in folders)
 
 
 def test_a_controller_passes_on_what_its_schedulers_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,14 +181,18 @@ def _refuse() -> None:
 
 def test_each_start_with_the_same_settings_has_a_name_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its processes have the name that the last one to hold the settings before them gave it."""
-    monkeypatch.setattr(takeover, "begin", lambda server_args, chosen: None)
+    monkeypatch.setattr(takeover, "begin", lambda server_args, chosen: chosen)
     monkeypatch.setattr(entry.wrappers, "apply", lambda hooks: None)
     monkeypatch.setenv("SGLANG_ROUTER_CAPTURE", "1")
     server_args = _Settings()
     starts = []
     for _ in range(2):
         entry.around_resolve_once(lambda _: None, server_args)
+        options.attach_for_a_start(server_args, options.of(server_args))
         starts.append(options.of(server_args).start)
+        # The process that starts the others may ask again.
+        entry.around_resolve_once(lambda _: None, server_args)
+        assert options.of(server_args).start == starts[-1]
         child = pickle.loads(pickle.dumps(server_args))
         entry.around_resolve_once(lambda _: None, child)
         assert options.of(child).start == starts[-1]

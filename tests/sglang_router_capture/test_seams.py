@@ -22,6 +22,7 @@ from router_replay.upstream import Ledger, Seam
 from sglang_router_capture import entry, hooks, live_refusals, refusals, seam_check
 from sglang_router_capture.ledger import LEDGER
 from sglang_router_capture.ledger.capturer import FUSED_SHARED_EXPERTS
+from sglang_router_capture.options import CaptureOptions
 
 ENTRY_MODULES = {"router_replay", "router_replay.errors"} | {
     "sglang_router_capture" + name for name in ("", ".entry", ".options", ".plugin", ".wrappers")
@@ -193,8 +194,19 @@ SUPPORTED = {
 }
 
 
+def require_supported(fields: dict[str, Any], nodes: int = 1, store: str = "inline:") -> None:
+    refusals.require_supported_config(SimpleNamespace(nnodes=nodes, **fields), CaptureOptions(store=store))
+
+
 def test_default_configuration_is_supported() -> None:
-    refusals.require_supported_config(SimpleNamespace(**SUPPORTED))
+    require_supported(SUPPORTED)
+
+
+def test_stores_behind_several_nodes_are_refused() -> None:
+    require_supported(SUPPORTED, nodes=2)
+    require_supported(SUPPORTED, store="file:///r3")
+    with pytest.raises(UnsupportedError, match="--router-capture-store file:///r3 cannot be used with --nnodes 2"):
+        require_supported(SUPPORTED, nodes=2, store="file:///r3")
 
 
 @pytest.mark.parametrize(
@@ -220,7 +232,7 @@ def test_default_configuration_is_supported() -> None:
 )
 def test_what_cannot_be_captured_is_refused(field: str, value: object, flag: str) -> None:
     with pytest.raises(UnsupportedError, match=flag):
-        refusals.require_supported_config(SimpleNamespace(**{**SUPPORTED, field: value}))
+        require_supported({**SUPPORTED, field: value})
 
 
 @pytest.mark.parametrize("field", SUPPORTED)
@@ -228,14 +240,14 @@ def test_a_setting_that_sglang_no_longer_has(field: str) -> None:
     """It would otherwise end in an AttributeError, or pass for one that is off."""
     fields = {name: value for name, value in SUPPORTED.items() if name != field}
     with pytest.raises(SeamError, match=f"expected a setting '{field}', found none"):
-        refusals.require_supported_config(SimpleNamespace(**fields))
+        require_supported(fields)
 
 
 def test_no_supported_value_of_the_installed_sglang_is_refused() -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.server_args import ServerArgs
 
-    refusals.require_supported_config(resolving_view(ServerArgs(model_path="x")))
+    refusals.require_supported_config(resolving_view(ServerArgs(model_path="x")), CaptureOptions())
 
 
 def test_a_pipeline_that_leaves_results_away_is_refused() -> None:
@@ -253,12 +265,12 @@ def test_settings_of_a_pipeline_are_held_against_its_environment() -> None:
     """Before the server starts, and by whoever previews it; a server of one stage may have the variable."""
     from sglang.srt.environ import envs
 
-    pipeline = SimpleNamespace(**{**SUPPORTED, "pp_size": 2, "enable_dp_attention": False})
-    refusals.require_supported_config(pipeline)
+    pipeline = {**SUPPORTED, "pp_size": 2, "enable_dp_attention": False}
+    require_supported(pipeline)
     with envs.SGLANG_PP_SKIP_PURE_CHUNKED_OUTPUT_COMM.override(True):
-        refusals.require_supported_config(SimpleNamespace(**SUPPORTED))
+        require_supported(SUPPORTED)
         with pytest.raises(UnsupportedError, match="SGLANG_PP_SKIP_PURE_CHUNKED_OUTPUT_COMM is on"):
-            refusals.require_supported_config(pipeline)
+            require_supported(pipeline)
 
 
 def test_routers_by_hash_are_refused() -> None:
