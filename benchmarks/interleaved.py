@@ -14,29 +14,41 @@ Variants = Mapping[str, Callable[[], Any]]
 
 
 class Seconds(NamedTuple):
-    """Times of a variant: by the clock, and of the CPU in all threads of the process."""
+    """Times of a variant: by the clock, and of the CPU, in all threads of the process where nothing else is said."""
 
     wall: float
     cpu: float
 
 
-def all_seconds(variants: Variants, rounds: int) -> dict[str, list[Seconds]]:
+def all_seconds(
+    variants: Variants,
+    rounds: int,
+    *,
+    cpu_time: Callable[[], float] = time.process_time,
+    after: Callable[[], None] = lambda: None,
+) -> dict[str, list[Seconds]]:
     """Times of each variant in each of `rounds` rounds, every round running each of them once, in this order.
 
     One round before the first warms up and is not counted.
+
+    Args:
+        cpu_time: `time.thread_time` for the CPU time of this thread alone.
+        after: called after each run, and not timed.
     """
 
     def timed(run: Callable[[], Any]) -> Seconds:
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu = time.perf_counter(), cpu_time()
         run()
-        return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+        taken = Seconds(time.perf_counter() - wall, cpu_time() - cpu)
+        after()
+        return taken
 
     return _in_turns(variants, rounds, timed)
 
 
-def median_seconds(variants: Variants, rounds: int) -> dict[str, Seconds]:
+def median_seconds(variants: Variants, rounds: int, **others: Any) -> dict[str, Seconds]:
     """Median times of each variant, as of `all_seconds`."""
-    return {name: median_of(times) for name, times in all_seconds(variants, rounds).items()}
+    return {name: median_of(times) for name, times in all_seconds(variants, rounds, **others).items()}
 
 
 def median_of(times: Iterable[Seconds]) -> Seconds:
@@ -44,10 +56,17 @@ def median_of(times: Iterable[Seconds]) -> Seconds:
     return Seconds(*(statistics.median(column) for column in zip(*times, strict=True)))
 
 
-def median_event_seconds(variants: Variants, rounds: int) -> dict[str, float]:
-    """As `median_seconds`, by events on the current CUDA stream."""
+def median_event_seconds(
+    variants: Variants, rounds: int, *, before: Callable[[], Any] = lambda: None
+) -> dict[str, float]:
+    """As `median_seconds`, by events on the current CUDA stream.
+
+    Args:
+        before: called before each run, and not timed.
+    """
 
     def timed(run: Callable[[], Any]) -> float:
+        before()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()

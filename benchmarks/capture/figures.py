@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import statistics
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def measure(
     # Here and not above: SGLang takes its time.
     from benchmarks.capture.pause import pauses
 
-    taken = median_seconds(pauses(model, pause_tokens), _PAUSES)
+    with pauses(model, pause_tokens) as (variants, settled):
+        taken = median_seconds(variants, _PAUSES, cpu_time=time.thread_time, after=settled)
     console.print(
         _pause_table(f"The scheduler's pause when a request of {pause_tokens:,} tokens of {model} ends", taken)
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from cpu_engines.sglang.server import Server, serve
+from cpu_engines.sglang.server import STAND_IN_PLUGIN, Server, serve
 
 OFF, STOCK, MASKS, SGLANG, AGAIN = "off", "SGLang's own", "ours, masks", "ours, sglang", "off again"
 _FLAGS = {
@@ -69,7 +69,7 @@ def running(model: Path) -> Iterator[dict[str, Server]]:
                     "--random-seed=0",
                     *flags,
                     model_package=_MODEL_PACKAGE,
-                    environment={"SGLANG_PLUGINS": "none"} if name in (OFF, STOCK, AGAIN) else None,
+                    environment={"SGLANG_PLUGINS": STAND_IN_PLUGIN} if name in (OFF, STOCK, AGAIN) else None,
                     timeout_s=900,
                 )
             )
