@@ -60,6 +60,7 @@ sglang-0.5.20: setup  ## The engine's tests with SGLang 0.5.20, in an environmen
 stock: setup  ## Megatron's own RouterReplay beside this package's replay, in the same steps; writes docs/stock-replay.md.
 	.venv/bin/python -W ignore scripts/stock_replay.py --write
 
+# SGLang's own has wrong rows, for which its soak fails; the table says how many.
 soak: setup  ## Everything at once on a CPU server of SGLang, each row checked, beside SGLang's own capture; half an hour.
 	@mkdir -p benchmarks/results
 	OMP_NUM_THREADS=1 .venv/bin/python -m tests.soak --json benchmarks/results/soak.json

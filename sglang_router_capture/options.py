@@ -27,7 +27,7 @@ FORMATS = ("masks", "sglang")
 INLINE = "inline:"
 OWN = "http:"
 """The store of a server that serves its masks itself, at the address at which it listens."""
-_EVERYWHERE = ("0.0.0.0", "::")
+_EVERYWHERE = ("", "0.0.0.0", "::")
 
 _ATTRIBUTE = "_router_capture"
 
@@ -65,7 +65,6 @@ class CaptureOptions:
                 f"{FORMAT_FLAG} sglang returns the experts in top-k order, which codec {self.codec!r} does not keep:"
                 f" leave {CODEC_FLAG} away or choose 'ordered'"
             )
-
         if self.format == "sglang" and self.store != INLINE:
             raise InputError(
                 f"{FORMAT_FLAG} sglang has its routes in the answer, and {STORE_FLAG} {self.store} would hold none:"

@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 
 from router_replay.errors import InputError
@@ -98,6 +99,7 @@ def _remove_if_left(lock: Path) -> None:
             os.close(opened)
 
 
+@cache
 def _memory() -> Path:
     # Containers have 64 MiB of it unless they are told otherwise, and one answer's masks may be a quarter of that.
     shared = Path("/dev/shm")

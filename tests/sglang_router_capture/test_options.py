@@ -60,8 +60,9 @@ def test_a_server_that_serves_its_masks_itself_has_an_address() -> None:
     assert options.with_servers_url(own, of("fe80::1")) == CaptureOptions(store="http://[fe80::1]:30000")
     named = CaptureOptions(store="http://10.0.0.5:30000")
     assert options.with_servers_url(named, of("0.0.0.0")) == named
-    with pytest.raises(RouterReplayError, match="say under which address trainers reach this server"):
-        options.with_servers_url(own, of("0.0.0.0"))
+    for everywhere in ("", "0.0.0.0", "::"):
+        with pytest.raises(RouterReplayError, match="say under which address trainers reach this server"):
+            options.with_servers_url(own, of(everywhere))
 
 
 def test_upstreams_flag_alone_is_left_to_the_settings() -> None:
