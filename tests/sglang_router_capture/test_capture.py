@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,9 @@ def test_rows_are_the_models_routes(capture_server: Server, reference: Qwen3MoeF
     assert_rows_are_of(reference, masks, ids + answer["output_ids"])
 
 
-def test_prefix_cached_turn_returns_the_rows_of_the_turn_that_computed_them(capture_server: Server) -> None:
+def test_prefix_cached_turn_returns_the_rows_of_the_turn_that_computed_them(
+    capture_server: Server, reference: Qwen3MoeForCausalLM
+) -> None:
     flush(capture_server)
     _name_weights(capture_server, "first")
     ids = prompt(2, 90)
@@ -54,9 +57,11 @@ def test_prefix_cached_turn_returns_the_rows_of_the_turn_that_computed_them(capt
     second = generate(capture_server, longer, 10)
     second_masks = masks_of(second, longer)
     cached = second["meta_info"]["cached_tokens"]
-    assert cached == first_masks.end
-    assert torch.equal(second_masks.rows[:cached], first_masks.rows)
-    assert second_masks.valid.all()
+    # In 0.5.20 the overlapped step after a request's end leaves the KV of the last sampled token in the cache, too.
+    assert cached == first_masks.end + (version("sglang") == "0.5.20")
+    assert torch.equal(second_masks.rows[: first_masks.end], first_masks.rows)
+    # That token's row was asked of nobody before: it came from that step, and is the model's as the others are.
+    assert_rows_are_of(reference, second_masks, longer + second["output_ids"])
     # The versions show it from another side: cached rows are older than the weights that answered.
     assert first_masks.weight_versions == ((0, "first"),)
     assert second_masks.weight_versions == ((0, "first"), (cached, "second"))
