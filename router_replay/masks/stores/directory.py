@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import shutil
@@ -17,11 +16,10 @@ from router_replay.errors import InputError, RouterReplayError, StoreError
 from router_replay.masks import container
 from router_replay.masks.masks import RoutingMasks
 from router_replay.masks.stores import handles
+from router_replay.masks.stores.bound import require_fits, tell_dropped
 from router_replay.masks.stores.handles import Entry, entry_of
 from router_replay.masks.stores.store import Handle, Stat, Store
 from router_replay.masks.stores.urls import num_bytes, split_url
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 64 * 2**30
 """Rows of 4,096 rollouts of 32k tokens of DeepSeek-V3 are 48 GB."""
@@ -120,7 +118,7 @@ class DirectoryStore(Store):
             StoreError: larger than the whole store, or the file cannot be written.
         """
         data = container.to_bytes(masks)
-        entry = Entry.new(data, len(masks))
+        entry = Entry.new(data, masks)
         with self._reaching("could not keep masks"):
             with self._lock:
                 self._make_room(len(data))
@@ -225,10 +223,7 @@ class DirectoryStore(Store):
         self._make_folder()
         files = self._files()
         total, bound = sum(size for *_, size in files), self._bound()
-        if size > bound:
-            raise StoreError(
-                f"these masks have {size:,} bytes, the whole store {self.url!r} at most {bound:,} (max_bytes)"
-            )
+        require_fits(self.url, size, bound)
         too_old, dropped = time.time_ns() - _PARTIAL_SECONDS * 10**9, 0
         full = total + size > bound
         for entry_id, path, file_size in files:
@@ -238,14 +233,7 @@ class DirectoryStore(Store):
                 total -= file_size
         if dropped:
             self.num_dropped += dropped
-            logger.warning(
-                "store %s is full (%d bytes): dropped the masks of %d sequences that nobody had deleted, the oldest;"
-                " %d since the start",
-                self.url,
-                bound,
-                dropped,
-                self.num_dropped,
-            )
+            tell_dropped(self.url, bound, dropped, self.num_dropped)
         self._unlooked = max(min(bound - total, bound // _STEP) - size, 0)
 
     def _make_folder(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from router_replay.errors import DataError
 from router_replay.masks.container import stated_crc32
+from router_replay.masks.masks import RoutingMasks
 from router_replay.masks.stores.store import Handle, Stat
 
 ID = r"[0-9a-f]{48}"
@@ -25,19 +26,21 @@ class Entry:
     Attributes:
         id: its name in the store.
         num_bytes: size of the container.
-        num_tokens: rows of the masks in it, valid or not.
+        start: position in its sequence of the first row in it.
+        num_tokens: rows in it, valid or not.
         crc32: the checksum that the container states, by which another one in its place is told from it.
     """
 
     id: str
     num_bytes: int
+    start: int
     num_tokens: int
     crc32: str
 
     @classmethod
-    def new(cls, data: bytes, num_tokens: int) -> Entry:
-        """An entry with a new id for the bytes of a container."""
-        return cls(new_id(), len(data), num_tokens, stated_crc32(data))
+    def new(cls, data: bytes, masks: RoutingMasks) -> Entry:
+        """An entry with a new id for masks and the bytes of their container."""
+        return cls(new_id(), len(data), **place_of(masks), crc32=stated_crc32(data))
 
     def handle(self, url: str) -> dict[str, Any]:
         """The handle of this entry in the store at `url`, in plain JSON types."""
@@ -57,6 +60,11 @@ class Entry:
         return Stat(there=True, num_bytes=num_bytes, num_tokens=self.num_tokens)
 
 
+def place_of(masks: RoutingMasks) -> dict[str, int]:
+    """Where in their sequence masks have rows, for who has the handle alone: `start` and `num_tokens`."""
+    return {"start": masks.start, "num_tokens": len(masks)}
+
+
 def entry_of(handle: Handle, url: str) -> Entry:
     """What a handle of the store at `url` names.
 
@@ -70,8 +78,8 @@ def entry_of(handle: Handle, url: str) -> Entry:
         raise DataError(f"a handle of {url!r} that lacks a field, or has another: {str(handle)[:200]!r}") from error
     if not is_id(entry.id) or not isinstance(entry.crc32, str):
         raise DataError(f"a handle of {url!r} whose id or crc32 none of its stores gave: {str(handle)[:200]!r}")
-    if any(type(number) is not int or number < 0 for number in (entry.num_bytes, entry.num_tokens)):
-        raise DataError(f"a handle of {url!r} whose num_bytes or num_tokens is no size: {str(handle)[:200]!r}")
+    if any(type(number) is not int or number < 0 for number in (entry.num_bytes, entry.start, entry.num_tokens)):
+        raise DataError(f"a handle of {url!r} whose num_bytes, start or num_tokens is no size: {str(handle)[:200]!r}")
     return entry
 
 

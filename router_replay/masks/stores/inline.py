@@ -9,7 +9,7 @@ import pybase64
 from router_replay.errors import DataError, InputError
 from router_replay.masks import container
 from router_replay.masks.masks import RoutingMasks
-from router_replay.masks.stores.handles import require_store
+from router_replay.masks.stores.handles import place_of, require_store
 from router_replay.masks.stores.store import Handle, Stat, Store
 
 URL = "inline:"
@@ -24,7 +24,8 @@ class InlineStore(Store):
 
     def put(self, masks: RoutingMasks) -> dict[str, Any]:
         """A handle that carries the masks."""
-        return {"store": URL, "data": pybase64.b64encode_as_string(container.to_bytes(masks))}
+        data = pybase64.b64encode_as_string(container.to_bytes(masks))
+        return {"store": URL, **place_of(masks), "data": data}
 
     def get(self, handle: Handle) -> RoutingMasks:
         """The masks in the handle.

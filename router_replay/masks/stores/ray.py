@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +13,10 @@ from router_replay.errors import CallOrderError, DataError, InputError, RouterRe
 from router_replay.masks import container
 from router_replay.masks.masks import RoutingMasks
 from router_replay.masks.stores import handles
+from router_replay.masks.stores.bound import require_fits, tell_dropped
 from router_replay.masks.stores.handles import Entry, entry_of, require_store
 from router_replay.masks.stores.store import Handle, Stat, Store
 from router_replay.masks.stores.urls import num_bytes, split_url
-
-logger = logging.getLogger(__name__)
 
 NAMESPACE = "router_replay"
 """Ray namespace of the actors that own the objects."""
@@ -86,25 +84,15 @@ class RayStore(Store):
             StoreError: larger than the whole store, or Ray cannot keep them.
         """
         data = container.to_bytes(masks)
-        entry = Entry.new(data, len(masks))
+        entry = Entry.new(data, masks)
         with self._reaching("could not keep masks"):
             bound = self._bound()
-            if len(data) > bound:
-                raise StoreError(
-                    f"these masks have {len(data):,} bytes, the whole store {self.url!r} at most {bound:,} (max_bytes)"
-                )
+            require_fits(self.url, len(data), bound)
             # Of an array Ray writes the bytes as they are, and whoever reads it sees them without a copy.
             dropped = self._call(self._own_keeper().keep, entry.id, np.frombuffer(data, np.uint8), bound)
         if dropped:
             self.num_dropped += dropped
-            logger.warning(
-                "store %s is full (%d bytes): dropped the masks of %d sequences that nobody had deleted, the oldest;"
-                " %d for this writer",
-                self.url,
-                bound,
-                dropped,
-                self.num_dropped,
-            )
+            tell_dropped(self.url, bound, dropped, self.num_dropped)
         return {**entry.handle(self.url), "node": self._own_node()}
 
     def get(self, handle: Handle) -> RoutingMasks:

@@ -54,7 +54,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_a_handle_is_small_and_names_the_store_alone(place: Place):
     with place.writer("max_bytes=1MB") as store:
         handle = store.put(make_masks(num_tokens=1000))
-    assert set(handle) - {"node"} == {"store", "id", "num_bytes", "num_tokens", "crc32"}
+    assert set(handle) - {"node"} == {"store", "id", "num_bytes", "start", "num_tokens", "crc32"}
     assert handle["store"] == place.urls[0] and len(json.dumps(handle)) < 350
     assert re.fullmatch("[0-9a-f]{48}", handle["id"])
     assert "secret" not in json.dumps(handle) and "max_bytes" not in json.dumps(handle)
@@ -123,7 +123,7 @@ def test_every_method_takes_its_own_handles_alone(place: Place, method: str):
         ):
             with pytest.raises(DataError, match="not a handle of the store"):
                 called(foreign)
-        for field in ("id", "num_bytes", "num_tokens", "crc32"):
+        for field in ("id", "num_bytes", "start", "num_tokens", "crc32"):
             with pytest.raises(DataError, match="lacks a field"):
                 called({key: value for key, value in handle.items() if key != field})
         with pytest.raises(DataError, match="lacks a field, or has another"):
@@ -141,7 +141,7 @@ def test_every_method_takes_its_own_handles_alone(place: Place, method: str):
         for wrong in outside:
             with pytest.raises(DataError, match="id or crc32"):
                 called({**handle, "id": wrong})
-        for field in ("num_bytes", "num_tokens"):
+        for field in ("num_bytes", "start", "num_tokens"):
             for wrong in (-1, 1.5, "6", None, True):
                 with pytest.raises(DataError, match="is no size"):
                     called({**handle, field: wrong})

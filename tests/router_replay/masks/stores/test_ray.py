@@ -21,7 +21,7 @@ def test_a_process_without_ray_is_told_what_to_call():
         "from router_replay.errors import CallOrderError\n"
         "from tests.router_replay.masks.test_container import make_masks\n"
         "store = open_store('ray:')\n"
-        "handle = dict(store='ray:', id='0' * 48, num_bytes=1, num_tokens=1, crc32='', node='0')\n"
+        "handle = dict(store='ray:', id='0' * 48, num_bytes=1, start=0, num_tokens=1, crc32='', node='0')\n"
         "calls = store.prepare, lambda: store.put(make_masks()), lambda: load(handle), lambda: store.delete(handle)\n"
         "for call in calls:\n"
         "    try:\n        call()\n"
@@ -103,14 +103,14 @@ def test_a_bound_above_the_nodes_object_store_is_refused_at_the_start(ray_addres
 
 @pytest.mark.parametrize("node", [None, "", "../x", 5, "A"])
 def test_a_handle_without_a_node_is_refused(ray_address: str, node: object):
-    handle = {"store": "ray:", "id": "0" * 48, "num_bytes": 1, "num_tokens": 1, "crc32": "", "node": node}
+    handle = {"store": "ray:", "id": "0" * 48, "num_bytes": 1, "start": 0, "num_tokens": 1, "crc32": "", "node": node}
     for method in ("get", "stat", "delete"):
         with pytest.raises(DataError, match="names no node of Ray"):
             getattr(RayStore("ray:"), method)(handle)
 
 
 def test_a_node_of_another_cluster_has_no_store_here(ray_address: str):
-    handle = {"store": "ray:", "id": "0" * 48, "num_bytes": 1, "num_tokens": 1, "crc32": "", "node": "0abc"}
+    handle = {"store": "ray:", "id": "0" * 48, "num_bytes": 1, "start": 0, "num_tokens": 1, "crc32": "", "node": "0abc"}
     with pytest.raises(StoreError, match="could not be read: ValueError"):
         load(handle)
 
