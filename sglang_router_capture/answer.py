@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from router_replay.masks import RoutingMasks, token_digest
 from sglang_router_capture.recorder import Recorder
+from sglang_router_capture.slot_table import SlotRows
 
 META_INFO_KEY = "routing_masks"
 _HANDLE = "_router_capture_handle"
@@ -22,16 +25,20 @@ class _Rows:
     """Rows of a request's tokens [start, n - 1).
 
     Attributes:
-        token_ids: all n tokens.
+        token_ids: `int64 [n]`, all of them.
         rows: `uint8 [n - 1 - start, row_bytes]`.
         valid: `bool [n - 1 - start]`.
         versions: `int32 [n - 1 - start]`.
     """
 
-    token_ids: list[int]
+    token_ids: np.ndarray
     rows: Tensor
     valid: Tensor
     versions: Tensor
+
+    def begins(self, token_ids: np.ndarray) -> bool:
+        """Whether these are rows of the first tokens of `token_ids`."""
+        return np.array_equal(token_ids[: len(self.token_ids)], self.token_ids)
 
 
 def keep(recorder: Recorder, req: Any, req_to_token_pool: Any) -> None:
@@ -44,11 +51,13 @@ def keep(recorder: Recorder, req: Any, req_to_token_pool: Any) -> None:
         req: `sglang.srt.managers.schedule_batch.Req`, retracted, still holding its KV.
     """
     kept: _Rows | None = getattr(req, _KEPT, None)
-    token_ids = [*req.origin_input_ids, *req.output_ids]
+    token_ids = _token_ids(req.origin_input_ids, req.output_ids)
     # A new token was sampled: every token before it is computed, and its pass in the table. Without one the request is
     # retracted in the middle of a prefill, and its slots say nothing yet.
     if len(req.output_ids) > 0 and (kept is None or len(token_ids) > len(kept.token_ids)):
-        rows = _rows(recorder, req, token_ids, req_to_token_pool)
+        # At once: its slots go to others now.
+        found = recorder.table.read(_slots(recorder, req, token_ids, req_to_token_pool))
+        rows = _rows(token_ids, found, kept)
         setattr(req, _KEPT, rows)
         recorder.counts.kept += len(rows.valid)
 
@@ -59,8 +68,12 @@ def collect(recorder: Recorder, req: Any, req_to_token_pool: Any) -> None:
     Args:
         req: `sglang.srt.managers.schedule_batch.Req`, finished, still holding its KV.
     """
-    token_ids = [*req.origin_input_ids, *req.output_ids_through_stop]
-    _put(recorder, req, _rows(recorder, req, token_ids, req_to_token_pool))
+    token_ids = _token_ids(req.origin_input_ids, req.output_ids_through_stop)
+    # Not copied here: of a long request that takes milliseconds, and others may end in the same step.
+    read = recorder.table.read_later(_slots(recorder, req, token_ids, req_to_token_pool))
+    start, kept = _start(req, token_ids), getattr(req, _KEPT, None)
+    num_bytes = read.num_bytes + token_ids.nbytes + (0 if kept is None else kept.rows.nbytes)
+    _put(recorder, req, lambda: _masks(recorder, start, _rows(token_ids, read.gather(), kept)), num_bytes)
 
 
 def has_kept(req: Any) -> bool:
@@ -75,7 +88,13 @@ def collect_kept(recorder: Recorder, req: Any) -> None:
         req: `sglang.srt.managers.schedule_batch.Req` whose rows were kept when it was retracted, aborted since. It has
             sampled nothing in between.
     """
-    _put(recorder, req, getattr(req, _KEPT))
+    kept: _Rows = getattr(req, _KEPT)
+    _put(
+        recorder,
+        req,
+        partial(_masks, recorder, _start(req, kept.token_ids), kept),
+        kept.rows.nbytes + kept.token_ids.nbytes,
+    )
 
 
 def handles(req: Any) -> list[dict[str, Any]]:
@@ -87,29 +106,35 @@ def handles(req: Any) -> list[dict[str, Any]]:
     return [handle]
 
 
-def _rows(recorder: Recorder, req: Any, token_ids: list[int], req_to_token_pool: Any) -> _Rows:
+def _token_ids(*parts: Sequence[int]) -> np.ndarray:
+    # SGLang has arrays of 64 bits, to which it appends: a copy, and not one of Python's integers.
+    return np.concatenate([np.asarray(part, np.int64) for part in parts])
+
+
+def _slots(recorder: Recorder, req: Any, token_ids: np.ndarray, req_to_token_pool: Any) -> Tensor:
     # The last sampled token was not fed back, so it has no KV and no row.
-    slots = recorder.slots_of(req.kv.req_pool_idx, _start(req, token_ids), len(token_ids) - 1, req_to_token_pool)
-    rows, valid, versions = recorder.table.read(slots)
-    kept: _Rows | None = getattr(req, _KEPT, None)
+    return recorder.slots_of(req.kv.req_pool_idx, _start(req, token_ids), len(token_ids) - 1, req_to_token_pool)
+
+
+def _rows(token_ids: np.ndarray, found: SlotRows, kept: _Rows | None) -> _Rows:
+    rows, valid, versions = found
     # A request with input embeddings forgets what it sampled, and its tokens are others then.
-    if kept is not None and token_ids[: len(kept.token_ids)] == kept.token_ids:
+    if kept is not None and kept.begins(token_ids):
         first = len(kept.valid)
-        rows[:first] = torch.where(kept.valid[:, None], kept.rows, rows[:first])
-        versions[:first] = torch.where(kept.valid, kept.versions, versions[:first])
-        valid[:first] |= kept.valid
+        # New tensors: those that were found may be made under inference mode, and may not be changed outside of it.
+        rows = torch.cat([torch.where(kept.valid[:, None], kept.rows, rows[:first]), rows[first:]])
+        versions = torch.cat([torch.where(kept.valid, kept.versions, versions[:first]), versions[first:]])
+        valid = torch.cat([kept.valid | valid[:first], valid[first:]])
     return _Rows(token_ids, rows, valid, versions)
 
 
-def _put(recorder: Recorder, req: Any, found: _Rows) -> None:
-    recorder.counts.count_returned(found.valid, found.versions)
-    # Gathered here, since the slots are about to be given away; all else may be done later, and elsewhere.
-    make = partial(_masks, recorder, _start(req, found.token_ids), found)
-    handle = recorder.store.put(make()) if recorder.writer is None else recorder.writer.submit(make, found.rows.nbytes)
+def _put(recorder: Recorder, req: Any, make: Callable[[], RoutingMasks], num_bytes: int) -> None:
+    handle = recorder.store.put(make()) if recorder.writer is None else recorder.writer.submit(make, num_bytes)
     setattr(req, _HANDLE, handle)
 
 
 def _masks(recorder: Recorder, start: int, found: _Rows) -> RoutingMasks:
+    recorder.counts.count_returned(found.valid, found.versions)
     # Rows that are not valid were computed by nobody: they neither begin nor end a run of one weight version.
     computed = found.valid.nonzero().flatten()
     numbers = found.versions[computed]
@@ -127,5 +152,5 @@ def _masks(recorder: Recorder, start: int, found: _Rows) -> RoutingMasks:
     )
 
 
-def _start(req: Any, token_ids: list[int]) -> int:
+def _start(req: Any, token_ids: np.ndarray) -> int:
     return min(req.routed_experts_start_len, len(token_ids) - 1)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 @dataclass
 class RowCounts:
-    """Rows by what became of them, since the server's start. The scheduler thread writes them.
+    """Rows by what became of them, since the server's start.
+
+    The scheduler's thread writes them; those of returned rows, whichever thread makes the masks.
 
     Attributes:
         written: rows of forward passes.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from sglang.srt.runtime_context import get_serving
 from sglang.srt.state_capturer.routed_experts import RoutedExpertsCapturer
 from torch import Tensor
@@ -118,7 +119,8 @@ class Recorder(RoutedExpertsCapturer):
 
     def slots_of(self, req_pool_idx: int, first: int, last: int, req_to_token_pool: Any) -> Tensor:
         """KV slots `int64 [last - first]` of a running request's tokens [first, last)."""
-        return req_to_token_pool.req_to_token[req_pool_idx][first:last].cpu().long()
+        # A copy, whatever the pool's type: they are read after the pool gave its row to another request.
+        return req_to_token_pool.req_to_token[req_pool_idx][first:last].to("cpu", torch.int64, copy=True)
 
     def get_topk(self, req_pool_idx: int, seqlen: int, req_to_token_pool: Any, start_len: int = 0) -> Tensor:
         """Routes of tokens [start_len, seqlen - 1), packed: upstream's own format is made of them where it is sent."""

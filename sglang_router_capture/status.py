@@ -59,7 +59,7 @@ def tables(recorder: Recorder) -> dict[str, SlotTable]:
 
 def table_bytes(table: SlotTable) -> int:
     """Host memory of a table."""
-    return sum(part.nbytes for part in (table.rows, table.valid, table.versions))
+    return sum(part.nbytes for part in (table.rows, table.valid, table.versions, table.read_by))
 
 
 def rows(recorder: Recorder) -> dict[str, int]:

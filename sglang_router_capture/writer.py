@@ -1,8 +1,7 @@
-"""Masks of finished requests go into their store on threads of their own, and the scheduler does not wait for them."""
+"""Masks of finished requests are made and stored on threads of their own, and the scheduler does not wait for them."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import threading
@@ -19,13 +18,20 @@ logger = logging.getLogger(__name__)
 MOST_BYTES = 4 << 30
 """Rows that may wait for a store; those of further requests are dropped, and their answers say so."""
 
-# A store on another machine answers after some milliseconds, in which the next request's masks can be made.
+# A store on another machine answers after some milliseconds, in which it can take the next request's masks.
 _THREADS = 4
 # SGLang gives a scheduler that is to stop a few seconds more than this.
 _CLOSING_S = 5.0
 _STOPPED = "the server stopped before the store had taken them"
 
-_Job = tuple[dict[str, Any], Callable[[], RoutingMasks], int]
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """A request whose masks are on their way: their rows' size, and the ticket of whose answer waits for them."""
+
+    ticket: dict[str, str]
+    num_bytes: int
+    make: Callable[[], RoutingMasks]
 
 
 @dataclass
@@ -61,14 +67,18 @@ class Writer:
         self._mailbox = mailbox
         self._most_bytes = most_bytes
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._underway: dict[int, dict[str, Any]] = {}
+        self._made: queue.SimpleQueue[tuple[_Job, RoutingMasks] | None] = queue.SimpleQueue()
+        self._underway: set[_Job] = set()
         self._lock = threading.Lock()
         self._told: set[str] = set()
         self.counts = WriteCounts()
+        # One makes the masks, however long the store takes: until then their rows are in the slot table alone, and the
+        # scheduler would have to copy them before it uses the slots again.
         # Daemons: a store that never answers may not keep the process.
+        works = [self._make_next] + [self._store_next] * _THREADS
         self._threads = [
-            threading.Thread(target=self._work, name=f"router-capture-writer-{number}", daemon=True)
-            for number in range(_THREADS)
+            threading.Thread(target=_repeat, args=(work,), name=f"router-capture-writer-{number}", daemon=True)
+            for number, work in enumerate(works)
         ]
         for thread in self._threads:
             thread.start()
@@ -95,52 +105,74 @@ class Writer:
             reason = f"the store is behind: rows of {waiting:,} bytes wait for it, at most {self._most_bytes:,} may"
             self._tell_once("behind", reason)
             return no_masks(self._url, reason)
-        ticket = new_ticket()
-        self._jobs.put((ticket, make, num_bytes))
-        return ticket
+        job = _Job(new_ticket(), num_bytes, make)
+        with self._lock:
+            self._underway.add(job)
+        self._jobs.put(job)
+        return job.ticket
 
     def close(self) -> None:
         """Store what waits, for some seconds; the answers that wait for the rest are told that the server stopped."""
-        for _ in self._threads:
-            self._jobs.put(None)
+        self._jobs.put(None)
         deadline = time.monotonic() + _CLOSING_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         with self._lock:
-            left = list(self._underway.values())
-        with contextlib.suppress(queue.Empty):
-            while True:
-                if (job := self._jobs.get_nowait()) is not None:
-                    left.append(job[0])
-        for ticket in left:
-            self._post(ticket, no_masks(self._url, _STOPPED))
+            left = list(self._underway)
+        for job in left:
+            self._post(job.ticket, no_masks(self._url, _STOPPED))
 
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            ticket, make, num_bytes = job
-            with self._lock:
-                self._underway[threading.get_ident()] = ticket
-            try:
-                handle = self._store.put(make())
-                stored = True
-            except Exception as error:
-                # Stores raise errors of their libraries, too; the request whose masks these are is to hear of it.
-                reason = f"the store did not take them: {type(error).__name__}: {error}"
-                self._tell_once(type(error).__name__, reason)
-                handle, stored = no_masks(self._url, reason), False
-            with self._lock:
-                self.counts.waiting_bytes -= num_bytes
-                self.counts.stored += stored
-                self.counts.failed += not stored
-            self._post(ticket, handle)
-            with self._lock:
-                del self._underway[threading.get_ident()]
+    # Each of these ends with what it worked on: a thread that waits for the next holds no rows.
+
+    def _make_next(self) -> bool:
+        job = self._jobs.get()
+        if job is None:
+            for _ in range(_THREADS):
+                self._made.put(None)
+            return False
+        try:
+            masks = job.make()
+        except Exception as error:
+            # A machine without memory, for one.
+            self._failed(job, "making", f"they could not be made: {type(error).__name__}: {error}")
+        else:
+            self._made.put((job, masks))
+        return True
+
+    def _store_next(self) -> bool:
+        made = self._made.get()
+        if made is None:
+            return False
+        job, masks = made
+        try:
+            handle = self._store.put(masks)
+        except Exception as error:
+            # Stores raise errors of their libraries, too; the request whose masks these are is to hear of it.
+            kind = type(error).__name__
+            self._failed(job, kind, f"the store did not take them: {kind}: {error}")
+        else:
+            self._end(job, handle, stored=True)
+        return True
+
+    def _failed(self, job: _Job, kind: str, reason: str) -> None:
+        self._tell_once(kind, reason)
+        self._end(job, no_masks(self._url, reason), stored=False)
+
+    def _end(self, job: _Job, handle: dict[str, Any], *, stored: bool) -> None:
+        with self._lock:
+            self.counts.waiting_bytes -= job.num_bytes
+            self.counts.stored += stored
+            self.counts.failed += not stored
+        self._post(job.ticket, handle)
+        with self._lock:
+            self._underway.remove(job)
 
     def _post(self, ticket: dict[str, Any], handle: dict[str, Any]) -> None:
         try:
             self._mailbox.post(ticket, handle)
-        except OSError as error:
-            # Masks that travel in their handle are large, and memory may be full where a name still fits.
+        except Exception as error:
+            # Masks that travel in their handle are large, and memory may be full where a name still fits; a handle or a
+            # reason may hold what cannot be written. A thread that ended of it would leave all later answers waiting.
             self._tell_once("mailbox", f"their handle cannot be handed on: {error}")
             self._mailbox.post_nothing(ticket)
 
@@ -154,3 +186,8 @@ class Writer:
             " counted in the server's status and not reported.",
             reason,
         )
+
+
+def _repeat(work: Callable[[], bool]) -> None:
+    while work():
+        pass

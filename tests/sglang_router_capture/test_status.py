@@ -61,9 +61,8 @@ def test_status_is_plain_and_says_what_is_there(scheduler: Scheduler) -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(found)) == found
     assert found["geometry"] == {"num_layers": 3, "moe_layers": [1, 2], "num_experts": 8, "top_k": 2}
     table = scheduler.recorder.table
-    assert found["tables"] == {
-        "device": {"slots": 16, "valid": 2, "bytes": table.rows.nbytes + table.valid.nbytes + table.versions.nbytes}
-    }
+    size = table.rows.nbytes + table.valid.nbytes + table.versions.nbytes + table.read_by.nbytes
+    assert found["tables"] == {"device": {"slots": 16, "valid": 2, "bytes": size}}
     assert found["log"] == 2
     assert found["weights"] == {"present": "1", "names": 1}
     assert "managers.scheduler.Scheduler.get_internal_state" in found["hooks"]

@@ -182,6 +182,22 @@ def test_what_a_store_does_not_take_is_said_in_its_answer(tmp_path: Path) -> Non
     assert (writer.counts.stored, writer.counts.failed) == (1, 1)
 
 
+def test_what_cannot_be_written_ends_no_thread(tmp_path: Path) -> None:
+    """A path that is not UTF-8, in more answers than there are threads."""
+    mailbox, store = Mailbox(tmp_path), SlowStore()
+    store.may_store.set()
+    store.error = OSError("no space left at /masks/\udcff")
+    writer = Writer(store, "slow:", mailbox)
+    tickets = [writer.submit(masks, 10) for _ in range(8)]
+    for found in collected(mailbox, *map(answer, tickets)):
+        assert "did not arrive" in found["meta_info"]["routing_masks"][0]["error"]
+    store.error = None
+    (found,) = collected(mailbox, answer(writer.submit(masks, 10)))
+    assert found["meta_info"]["routing_masks"][0]["store"] == "slow:"
+    assert (writer.counts.failed, writer.counts.stored, writer.counts.waiting_bytes) == (8, 1, 0)
+    writer.close()
+
+
 def test_a_store_that_is_behind_drops_further_masks(tmp_path: Path) -> None:
     store, mailbox = SlowStore(), Mailbox(tmp_path)
     writer = Writer(store, "slow:", mailbox, most_bytes=100)
