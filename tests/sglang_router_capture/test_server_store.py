@@ -24,7 +24,8 @@ from router_replay.masks.stores.served import ROUTE
 from sglang_router_capture import http
 from sglang_router_capture.server_folder import ServerFolder
 from tests.sglang_router_capture.oracle import assert_rows_are_of
-from tests.sglang_router_capture.requests import VOCABULARY, generate, masks_of, prompt
+from tests.sglang_router_capture.requests import generate, masks_of, prompt
+from tests.sglang_router_capture.same_requests import FLAGS, masks_of_main_job, masks_of_requests
 from tests.small_model import serve
 
 pytestmark = pytest.mark.timeout(900)
@@ -34,9 +35,33 @@ KEY = "a-key-of-the-tests"
 
 @pytest.fixture(scope="module")
 def server(small_model: Path) -> Iterator[Server]:
-    flags = ("--skip-tokenizer-init", "--max-total-tokens=4096", "--chunked-prefill-size=64")
-    with serve(small_model, "--enable-router-capture", "--router-capture-store=http:", *flags) as server:
+    with serve(small_model, "--enable-router-capture", "--router-capture-store=http:", *FLAGS) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stored") / "r3"
+
+
+@pytest.fixture(scope="module")
+def folder_server(small_model: Path, folder: Path) -> Iterator[Server]:
+    """A server behind an API key, whose store is a folder; this process's requests have the key meanwhile."""
+    flags = (f"--router-capture-store=file://{folder}", f"--api-key={KEY}", *FLAGS)
+    with serve(small_model, "--enable-router-capture", *flags) as server:
+        opener = urllib.request.build_opener()
+        opener.addheaders = [("Authorization", f"Bearer {KEY}")]
+        urllib.request.install_opener(opener)
+        try:
+            yield server
+            kept = handle_of(generate(server, prompt(511, 20), 4))
+        finally:
+            urllib.request.install_opener(urllib.request.build_opener())
+    # The folder is the operator's, and outlives the server, as do the masks in it.
+    with open_store(kept["store"]) as store:
+        assert store.get(kept).valid.all()
+        store.delete(kept)
+        assert not store.stat(kept).there
 
 
 def handle_of(answer: dict[str, Any]) -> dict[str, Any]:
@@ -142,42 +167,42 @@ def _streamed(server: Server, ids: list[int]) -> dict[str, Any]:
     return chunks[-1]
 
 
-def test_a_store_that_stops_taking_masks_is_told_of_and_nothing_else_stops(small_model: Path, tmp_path: Path) -> None:
-    """A server behind an API key, whose store is a folder that another takes away."""
-    folder = tmp_path / "r3"
-    flags = ("--skip-tokenizer-init", "--max-total-tokens=1024", f"--api-key={KEY}")
-    with serve(small_model, "--enable-router-capture", f"--router-capture-store=file://{folder}", *flags) as server:
-        ids = [number % VOCABULARY for number in range(12)]
-        first = _with_key(server, ids)
-        handle = handle_of(first)
-        assert handle["store"] == f"file://{folder}"
-        assert load(handle).valid.all()
-        folder.rename(tmp_path / "away")
-        (tmp_path / "r3").write_text("no folder")
-        second = _with_key(server, ids)
-        assert len(second["output_ids"]) == 4
-        assert handle_of(second)["error"].startswith("the store did not take them: StoreError: ")
-        with pytest.raises(DataError, match="the server has no masks for this answer: the store did not take them"):
-            load(handle_of(second))
-        folder.unlink()
-        (tmp_path / "away").rename(folder)
-        assert load(handle_of(_with_key(server, ids))).valid.all()
-        assert "masks of a request were not stored, and its answer says so" in server.log()
-    # The folder is the operator's, and outlives the server.
+def test_masks_by_http_are_those_in_answers(server: Server, capture_server: Server, small_model: Path) -> None:
+    before = set(folder_of(server).masks.iterdir())
+    assert masks_of_requests(server) == masks_of_requests(capture_server)
+    by_http = masks_of_main_job(server, server.url, small_model)
+    assert by_http == masks_of_main_job(capture_server, "inline:", small_model)
+    # Trainers let go of what they have read.
+    assert set(folder_of(server).masks.iterdir()) == before
+
+
+def test_masks_in_files_are_those_in_answers(
+    folder_server: Server, folder: Path, capture_server: Server, small_model: Path
+) -> None:
+    assert masks_of_requests(folder_server) == masks_of_requests(capture_server)
+    in_files = masks_of_main_job(folder_server, f"file://{folder}", small_model)
+    assert in_files == masks_of_main_job(capture_server, "inline:", small_model)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_store_that_stops_taking_masks_is_told_of_and_nothing_else_stops(folder_server: Server, folder: Path) -> None:
+    """The folder is taken away, and comes back."""
+    ids = prompt(6, 12)
+    handle = handle_of(generate(folder_server, ids, 4))
+    assert handle["store"] == f"file://{folder}"
     assert load(handle).valid.all()
-    with open_store(handle["store"]) as store:
-        store.delete(handle)
-
-
-def _with_key(server: Server, ids: list[int]) -> dict[str, Any]:
-    body = {
-        "input_ids": ids, "return_routed_experts": True,
-        "sampling_params": {"max_new_tokens": 4, "ignore_eos": True, "temperature": 0},
-    }  # fmt: skip
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
-    request = urllib.request.Request(server.url + "/generate", json.dumps(body).encode(), headers=headers)
-    with urllib.request.urlopen(request, timeout=120) as answer:
-        return json.load(answer)
+    away = folder.rename(folder.with_name("away"))
+    folder.write_text("no folder")
+    second = generate(folder_server, ids, 4)
+    assert len(second["output_ids"]) == 4
+    assert handle_of(second)["error"].startswith("the store did not take them: StoreError: ")
+    with pytest.raises(DataError, match="the server has no masks for this answer: the store did not take them"):
+        load(handle_of(second))
+    folder.unlink()
+    away.rename(folder)
+    assert load(handle_of(generate(folder_server, ids, 4))).valid.all()
+    assert "masks of a request were not stored, and its answer says so" in folder_server.log()
+    assert load(handle).valid.all()
 
 
 def test_an_api_key_guards_masks_as_all_else(tmp_path: Path) -> None:
