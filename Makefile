@@ -4,7 +4,7 @@ SERVER_TESTS := tests/sglang_router_capture tests/cpu_engines/sglang tests/end_t
 # Those for which Megatron-Core, Ray, a browser or a long compilation is needed; every other folder of tests/ is quick.
 SLOW_TESTS := tests/megatron_router_replay tests/cpu_engines/megatron tests/contract tests/docs/test_tables.py \
 	tests/router_replay/report/test_report_in_browser.py tests/router_replay/masks/stores \
-	tests/router_replay/masks/test_header.py
+	tests/router_replay/masks/test_header.py tests/benchmarks/test_transport.py
 # Servers of several processes on two cores: each of them takes minutes to start.
 RANKS_TESTS := tests/sglang_router_capture/test_parallel.py
 QUICK_PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -q -p no:cacheprovider

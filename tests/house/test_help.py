@@ -34,7 +34,9 @@ def test_the_programs_are_found() -> None:
         "benchmarks.capture",
         "benchmarks.corrections",
         "benchmarks.mask_codec",
+        "benchmarks.pause",
         "benchmarks.replay",
+        "benchmarks.transport",
         "examples.multi_turn_replay",
         "examples.small_model.train",
     ]

@@ -1,0 +1,1 @@
+"""The scheduler's pause in a running server when long requests end."""

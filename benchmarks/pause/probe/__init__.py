@@ -1,0 +1,1 @@
+"""What runs in the scheduler's process; SGLang finds it by the metadata beside it."""

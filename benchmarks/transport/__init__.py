@@ -1,0 +1,1 @@
+"""What it costs to bring a request's routes from the scheduler to a trainer's rank."""
