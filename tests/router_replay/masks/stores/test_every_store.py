@@ -55,6 +55,7 @@ def test_a_handle_is_small_and_names_the_store_alone(place: Place):
     with place.writer("max_bytes=1MB") as store:
         handle = store.put(make_masks(num_tokens=1000))
     assert set(handle) - {"node"} == {"store", "id", "num_bytes", "start", "num_tokens", "crc32"}
+    assert (handle["start"], handle["num_tokens"]) == (3, 1000)
     assert handle["store"] == place.urls[0] and len(json.dumps(handle)) < 350
     assert re.fullmatch("[0-9a-f]{48}", handle["id"])
     assert "secret" not in json.dumps(handle) and "max_bytes" not in json.dumps(handle)

@@ -67,8 +67,8 @@ def test_what_was_put_is_behind_its_handle_wherever_it_is_read(store: Store):
     assert store.stat(handle) == Stat(there=True, num_bytes=len(to_bytes(masks)), num_tokens=6)
 
 
-def test_a_handle_says_where_its_rows_are(store: Store):
-    handle = store.put(make_masks(start=7, num_tokens=5))
+def test_an_inline_handle_says_where_its_rows_are():
+    handle = InlineStore().put(make_masks(start=7, num_tokens=5))
     assert (handle["start"], handle["num_tokens"]) == (7, 5)
 
 
