@@ -88,7 +88,7 @@ class Writer:
 
         Args:
             make: called on another thread.
-            num_bytes: of the rows that it holds.
+            num_bytes: of the rows that it holds, and of what tells them: slots, token ids.
 
         Returns:
             A ticket for the handle, or what stands in the place of a handle where there are no masks.

@@ -18,6 +18,7 @@ from rich.table import Table
 from benchmarks.capture.serving import AGAIN, MASKS, OFF, SGLANG, STOCK, Load, Round, one_round, running
 from benchmarks.interleaved import Seconds, median_seconds
 from benchmarks.machine import hardware, versions, write_json
+from benchmarks.shown import aims_table, median_and_error, table
 
 _PAUSES = 15
 
@@ -41,7 +42,7 @@ def measure(
         sizes = f"{load.requests} requests of {load.prompt_tokens} + {load.new_tokens} tokens, {rounds} rounds"
         console.print(_serving_table(f"Servers: {sizes}", serving))
     aims = targets(serving, taken)
-    console.print(_aims_table(aims))
+    console.print(aims_table(aims))
     figures = {
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
@@ -90,9 +91,7 @@ def _serving(rounds: int, load: Load, model: Path) -> dict[str, dict[str, float]
 def _summary(seen: list[Round], off: list[Round], tokens: int) -> dict[str, float]:
     """Medians, and medians over rounds of the ratios to the server without capture, with the error of one."""
     ratios = [ours.cpu / theirs.cpu for ours, theirs in zip(seen, off, strict=True)]
-    ratio = statistics.median(ratios)
-    # Two standard errors of a median of normal values whose deviation is estimated by the median absolute one.
-    error = 2 * 1.2533 * 1.4826 * statistics.median(abs(each - ratio) for each in ratios) / len(ratios) ** 0.5
+    ratio, error = median_and_error(ratios)
     wall = statistics.median(each.wall for each in seen)
     return {
         "tokens_per_second": tokens / wall,
@@ -105,16 +104,9 @@ def _summary(seen: list[Round], off: list[Round], tokens: int) -> dict[str, floa
     }
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table("", title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
 def _serving_table(title: str, serving: dict[str, dict[str, float]]) -> Table:
     columns = "tokens/s", "first token ms", "CPU s", "wall of off", "first token of off", "CPU of off", "+-"
-    table = _table(title, *columns)
+    made = table(title, *columns)
     for name in (OFF, AGAIN, STOCK, MASKS, SGLANG):
         of = serving[name]
         absolute = (
@@ -123,20 +115,13 @@ def _serving_table(title: str, serving: dict[str, dict[str, float]]) -> Table:
             f"{of['cpu_seconds']:.2f}",
         )
         ratios = (f"{of[key]:.3f}" for key in ("wall_of_off", "first_token_of_off", "cpu_of_off", "error"))
-        table.add_row(name, *absolute, *ratios)
-    return table
+        made.add_row(name, *absolute, *ratios)
+    return made
 
 
 def _pause_table(title: str, taken: dict[str, Seconds]) -> Table:
-    table = _table(title, "wall ms", "CPU ms", "CPU of SGLang's own")
+    made = table(title, "wall ms", "CPU ms", "CPU of SGLang's own")
     for name, seconds in taken.items():
         ratio = seconds.cpu / taken[STOCK].cpu
-        table.add_row(name, f"{seconds.wall * 1e3:.1f}", f"{seconds.cpu * 1e3:.1f}", f"{ratio:.2f}")
-    return table
-
-
-def _aims_table(aims: dict[str, dict[str, Any]]) -> Table:
-    table = _table("Targets", "at most", "measured", "holds")
-    for name, aim in aims.items():
-        table.add_row(name, f"{aim['at_most']:.3f}", f"{aim['measured']:.3f}", "yes" if aim["holds"] else "NO")
-    return table
+        made.add_row(name, f"{seconds.wall * 1e3:.1f}", f"{seconds.cpu * 1e3:.1f}", f"{ratio:.2f}")
+    return made

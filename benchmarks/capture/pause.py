@@ -20,7 +20,7 @@ from sglang.srt.managers.io_struct import sock_send, wrap_as_pickle
 
 from benchmarks.capture.serving import MASKS, SGLANG, STOCK
 from benchmarks.counted_socket import CountedSocket
-from benchmarks.tables import batch_of_one, filled, finished
+from benchmarks.slot_tables import batch_of_one, filled, finished
 from sglang_router_capture import answer, sglang_format
 from sglang_router_capture.mailbox import Mailbox
 from sglang_router_capture.writer import Writer

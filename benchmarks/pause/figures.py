@@ -18,6 +18,7 @@ from benchmarks.machine import hardware, versions, write_json
 from benchmarks.pause.load import LongRequests
 from benchmarks.pause.rounds import AGAIN, PHASES, QUIET, WITH, WITHOUT, Pause, Round, one_round
 from benchmarks.pause.servers import FILE, INLINE, SLOW, STOCK, VARIANTS, Sizes, running
+from benchmarks.shown import aims_table, median_and_error, table
 
 _MOST_MS = 3.0
 
@@ -35,7 +36,7 @@ def measure(rounds: int, sizes: Sizes, stock_together: int, model: str, json_fil
     title = f"First token of others, median ms in {sizes.window:g} s after an end; ratios over {rounds} rounds"
     console.print(_first_token_table(title, found))
     aims = targets(found)
-    console.print(_aims_table(aims))
+    console.print(aims_table(aims))
     figures = {
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
@@ -133,17 +134,8 @@ def _quantiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def _ratio(ratios: Sequence[float]) -> dict[str, float]:
-    ratio = statistics.median(ratios)
-    # Two standard errors of a median of normal values whose deviation is estimated by the median absolute one.
-    error = 2 * 1.2533 * 1.4826 * statistics.median(abs(each - ratio) for each in ratios) / len(ratios) ** 0.5
+    ratio, error = median_and_error(ratios)
     return {"ratio": ratio, "error": error}
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table("", title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
 
 
 def _pause_table(title: str, found: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -159,10 +151,10 @@ def _pause_table(title: str, found: Mapping[str, Mapping[str, Any]]) -> Table:
         "without routes",
         "table ms",
     )
-    table = _table(title, *columns)
+    made = table(title, *columns)
     for variant, of in found.items():
         one, together = of["one"], of["together"]
-        table.add_row(
+        made.add_row(
             variant,
             *(f"{value:.2f}" for value in (one["wall"], one["most_wall"], one["cpu"], of["one_without"]["wall"])),
             f"{together['requests']} in {of['steps']}",
@@ -170,20 +162,13 @@ def _pause_table(title: str, found: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{of['together_without']['wall']:.1f}",
             f"{of['table_ms']['with']:.1f}",
         )
-    return table
+    return made
 
 
 def _first_token_table(title: str, found: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = _table(title, QUIET, WITHOUT, WITH, AGAIN, "with/without", "+-", "again/without", "+-")
+    made = table(title, QUIET, WITHOUT, WITH, AGAIN, "with/without", "+-", "again/without", "+-")
     for variant, of in found.items():
         medians = (f"{of['first_token_ms'][phase]['median']:.0f}" for phase in PHASES)
         ratios = (f"{each[key]:.3f}" for each in of["first_token_ratios"].values() for key in ("ratio", "error"))
-        table.add_row(variant, *medians, *ratios)
-    return table
-
-
-def _aims_table(aims: Mapping[str, Mapping[str, Any]]) -> Table:
-    table = _table("Targets", "at most", "measured", "holds")
-    for name, aim in aims.items():
-        table.add_row(name, f"{aim['at_most']:.3f}", f"{aim['measured']:.3f}", "yes" if aim["holds"] else "NO")
-    return table
+        made.add_row(variant, *medians, *ratios)
+    return made

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import functools
-import statistics
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -25,6 +24,7 @@ from benchmarks.machine import hardware, versions, write_json
 from benchmarks.replay import binding
 from benchmarks.replay.models import VOCABULARY, build
 from benchmarks.replay.variants import AGAIN, NATIVE, ORDER, OURS, WITH_NATIVE, Work, num_operators, variants
+from benchmarks.shown import aims_table, median_and_error, table
 from cpu_engines.megatron.logprobs import forward_logits
 from megatron_router_replay import BatchLayout
 
@@ -79,9 +79,7 @@ def times_of(shape: str, kind: str, tokens: int, hidden: int, rounds: int) -> di
 def _summary(times: list[Seconds], native: list[Seconds]) -> dict[str, float]:
     """Medians, and the median over rounds of the time over native's in the same round, with its error."""
     ratios = [ours.cpu / theirs.cpu for ours, theirs in zip(times, native, strict=True)]
-    ratio = statistics.median(ratios)
-    # Two standard errors of a median of normal values whose deviation is estimated by the median absolute one.
-    error = 2 * 1.2533 * 1.4826 * statistics.median(abs(each - ratio) for each in ratios) / len(ratios) ** 0.5
+    ratio, error = median_and_error(ratios)
     taken = median_of(times)
     return {"wall_seconds": taken.wall, "cpu_seconds": taken.cpu, "cpu_of_native": ratio, "error": error}
 
@@ -133,7 +131,7 @@ def measure(
     console.print(_bind_table(f"Host time of a bind, {bind_tokens:,} tokens of {binding.MODEL}", binds))
     console.print({"bytes per token on the device": {name: round(size, 1) for name, size in held.items()}})
     aims = targets(times, binds)
-    console.print(_aims_table(aims))
+    console.print(aims_table(aims, "Targets, by CPU time"))
     figures = {
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
@@ -154,31 +152,17 @@ def measure(
         write_json(figures, json_file)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table("", title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
 def _times_table(title: str, times: dict[str, dict[str, float]]) -> Table:
-    table = _table(title, "wall ms", "CPU ms", "CPU of native", "+-", "operators")
+    made = table(title, "wall ms", "CPU ms", "CPU of native", "+-", "operators")
     for name, taken in times.items():
         milliseconds = f"{taken['wall_seconds'] * 1e3:.2f}", f"{taken['cpu_seconds'] * 1e3:.2f}"
         ratios = f"{taken['cpu_of_native']:.3f}", f"{taken['error']:.3f}"
-        table.add_row(name, *milliseconds, *ratios, f"{taken['operators']}")
-    return table
+        made.add_row(name, *milliseconds, *ratios, f"{taken['operators']}")
+    return made
 
 
 def _bind_table(title: str, binds: dict[str, Seconds]) -> Table:
-    table = _table(title, "wall ms", "CPU ms")
+    made = table(title, "wall ms", "CPU ms")
     for name, taken in binds.items():
-        table.add_row(name, f"{taken.wall * 1e3:.2f}", f"{taken.cpu * 1e3:.2f}")
-    return table
-
-
-def _aims_table(aims: dict[str, dict[str, Any]]) -> Table:
-    table = _table("Targets, by CPU time", "at most", "measured", "holds")
-    for name, aim in aims.items():
-        table.add_row(name, f"{aim['at_most']:.3f}", f"{aim['measured']:.3f}", "yes" if aim["holds"] else "NO")
-    return table
+        made.add_row(name, f"{taken.wall * 1e3:.2f}", f"{taken.cpu * 1e3:.2f}")
+    return made

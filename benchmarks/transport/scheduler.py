@@ -11,7 +11,7 @@ import zmq
 from sglang.srt.managers.io_struct import BatchTokenIDOutput, sock_send, wrap_as_pickle
 from sglang.srt.utils.network import get_zmq_socket
 
-from benchmarks.tables import Tables, batch_of_one, filled, finished
+from benchmarks.slot_tables import Tables, batch_of_one, filled, finished
 from benchmarks.transport.ways import HTTP, STOCK, STORED, TRIM, Places
 from router_replay.masks import Store, open_store
 from router_replay.masks.stores.directory import DirectoryStore

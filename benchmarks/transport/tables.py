@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.shown import aims_table, table
 from benchmarks.transport.ways import HOPS
 
 _MIB = 1 << 20
@@ -22,37 +23,28 @@ def show(figures: dict[str, Any]) -> None:
             name = f"A conversation of {case['turns']} turns, {name}"
         console.print(_cpu(f"{name}: CPU ms by process", case))
         console.print(_memory(f"{name}: peak MiB by process above what it held, bytes by hop", case))
-    aims = _table("Targets", "at most", "measured", "holds")
-    for aim in figures["targets"]:
-        aims.add_row(aim["what"], f"{aim['at_most']:.4f}", f"{aim['measured']:.4f}", "yes" if aim["holds"] else "NO")
-    console.print(aims)
+    aims = {aim["what"]: aim for aim in figures["targets"]}
+    console.print(aims_table(aims, places=4))
     console.print({key: figures[key] for key in ("date", "hardware", "versions", "settings")})
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table("", title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
 
 
 def _cpu(title: str, case: dict[str, Any]) -> Table:
     names = list(case["rows"][0]["cpu_s_by_process"])
-    table = _table(title, *names, "all", "wall ms", "CPU of SGLang's own")
+    made = table(title, *names, "all", "wall ms", "CPU of SGLang's own")
     for row in case["rows"]:
         seconds = (*(row["cpu_s_by_process"][name] for name in names), row["cpu_s"], row["wall_s"])
-        table.add_row(_name(case, row), *(f"{each * 1e3:.1f}" for each in seconds), f"{row['cpu_of_stock']:.4f}")
-    return table
+        made.add_row(_name(case, row), *(f"{each * 1e3:.1f}" for each in seconds), f"{row['cpu_of_stock']:.4f}")
+    return made
 
 
 def _memory(title: str, case: dict[str, Any]) -> Table:
     names = list(case["rows"][0]["peak_bytes_by_process"])
-    table = _table(title, *names, *HOPS, "read, of SGLang's own")
+    made = table(title, *names, *HOPS, "read, of SGLang's own")
     for row in case["rows"]:
         memory = (f"{row['peak_bytes_by_process'][name] / _MIB:.1f}" for name in names)
         hops = (f"{row['bytes_by_hop'][hop]:,}" for hop in HOPS)
-        table.add_row(_name(case, row), *memory, *hops, f"{row['bytes_of_stock']:.4f}")
-    return table
+        made.add_row(_name(case, row), *memory, *hops, f"{row['bytes_of_stock']:.4f}")
+    return made
 
 
 def _name(case: dict[str, Any], row: dict[str, Any]) -> str:
