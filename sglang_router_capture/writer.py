@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -20,6 +21,10 @@ MOST_BYTES = 4 << 30
 
 # A store on another machine answers after some milliseconds, in which it can take the next request's masks.
 _THREADS = 4
+# Masks are made once no request has ended for so long, or after the longest: the scheduler notes requests that end in
+# one step one after the other, and sends their answers, and would share Python's lock with who makes masks meanwhile.
+_QUIET_S = 0.005
+_LONGEST_S = 0.05
 # SGLang gives a scheduler that is to stop a few seconds more than this.
 _CLOSING_S = 5.0
 _STOPPED = "the server stopped before the store had taken them"
@@ -27,11 +32,16 @@ _STOPPED = "the server stopped before the store had taken them"
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """A request whose masks are on their way: their rows' size, and the ticket of whose answer waits for them."""
+    """A request whose masks are on their way: their rows' size, and the ticket of whose answer waits for them.
+
+    Attributes:
+        since: when the request ended, by `time.monotonic`.
+    """
 
     ticket: dict[str, str]
     num_bytes: int
     make: Callable[[], RoutingMasks]
+    since: float
 
 
 @dataclass
@@ -71,6 +81,7 @@ class Writer:
         self._underway: set[_Job] = set()
         self._lock = threading.Lock()
         self._told: set[str] = set()
+        self._latest = -math.inf
         self.counts = WriteCounts()
         # One makes the masks, however long the store takes: until then their rows are in the slot table alone, and the
         # scheduler would have to copy them before it uses the slots again.
@@ -105,7 +116,8 @@ class Writer:
             reason = f"the store is behind: rows of {waiting:,} bytes wait for it, at most {self._most_bytes:,} may"
             self._tell_once("behind", reason)
             return no_masks(self._url, reason)
-        job = _Job(new_ticket(), num_bytes, make)
+        job = _Job(new_ticket(), num_bytes, make, time.monotonic())
+        self._latest = job.since
         with self._lock:
             self._underway.add(job)
         self._jobs.put(job)
@@ -130,6 +142,8 @@ class Writer:
             for _ in range(_THREADS):
                 self._made.put(None)
             return False
+        while (left := min(self._latest + _QUIET_S, job.since + _LONGEST_S) - time.monotonic()) > 0:
+            time.sleep(left)
         try:
             masks = job.make()
         except Exception as error:

@@ -64,6 +64,44 @@ def collected(mailbox: Mailbox, *answers: Any) -> list[Any]:
     return asyncio.run(collect())
 
 
+def test_masks_are_made_when_no_further_request_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of requests that end together are made once the last of them has been noted."""
+    monkeypatch.setattr(writer_module, "_QUIET_S", 0.5)
+    monkeypatch.setattr(writer_module, "_LONGEST_S", 60.0)
+    store = SlowStore()
+    store.may_store.set()
+    writer = Writer(store, "slow:", Mailbox(tmp_path))
+    made: list[float] = []
+
+    def make() -> RoutingMasks:
+        made.append(time.monotonic())
+        return masks()
+
+    for _ in range(4):
+        time.sleep(0.05)
+        writer.submit(make, 10)
+        last = time.monotonic()
+    writer.close()
+    assert len(store.kept) == 4 and min(made) > last
+
+
+def test_masks_are_made_while_requests_go_on_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "_QUIET_S", 60.0)
+    store = SlowStore()
+    store.may_store.set()
+    writer = Writer(store, "slow:", Mailbox(tmp_path))
+    made = threading.Event()
+
+    def make() -> RoutingMasks:
+        made.set()
+        return masks()
+
+    deadline = time.monotonic() + 20
+    while not made.wait(0.01):
+        assert time.monotonic() < deadline
+        writer.submit(make, 10)
+
+
 def test_a_handle_stands_where_its_ticket_stood(tmp_path: Path) -> None:
     mailbox = Mailbox(tmp_path)
     writer = Writer(open_store("inline:"), "inline:", mailbox)
