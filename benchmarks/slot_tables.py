@@ -13,7 +13,7 @@ from sglang.srt.managers.io_struct import BatchTokenIDOutput
 from sglang.srt.state_capturer.base import BaseTopkCapturer
 from torch import Tensor
 
-from benchmarks.mask_codec.models import geometry_of
+from benchmarks.mask_codec.models import DENSE_LAYERS, geometry_of
 from router_replay.masks import Codec, choose_codec, open_store
 from sglang_router_capture.options import CaptureOptions
 from sglang_router_capture.recorder import Recorder
@@ -28,7 +28,7 @@ class Tables:
 
     Attributes:
         pool: as SGLang's `ReqToTokenPool`; the request is its row 0.
-        routes: `int32 [tokens, layers, K]` by slot, as SGLang's own capture keeps them.
+        routes: `int32 [tokens, layers, K]` by slot, as SGLang's own capture keeps them: of dense layers, too.
         recorders: this package's, by format.
     """
 
@@ -50,11 +50,12 @@ def filled(model: str, tokens: int, formats: Iterable[str]) -> Tables:
     slots = torch.randperm(tokens, generator=generator)
     scores = torch.rand((_DRAWN, geometry.num_moe_layers, geometry.num_experts), generator=generator)
     drawn = scores.topk(geometry.top_k).indices.int()
-    routes = torch.empty((tokens, geometry.num_layers, geometry.top_k), dtype=torch.int32)
+    dense = DENSE_LAYERS.get(model, 0)
+    routes = torch.zeros((tokens, dense + geometry.num_layers, geometry.top_k), dtype=torch.int32)
     recorders = {name: _recorder(geometry, name, tokens) for name in formats}
     for first in range(0, tokens, _DRAWN):
         here = slots[first : first + _DRAWN]
-        routes[here] = drawn[: len(here)]
+        routes[here, dense:] = drawn[: len(here)]
         for recorder in recorders.values():
             rows = recorder.codec.pack(drawn[: len(here)], geometry)
             version = recorder.weight_versions.number("default")

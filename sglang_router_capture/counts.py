@@ -17,7 +17,8 @@ class RowCounts:
         written: rows of forward passes.
         written_without_routes: those of them that are not valid, since a layer reported no legal choice.
         kept: rows of sampled tokens that were kept when their request was retracted.
-        returned: rows of answers.
+        returned: rows of answers. Masks that were dropped before they were made, since the store was behind, are not
+            among them: the writer counts these requests.
         returned_without_routes: those of them that are not valid, since a layer reported no legal choice.
         returned_unrecorded: those of them that are not valid, since nobody here recorded the KV: pages of another
             server, or pages whose rows were evicted.

@@ -19,6 +19,9 @@ MODELS = {
     "OLMoE-1B-7B": (16, 8, 64),
 }
 
+# Those of them whose first layers are dense, and how many: SGLang's own capture sends these layers as well, as zeros.
+DENSE_LAYERS = {"DeepSeek-V3": 3, "Kimi-K2": 1}
+
 
 def geometry_of(name: str) -> RoutingGeometry:
     """Geometry with the model's routed layers only."""

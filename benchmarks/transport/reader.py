@@ -13,7 +13,7 @@ import pybase64
 import torch
 from torch import Tensor
 
-from benchmarks.mask_codec.models import geometry_of
+from benchmarks.mask_codec.models import DENSE_LAYERS, geometry_of
 from benchmarks.transport.scheduler import SAMPLED, trim
 from benchmarks.transport.ways import ANSWERED, HOPS, KEPT, NOTHING, STOCK, TRIM, Places
 from router_replay.masks import Rollout, RoutingMasks, masks_from_meta_info, open_store
@@ -124,7 +124,7 @@ class _Reader:
             # As trainers do; a copy, since a tensor of what cannot be written to is refused.
             data = bytearray(pybase64.b64decode(meta_info["routed_experts"]))
             routes = torch.frombuffer(data, dtype=torch.int32)
-            return routes.reshape(tokens - 1 - start, geometry.num_layers, geometry.top_k)
+            return routes.reshape(tokens - 1 - start, -1, geometry.top_k)[:, DENSE_LAYERS.get(ask.model, 0) :]
         masks = masks_from_meta_info(meta_info)
         self._let_go(ask, meta_info)
         return masks

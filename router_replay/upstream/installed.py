@@ -7,6 +7,7 @@ import importlib.metadata
 import inspect
 import pkgutil
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from router_replay.upstream.reader import Found, without_receiver
@@ -22,7 +23,8 @@ class Installed:
 
     distribution: str
 
-    @property
+    # Once: each time reads the metadata of all that is installed, and hooks ask for every seam.
+    @cached_property
     def release(self) -> str | None:
         """The distribution's version; None where it is imported from a folder that was never installed."""
         # A package's own `__version__` may be another: Megatron-Core's has the commit of the current folder in it.

@@ -36,8 +36,8 @@ class InlineStore(Store):
         return container.from_bytes(_data(handle))
 
     def delete(self, handle: Handle) -> None:
-        """Nothing: the masks are in the handle alone."""
-        _data(handle)
+        """Nothing: the masks are in the handle alone, whose text is not decoded for it."""
+        _text(handle)
 
     def stat(self, handle: Handle) -> Stat:
         """Sizes of the masks in the handle, which are always there."""
@@ -49,8 +49,15 @@ class InlineStore(Store):
 
 
 def _data(handle: Handle) -> bytes:
-    require_store(handle, URL)
     try:
-        return pybase64.b64decode(handle["data"], validate=True)
-    except (KeyError, TypeError, ValueError) as error:
+        return pybase64.b64decode(_text(handle), validate=True)
+    except ValueError as error:
         raise DataError(f"an inline handle whose data is not base64 text: {error!r}") from error
+
+
+def _text(handle: Handle) -> str:
+    require_store(handle, URL)
+    data = handle.get("data")
+    if not isinstance(data, str):
+        raise DataError(f"an inline handle's data is base64 text, this one's is a {type(data).__name__}")
+    return data
