@@ -9,6 +9,7 @@ A table stands between `<!-- name -->` and `<!-- /name -->`; the names are those
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 import sys
@@ -17,6 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# Of the folders here the packages alone are installed.
+sys.path.insert(0, str(ROOT))
+from benchmarks.markdown import row, rule  # noqa: E402
+
 TAUS = ("1.01", "1.1")
 ENDS = {"sglang": "SGLang, the rollout", "megatron": "Megatron-Core, the trainer", "models": "models"}
 
@@ -51,7 +56,7 @@ def filled(path: str) -> str:
 def support() -> str:
     """The matrix of the README: a row for each end, and one for models."""
     known = tomllib.loads((ROOT / "docs" / "support.toml").read_text())
-    lines = [row("", "tested", "refused", "untested"), row(*["---"] * 4)]
+    lines = [row("", "tested", "refused", "untested"), rule(names=4, figures=0)]
     for end, title in ENDS.items():
         refused = dict.fromkeys([*known[end]["refused"], *(each.feature for each in refusals(end))])
         untested = [f"{name} ({note})" if note else name for name, note in known[end]["untested"].items()]
@@ -75,7 +80,7 @@ def refusals(end: str) -> Sequence:
 def features(end: str) -> str:
     """Every feature of an end by itself: what holds of it, and the test or the reason."""
     known = tomllib.loads((ROOT / "docs" / "support.toml").read_text())[end]
-    lines = [row("feature", "is", "shown by, or because"), row(*["---"] * 3)]
+    lines = [row("feature", "is", "shown by, or because"), rule(names=3, figures=0)]
     lines += [row(name, "right", _link(test)) for name, test in known["tested"].items()]
     lines += [row(name, "refused", _link(test)) for name, test in known["refused"].items()]
     of_settings = {each.feature: f"{each.reason}; `test_what_cannot_be_captured_is_refused`" for each in refusals(end)}
@@ -91,7 +96,7 @@ def _link(test: str) -> str:
 
 def reasons(end: str) -> str:
     """A table of an end's refusals: what, the setting, and why."""
-    lines = [row("refused", "setting", "because"), row(*["---"] * 3)]
+    lines = [row("refused", "setting", "because"), rule(names=3, figures=0)]
     seen: set[str] = set()
     for each in refusals(end):
         if each.feature not in seen:
@@ -109,7 +114,7 @@ def releases() -> str:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     lines = [
         row("", "tests of the engine ran with", "names and parameters checked against", "extra"),
-        row(*["---"] * 4),
+        rule(names=4, figures=0),
     ]
     for ledger, extra in ((SGLANG, "sglang"), (MEGATRON, "megatron")):
         checked = ", ".join(ledger.checked) or "no other"
@@ -134,14 +139,20 @@ def figures() -> str:
     )
 
 
-def row(*cells: str) -> str:
-    """A line of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
+def measured(benchmark: str, part: str) -> str:
+    """What a benchmark's page makes of the figures of the run that is committed."""
+    page = importlib.import_module(f"benchmarks.{benchmark}.page")
+    return getattr(page, part)(json.loads((ROOT / "benchmarks" / "results" / f"{benchmark}.json").read_text()))
 
 
 TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "support"): support,
     ("README.md", "figures"): figures,
+    ("README.md", "transport"): lambda: measured("transport", "sentence"),
+    ("docs/transport.md", "requests"): lambda: measured("transport", "requests"),
+    ("docs/transport.md", "conversation"): lambda: measured("transport", "conversation"),
+    ("docs/transport.md", "large job"): lambda: measured("transport", "large_job"),
+    ("docs/transport.md", "pause"): lambda: measured("pause", "pauses"),
     ("docs/engine-support.md", "features"): lambda: features("sglang"),
     ("docs/server.md", "refusals"): lambda: reasons("sglang"),
     ("docs/trainer.md", "refusals"): lambda: reasons("megatron"),

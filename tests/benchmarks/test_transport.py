@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from benchmarks.transport import page
 from benchmarks.transport.figures import targets
 from benchmarks.transport.ways import ANSWERED, FILE, HANDED, HTTP, INLINE, KEPT, NOTHING, RAY, SCHEDULED, STOCK, WAYS
 from tests.house.repository import ROOT
@@ -63,6 +64,12 @@ def test_a_conversation_in_deltas_reads_each_row_once(figures: dict) -> None:
     assert whole == pytest.approx(2, rel=0.01)
     assert read[INLINE, "whole prefixes"] / read[INLINE, "Rollout"] == pytest.approx(2, rel=0.05)
     assert read[FILE, "Rollout"] < read[INLINE, "Rollout"]
+
+
+def test_pages_are_made_of_the_figures(figures: dict) -> None:
+    assert f"| {TOKENS}, Qwen3-30B-A3B | `file:` |" in page.requests(figures)
+    assert "| file: | Rollout |" in page.conversation(figures)
+    assert "3 turns, 2,048 tokens of Qwen3-30B-A3B" in page.conversation(figures)
 
 
 def test_targets_are_of_what_routes_cost() -> None:

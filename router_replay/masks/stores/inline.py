@@ -49,8 +49,9 @@ class InlineStore(Store):
 
 
 def _data(handle: Handle) -> bytes:
+    text = _text(handle)
     try:
-        return pybase64.b64decode(_text(handle), validate=True)
+        return pybase64.b64decode(text, validate=True)
     except ValueError as error:
         raise DataError(f"an inline handle whose data is not base64 text: {error!r}") from error
 
@@ -59,5 +60,5 @@ def _text(handle: Handle) -> str:
     require_store(handle, URL)
     data = handle.get("data")
     if not isinstance(data, str):
-        raise DataError(f"an inline handle's data is base64 text, this one's is a {type(data).__name__}")
+        raise DataError(f"an inline handle whose data is not base64 text: a {type(data).__name__}")
     return data

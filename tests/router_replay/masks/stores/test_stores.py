@@ -127,7 +127,12 @@ def test_the_inline_store_has_no_place():
 
 @pytest.mark.parametrize("method", ["get", "delete", "stat"])
 def test_an_inline_handle_without_data_is_refused_by_every_method(method: str):
-    for handle in ({"store": "inline:"}, {"store": "inline:", "data": 5}, {"store": "inline:", "data": "###"}):
+    garbled: dict[str, Any] = {"store": "inline:", "data": "###"}
+    for handle in ({"store": "inline:"}, {"store": "inline:", "data": 5}, garbled):
+        if method == "delete" and handle is garbled:
+            # Nothing is to be deleted, and a long text is not decoded for that.
+            InlineStore().delete(handle)
+            continue
         with pytest.raises(DataError, match="data is not base64 text"):
             getattr(InlineStore(), method)(handle)
 
