@@ -53,10 +53,6 @@ inline Tensor empty_beside(const Tensor& tensor, const std::vector<int64_t>& siz
   return torch::stable::new_empty(tensor, {sizes.data(), sizes.size()}, dtype);
 }
 
-inline Tensor zeros_beside(const Tensor& tensor, const std::vector<int64_t>& sizes, ScalarType dtype) {
-  return torch::stable::new_zeros(tensor, {sizes.data(), sizes.size()}, dtype);
-}
-
 inline void require_index_type(bool known) {
   require(known, "indices must be uint8, int16, uint16, int32 or int64");
 }
@@ -141,8 +137,8 @@ PackedRows packed_rows(
       flat.size(1) == expected, "rows of ", flat.size(1), " bytes, but this codec writes ", expected, " for ",
       geometry.num_layers, " MoE layers of ", geometry.top_k, " of ", geometry.num_experts, " experts");
   return {
-      static_cast<const uint8_t*>(flat.const_data_ptr()), flat.stride(0), expected, geometry.num_layers, first_layer,
-      layers};
+      static_cast<const uint8_t*>(flat.const_data_ptr()), flat.size(0), flat.stride(0), expected, geometry.num_layers,
+      first_layer, layers};
 }
 
 inline Tensor flat_rows(const Tensor& rows) {

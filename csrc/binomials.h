@@ -14,7 +14,7 @@ namespace routing_masks {
 
 using Wide = unsigned __int128;
 
-inline int bit_length(Wide value) {
+constexpr int bit_length(Wide value) {
   int length = 0;
   for (; value != 0; value >>= 1) ++length;
   return length;
@@ -54,30 +54,35 @@ __device__ constexpr BinomialTable<Wide> kDeviceBinomials128 = make_binomials<Wi
 constexpr BinomialTable<uint64_t> kBinomials64 = make_binomials<uint64_t>();
 constexpr BinomialTable<Wide> kBinomials128 = make_binomials<Wide>();
 
-// C(c, i) for 1 <= i <= kMaxTopK and 0 <= c < kMaxExperts.
+// C(c, i) for all c in [0, kMaxExperts), 1 <= i <= kMaxTopK.
 template <class Rank>
-ROUTING_MASKS_FN Rank binomial(int i, int c);
+ROUTING_MASKS_FN const Rank* binomials(int i);
 
 template <>
-ROUTING_MASKS_FN uint64_t binomial<uint64_t>(int i, int c) {
+ROUTING_MASKS_FN const uint64_t* binomials<uint64_t>(int i) {
 #ifdef __CUDA_ARCH__
-  return kDeviceBinomials64.at[i][c];
+  return kDeviceBinomials64.at[i];
 #else
-  return kBinomials64.at[i][c];
+  return kBinomials64.at[i];
 #endif
 }
 
 template <>
-ROUTING_MASKS_FN Wide binomial<Wide>(int i, int c) {
+ROUTING_MASKS_FN const Wide* binomials<Wide>(int i) {
 #ifdef __CUDA_ARCH__
-  return kDeviceBinomials128.at[i][c];
+  return kDeviceBinomials128.at[i];
 #else
-  return kBinomials128.at[i][c];
+  return kBinomials128.at[i];
 #endif
+}
+
+template <class Rank>
+ROUTING_MASKS_FN Rank binomial(int i, int c) {
+  return binomials<Rank>(i)[c];
 }
 
 // Number of K-subsets of E experts, saturated; C(E, K) = C(E - 1, K) + C(E - 1, K - 1).
-inline Wide count_of_sets(int num_experts, int top_k) {
+constexpr Wide count_of_sets(int num_experts, int top_k) {
   const Wide without = kBinomials128.at[top_k][num_experts - 1];
   const Wide with = kBinomials128.at[top_k - 1][num_experts - 1];
   return with > ~Wide{0} - without ? ~Wide{0} : without + with;

@@ -7,9 +7,11 @@
 #ifdef __CUDACC__
 #define ROUTING_MASKS_FN __host__ __device__ __forceinline__
 #define ROUTING_MASKS_UNROLL _Pragma("unroll")
+#define ROUTING_MASKS_NO_UNROLL _Pragma("unroll 1")
 #else
 #define ROUTING_MASKS_FN inline __attribute__((always_inline))
 #define ROUTING_MASKS_UNROLL
+#define ROUTING_MASKS_NO_UNROLL
 #endif
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "rows are read and written as little-endian words");
@@ -62,33 +64,66 @@ ROUTING_MASKS_FN int lowest_bit(uint64_t word) {
 #endif
 }
 
-// One field's place in a row of `row_bytes` bytes.
+// Zeros above the highest bit of a word that is set.
+ROUTING_MASKS_FN int leading_zeros(uint64_t word) {
+#ifdef __CUDA_ARCH__
+  return __clzll(static_cast<long long>(word));
+#else
+  return __builtin_clzll(word);
+#endif
+}
+
+// One field's place in a row. `begin` and `end` are those of the memory of all rows, of which any byte may be read.
 struct Field {
+  const uint8_t* begin;
+  const uint8_t* end;
   const uint8_t* row;
-  int64_t row_bytes;
-  int64_t first_bit;
+  int first_bit;
 };
 
-// Bits [first, first + count) of a row, count in [0, 64]. Never reads outside of the row.
-ROUTING_MASKS_FN uint64_t read_bits(const uint8_t* row, int64_t row_bytes, int64_t first, int count) {
-  if (count == 0) return 0;
-  const uint8_t* at = row + (first >> 3);
-  const int shift = static_cast<int>(first & 7);
+// Bits [first, first + count) of a field's row, byte by byte and none outside of the row; count in [0, 64].
+ROUTING_MASKS_FN uint64_t read_bytes(const Field& field, int first, int count) {
+  const uint8_t* at = field.row + (first >> 3);
+  const int shift = first & 7;
   uint64_t word = 0;
-#ifdef __CUDA_ARCH__
-  // Rows have any width, so a wider load would not be aligned.
+  ROUTING_MASKS_NO_UNROLL
   for (int byte = 0; byte < 8 && 8 * byte < shift + count; ++byte) word |= static_cast<uint64_t>(at[byte]) << (8 * byte);
-#else
-  const int64_t left = row_bytes - (first >> 3);
-  if (left >= 8) {
-    std::memcpy(&word, at, 8);
-  } else {
-    for (int byte = 0; byte < left; ++byte) word |= static_cast<uint64_t>(at[byte]) << (8 * byte);
-  }
-#endif
   word >>= shift;
   if (shift + count > 64) word |= static_cast<uint64_t>(at[8]) << (64 - shift);
   return word & low_bits(count);
+}
+
+// The same by loads of aligned words, as a CUDA device has no others: threads that read neighbouring fields read
+// neighbouring words.
+ROUTING_MASKS_FN uint64_t read_aligned(const Field& field, int first, int count) {
+  const uint8_t* at = field.row + (first >> 3);
+  const int skew = static_cast<int>(reinterpret_cast<uintptr_t>(at) % 8);
+  const int shift = 8 * skew + (first & 7);
+  const uint64_t* words = reinterpret_cast<const uint64_t*>(at - skew);
+  if (at - skew < field.begin || field.end - (at - skew) < 16) return read_bytes(field, first, count);
+  uint64_t bits = words[0] >> shift;
+  if (shift + count > 64) bits |= words[1] << 1 << (63 - shift);
+  return bits & low_bits(count);
+}
+
+// The same by loads at any byte.
+ROUTING_MASKS_FN uint64_t read_anywhere(const Field& field, int first, int count) {
+  const uint8_t* at = field.row + (first >> 3);
+  if (field.end - at < 8) return read_bytes(field, first, count);
+  const int shift = first & 7;
+  uint64_t word;
+  std::memcpy(&word, at, 8);
+  word >>= shift;
+  if (shift + count > 64) word |= static_cast<uint64_t>(at[8]) << (64 - shift);
+  return word & low_bits(count);
+}
+
+ROUTING_MASKS_FN uint64_t read_bits(const Field& field, int first, int count) {
+#ifdef __CUDA_ARCH__
+  return read_aligned(field, first, count);
+#else
+  return read_anywhere(field, first, count);
+#endif
 }
 
 // Appends fields to bytes that nobody else writes; what it writes begins at a byte's first bit.

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "chunk.h"
 #include "mask_codec.h"
 
 namespace routing_masks {
@@ -15,23 +16,6 @@ constexpr int kBlockThreads = kBlockGroups * kGroup;
 
 // No MoE layer wrote to a place of the staging buffer.
 constexpr int16_t kUnwritten = -1;
-
-struct alignas(16) Chunk {
-  uint32_t words[4];
-};
-
-ROUTING_MASKS_FN int offset_in_chunk(const void* at) {
-  return static_cast<int>(reinterpret_cast<uintptr_t>(at) % sizeof(Chunk));
-}
-
-// Threads of a block share words of its memory.
-ROUTING_MASKS_FN void or_into(uint32_t* word, uint32_t bits) {
-#ifdef __CUDA_ARCH__
-  atomicOr(word, bits);
-#else
-  *word |= bits;
-#endif
-}
 
 // Appends fields at any bit of words that are zero there, and that other threads write to as well.
 class SharedBitWriter {
@@ -143,7 +127,7 @@ class PackingPass {
     for (int chunk = thread; chunk < num_chunks(); chunk += kBlockThreads) {
       const int begin = chunk * static_cast<int>(sizeof(Chunk)) - skew_, end = begin + static_cast<int>(sizeof(Chunk));
       if (begin >= 0 && end <= bytes_) {
-        *reinterpret_cast<Chunk*>(out_ + begin) = shared_[chunk];
+        store_chunk(out_ + begin, shared_[chunk]);
         continue;
       }
       // What is before and behind is written by other blocks, or nobody's.
@@ -172,7 +156,7 @@ reset_places(int16_t* data, int64_t begin, int64_t end, int64_t thread, int64_t 
   const int64_t skew = offset_in_chunk(data + begin) / static_cast<int>(sizeof(int16_t));
   for (int64_t first = begin - skew + thread * kPlaces; first < end; first += threads * kPlaces) {
     if (first >= begin && first + kPlaces <= end) {
-      *reinterpret_cast<Chunk*>(data + first) = Chunk{{~0u, ~0u, ~0u, ~0u}};
+      store_chunk(data + first, {{~0u, ~0u, ~0u, ~0u}});
       continue;
     }
     for (int64_t place = first < begin ? begin : first; place < first + kPlaces && place < end; ++place) {

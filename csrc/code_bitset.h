@@ -108,7 +108,7 @@ struct BitsetCode {
   }
 
   ROUTING_MASKS_FN uint64_t word_at(const Field& field, int first) const {
-    return read_bits(field.row, field.row_bytes, field.first_bit + first, word_bits(first));
+    return read_bits(field, field.first_bit + first, word_bits(first));
   }
 };
 

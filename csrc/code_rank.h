@@ -51,7 +51,14 @@ struct RankCode {
     unrank_lanes(search, top_k, rank, [&](int n, int k, int c) { visit(n, k, legal[n] ? c : num_experts); });
   }
 
-  // Of a code whose searches are bisections: the 64-bit words of a table for them, its contents, and the code with it.
+  // The same code with another search, and another bound of K.
+  template <int OtherKMax, class Other>
+  ROUTING_MASKS_FN RankCode<OtherKMax, Rank, Other> searching(const Other& other) const {
+    return {num_experts, top_k, width, num_sets, other};
+  }
+
+  // To write by a code whose searches are bisections: the 64-bit words of a table for them, its contents, and the code
+  // with it.
   ROUTING_MASKS_FN int table_words() const {
     if constexpr (kIsWide) {
       return routing_masks::table_words(search.low, search.num_low);
@@ -70,12 +77,10 @@ struct RankCode {
 
   ROUTING_MASKS_FN auto in_table(const uint64_t* table) const {
     if constexpr (kIsWide) {
-      using Both = Split<decltype(search.high), BisectionInTable>;
-      const BisectionInTable low(table, search.low.first_step());
-      return RankCode<KMax, Rank, Both>{num_experts, top_k, width, num_sets, Both{search.high, low, search.num_low}};
+      const CoefficientsInTable low(table, 2 * search.low.first_step());
+      return searching<KMax>(Split<decltype(search.high), CoefficientsInTable>{search.high, low, search.num_low});
     } else {
-      const BisectionInTable here(table, search.first_step());
-      return RankCode<KMax, Rank, BisectionInTable>{num_experts, top_k, width, num_sets, here};
+      return searching<KMax>(CoefficientsInTable(table, 2 * search.first_step()));
     }
   }
 
@@ -83,9 +88,9 @@ struct RankCode {
   static constexpr bool kIsWide = sizeof(Rank) > sizeof(uint64_t);
 
   ROUTING_MASKS_FN Rank rank_at(const Field& field) const {
-    Rank rank = read_bits(field.row, field.row_bytes, field.first_bit, width < 64 ? width : 64);
+    Rank rank = read_bits(field, field.first_bit, width < 64 ? width : 64);
     if constexpr (sizeof(Rank) > 8) {
-      rank |= static_cast<Rank>(read_bits(field.row, field.row_bytes, field.first_bit + 64, width - 64)) << 64;
+      rank |= static_cast<Rank>(read_bits(field, field.first_bit + 64, width - 64)) << 64;
     }
     return rank;
   }

@@ -82,17 +82,36 @@ check_group(int num_experts, int top_k, int64_t num_layers, const Read& read, in
 // Item i is layer first_layer + i % layers of row i / layers.
 struct PackedRows {
   const uint8_t* rows;
-  int64_t row_stride, row_bytes, num_layers, first_layer, layers;
+  const uint8_t* end;
+  int64_t num_rows, row_stride, row_bytes;
+  int num_layers, first_layer, layers;
 
-  ROUTING_MASKS_FN Field field(int64_t row, int64_t layer, int bits) const {
-    return {rows + row * row_stride, row_bytes, layer * bits};
+  // What is between rows that are parts of wider ones is memory of the same tensor. Rows of no bytes, of all experts, have
+  // no memory, but torch may tell a stride of theirs.
+  PackedRows(
+      const uint8_t* rows, int64_t num_rows, int64_t row_stride, int64_t row_bytes, int64_t num_layers,
+      int64_t first_layer, int64_t layers)
+      : rows(rows),
+        end(num_rows == 0 || row_bytes == 0 ? rows : rows + (num_rows - 1) * row_stride + row_bytes),
+        num_rows(num_rows),
+        row_stride(row_stride),
+        row_bytes(row_bytes),
+        num_layers(static_cast<int>(num_layers)),
+        first_layer(static_cast<int>(first_layer)),
+        layers(static_cast<int>(layers)) {}
+
+  ROUTING_MASKS_FN int64_t num_items() const { return num_rows * layers; }
+
+  // Of the layer-th that is read.
+  ROUTING_MASKS_FN Field field(const uint8_t* row, int layer, int bits) const {
+    return {rows, end, row, (first_layer + layer) * bits};
   }
 
   // The bits between the last layer and the end of the last byte count as the last layer's.
-  ROUTING_MASKS_FN bool filled_with_zeros(int64_t row, int64_t layer, int bits) const {
-    if (layer + 1 != num_layers) return true;
-    const int64_t used = num_layers * bits;
-    return read_bits(rows + row * row_stride, row_bytes, used, static_cast<int>(row_bytes * 8 - used)) == 0;
+  ROUTING_MASKS_FN bool filled_with_zeros(const uint8_t* row, int layer, int bits) const {
+    if (first_layer + layer + 1 != num_layers) return true;
+    const int used = num_layers * bits;
+    return read_bits(field(row, layer, bits), used, static_cast<int>(row_bytes * 8 - used)) == 0;
   }
 };
 
@@ -102,6 +121,34 @@ ROUTING_MASKS_FN int64_t quotient(int64_t a, int64_t b) {
   return a / b;
 }
 
+// An item's place in the rows, which goes on by the same number of items each time: only at the start it divides.
+class ItemWalk {
+ public:
+  ROUTING_MASKS_FN ItemWalk(const PackedRows& packed, int64_t first, int step) : packed_(packed) {
+    const int64_t row = quotient(first, packed.layers);
+    row_ = packed.rows + row * packed.row_stride;
+    layer_ = static_cast<int>(first - row * packed.layers);
+    step_layers_ = step % packed.layers;
+    step_bytes_ = step / packed.layers * packed.row_stride;
+  }
+
+  ROUTING_MASKS_FN Field field(int bits) const { return packed_.field(row_, layer_, bits); }
+
+  ROUTING_MASKS_FN void next() {
+    row_ += step_bytes_;
+    layer_ += step_layers_;
+    if (layer_ < packed_.layers) return;
+    layer_ -= packed_.layers;
+    row_ += packed_.row_stride;
+  }
+
+ private:
+  const PackedRows& packed_;
+  const uint8_t* row_;
+  int64_t step_bytes_;
+  int layer_, step_layers_;
+};
+
 // N items from `first` on, as far as there are `num_items`.
 template <int N>
 struct Items {
@@ -110,17 +157,20 @@ struct Items {
   bool zeros_after[N];
 
   ROUTING_MASKS_FN Items(const PackedRows& packed, int bits, int64_t num_items, int64_t first) {
-    int64_t item = first, row = quotient(first, packed.layers), layer = first - row * packed.layers;
+    int64_t item = first;
+    const int64_t first_row = quotient(first, packed.layers);
+    const uint8_t* row = packed.rows + first_row * packed.row_stride;
+    int layer = static_cast<int>(first - first_row * packed.layers);
     for (int n = 0; n < N; ++n) {
       at[n] = item;
-      fields[n] = packed.field(row, packed.first_layer + layer, bits);
-      zeros_after[n] = packed.filled_with_zeros(row, packed.first_layer + layer, bits);
+      fields[n] = packed.field(row, layer, bits);
+      zeros_after[n] = packed.filled_with_zeros(row, layer, bits);
       // Lanes beyond the end take the last item once more.
       if (item + 1 == num_items) continue;
       ++item;
       if (++layer == packed.layers) {
         layer = 0;
-        ++row;
+        row += packed.row_stride;
       }
     }
   }

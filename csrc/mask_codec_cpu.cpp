@@ -117,11 +117,11 @@ struct Cpu {
 
   template <class Code>
   static void unpack(
-      const Code& code, const PackedRows& packed, const Tensor& rows, const Geometry& geometry, const IndicesOut& out) {
+      const Code& code, const PackedRows& packed, const Tensor&, const Geometry& geometry, const IndicesOut& out) {
     const int64_t top_k = geometry.top_k;
     const auto write = [&](auto example) {
       auto* const indices = static_cast<decltype(example)*>(out.data);
-      read(code, packed, rows.size(0), geometry, [=](int64_t item, int k, int expert) {
+      read(code, packed, geometry, [=](int64_t item, int k, int expert) {
         indices[item * top_k + k] = static_cast<decltype(example)>(expert);
       });
     };
@@ -131,10 +131,10 @@ struct Cpu {
   }
 
   template <class Code>
-  static void map(
-      const Code& code, const PackedRows& packed, const Tensor& rows, const Geometry& geometry, bool* map) {
+  static void map(const Code& code, const PackedRows& packed, const Tensor&, const Geometry& geometry, bool* map) {
     const int64_t num_experts = geometry.num_experts;
-    read(code, packed, rows.size(0), geometry, [=](int64_t item, int, int expert) {
+    std::fill_n(map, packed.num_items() * num_experts, false);
+    read(code, packed, geometry, [=](int64_t item, int, int expert) {
       if (expert < num_experts) map[item * num_experts + expert] = true;
     });
   }
@@ -152,8 +152,8 @@ struct Cpu {
   }
 
   template <class Code>
-  static void check_rows(const Code& code, const PackedRows& packed, const Tensor& rows, bool* legal) {
-    const int64_t items = rows.size(0) * packed.layers;
+  static void check_rows(const Code& code, const PackedRows& packed, const Tensor&, bool* legal) {
+    const int64_t items = packed.num_items();
     for_all((items + kLanes - 1) / kLanes, [&](int64_t task) {
       check_items<kLanes>(code, packed, items, task * kLanes, legal);
     });
@@ -162,9 +162,8 @@ struct Cpu {
  private:
   // `visit` as in unpack_items.
   template <class Code, class Visit>
-  static void read(
-      const Code& code, const PackedRows& packed, int64_t num_rows, const Geometry& geometry, const Visit& visit) {
-    const int64_t items = num_rows * packed.layers;
+  static void read(const Code& code, const PackedRows& packed, const Geometry& geometry, const Visit& visit) {
+    const int64_t items = packed.num_items();
     const int64_t item = first_found((items + kLanes - 1) / kLanes, [&](int64_t task) {
       return unpack_items<kLanes>(code, packed, items, task * kLanes, visit);
     });

@@ -10,11 +10,14 @@
 
 #include "block.h"
 #include "ops.h"
+#include "warp.h"
 
 namespace routing_masks {
 namespace {
 
 constexpr int kThreads = 256;
+// Threads of a block that share a table to read by.
+constexpr int kMostReadingThreads = 512;
 // A thread takes more than one piece of work only where a grid cannot be as large as the work.
 constexpr int64_t kMaxBlocks = 1 << 20;
 
@@ -155,23 +158,57 @@ __global__ void __launch_bounds__(kThreads) reset_kernel(int16_t* data, int64_t 
   reset_places(data, begin, end, threadIdx.x, kThreads);
 }
 
-template <class Code, class Index>
-__global__ void __launch_bounds__(kThreads)
-    unpack_kernel(Code code, PackedRows packed, Index* indices, int64_t items) {
-  for (int64_t item = first_of_thread(); item < items; item += all_threads()) {
-    unpack_items<1>(code, packed, items, item, [&](int64_t at, int k, int expert) {
-      indices[at * code.top_k + k] = static_cast<Index>(expert);
-    });
+// Whether a code finds its experts in a table of the block's, which its search has a plan of.
+template <class Code>
+constexpr bool kHasPlan = false;
+template <int KMax, class Rank>
+constexpr bool kHasPlan<RankCode<KMax, Rank, EstimatePlan<KMax>>> = true;
+
+template <template <class> class Tile, class Code>
+__device__ __forceinline__ void
+read_tiles(const Code& code, const PackedRows& packed, const typename Tile<Code>::Target& target, Chunk* shared) {
+  const int lane = threadIdx.x % kWarpLanes, warp = threadIdx.x / kWarpLanes;
+  const Tile<Code> tile(code, target, shared + warp * Tile<Code>::shared_chunks(code));
+  const int64_t num_items = packed.num_items();
+  const int step = gridDim.x * blockDim.x;
+  int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.x) + warp * kWarpLanes;
+  for (ItemWalk walk(packed, first + lane, step); first < num_items; first += step, walk.next()) {
+    const int items = static_cast<int>(num_items - first < kWarpLanes ? num_items - first : kWarpLanes);
+    tile.clear(lane);
+    __syncwarp();
+    if (lane < items) tile.put(lane, walk.field(code.bits()));
+    __syncwarp();
+    tile.store(lane, first, items);
+    __syncwarp();
+  }
+}
+
+template <template <class> class Tile, class Code>
+__device__ __forceinline__ void
+read_rows(const Code& code, const PackedRows& packed, const typename Tile<Code>::Target& target) {
+  extern __shared__ Chunk shared[];
+  if constexpr (kHasPlan<Code>) {
+    uint64_t* const table = reinterpret_cast<uint64_t*>(shared);
+    code.search.fill(table, threadIdx.x, blockDim.x);
+    __syncthreads();
+    const Estimates<Code::KMax> estimates(code.search, table);
+    Chunk* const behind = shared + code.search.words * sizeof(uint64_t) / sizeof(Chunk);
+    read_tiles<Tile>(code.template searching<Code::KMax>(estimates), packed, target, behind);
+  } else {
+    read_tiles<Tile>(code, packed, target, shared);
   }
 }
 
 template <class Code>
-__global__ void __launch_bounds__(kThreads) map_kernel(Code code, PackedRows packed, bool* map, int64_t items) {
-  for (int64_t item = first_of_thread(); item < items; item += all_threads()) {
-    unpack_items<1>(code, packed, items, item, [&](int64_t at, int, int expert) {
-      if (expert < code.num_experts) map[at * code.num_experts + expert] = true;
-    });
-  }
+__global__ void __launch_bounds__(kMostReadingThreads)
+    unpack_kernel(const __grid_constant__ Code code, const __grid_constant__ PackedRows packed, IndicesTarget indices) {
+  read_rows<IndicesTile>(code, packed, indices);
+}
+
+template <class Code>
+__global__ void __launch_bounds__(kThreads)
+    map_kernel(const __grid_constant__ Code code, const __grid_constant__ PackedRows packed, bool* map) {
+  read_rows<MapTile>(code, packed, map);
 }
 
 template <int KMax>
@@ -209,12 +246,15 @@ void launch(const Tensor& on, void (*kernel)(Parameter...), int64_t threads, con
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// Blocks that run at a time, with room for twice as many: each fills its table once and then packs tile after tile.
-int64_t resident_blocks(const Tensor& on) {
+// As many threads as all multiprocessors can hold.
+int64_t resident_threads(const Tensor& on) {
   int multiprocessors = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, on.get_device()));
-  return multiprocessors * int64_t{2048 / kBlockThreads} * 2;
+  return multiprocessors * int64_t{2048};
 }
+
+// Blocks that run at a time, with room for twice as many: each fills its table once and then packs tile after tile.
+int64_t resident_blocks(const Tensor& on) { return resident_threads(on) / kBlockThreads * 2; }
 
 // Whether a code searches in tables, which are worth shared memory where they leave room for more than a few blocks.
 template <class Code>
@@ -241,6 +281,42 @@ void launch_packing(
     if (table_bytes <= kMaxTableBytes) return run(pack_kernel<true, kTake, Code, Load>, table_bytes + bytes);
   }
   run(pack_kernel<false, kTake, Code, Load>, bytes);
+}
+
+// What a block has without asking for more, and what it may ask for on every device since compute capability 8.0.
+constexpr int kSharedBytes = 48 << 10;
+constexpr int kMostSharedBytes = 96 << 10;
+
+template <template <class> class Tile, class Code, class Target>
+void launch_reading(
+    const Tensor& on, void (*kernel)(Code, PackedRows, Target), const Code& code, const PackedRows& packed,
+    const Target& target, int threads) {
+  if (packed.num_items() == 0) return;
+  const int64_t needed = (packed.num_items() + threads - 1) / threads, most = resident_threads(on) / threads;
+  int bytes = threads / kWarpLanes * Tile<Code>::shared_chunks(code) * static_cast<int>(sizeof(Chunk));
+  if constexpr (kHasPlan<Code>) bytes += code.search.words * static_cast<int>(sizeof(uint64_t));
+  if (bytes > kSharedBytes) {
+    // The same for all geometries, since another thread may be about to launch.
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostSharedBytes));
+  }
+  kernel<<<needed < most ? needed : most, threads, bytes, current_stream(on)>>>(code, packed, target);
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// Calls run(code) with the code that has a plan, if there is one for it.
+template <class Code, class Run>
+void with_plan(const Code& code, const Run& run) {
+  run(code);
+}
+
+template <int KMax, class Rank, class Search, class Run>
+void with_plan(const RankCode<KMax, Rank, Search>& code, const Run& run) {
+  const auto run_planned = [&](auto k_max) {
+    run(code.template searching<k_max>(EstimatePlan<k_max>::of(code.num_experts, code.top_k)));
+  };
+  if (code.top_k <= 8) return run_planned(std::integral_constant<int, 8>{});
+  if (code.top_k <= kEstimatedPlaces) return run_planned(std::integral_constant<int, kEstimatedPlaces>{});
+  run(code);
 }
 
 IndexReader reader(const Indices& in) {
@@ -300,19 +376,19 @@ struct Cuda {
   template <class Code>
   static void unpack(
       const Code& code, const PackedRows& packed, const Tensor& rows, const Geometry&, const IndicesOut& out) {
-    const int64_t items = rows.size(0) * packed.layers;
-    const auto write = [&](auto example) {
-      using Index = decltype(example);
-      launch(rows, unpack_kernel<Code, Index>, items, code, packed, static_cast<Index*>(out.data), items);
-    };
-    if (out.dtype == ScalarType::Short) return write(int16_t{});
-    if (out.dtype == ScalarType::Int) return write(int32_t{});
-    write(int64_t{});
+    const IndicesTarget target{out.data, out.dtype == ScalarType::Short ? 1 : out.dtype == ScalarType::Int ? 2 : 3};
+    with_plan(code, [&](const auto& planned) {
+      using Planned = std::decay_t<decltype(planned)>;
+      const int threads = kHasPlan<Planned> ? kMostReadingThreads : kThreads;
+      launch_reading<IndicesTile>(rows, unpack_kernel<Planned>, planned, packed, target, threads);
+    });
   }
 
   template <class Code>
   static void map(const Code& code, const PackedRows& packed, const Tensor& rows, const Geometry&, bool* map) {
-    launch(rows, map_kernel<Code>, rows.size(0), code, packed, map, rows.size(0));
+    with_plan(code, [&](const auto& planned) {
+      launch_reading<MapTile>(rows, map_kernel<std::decay_t<decltype(planned)>>, planned, packed, map, kThreads);
+    });
   }
 
   static void check_indices(const Indices& in, bool* legal) {
@@ -327,7 +403,7 @@ struct Cuda {
 
   template <class Code>
   static void check_rows(const Code& code, const PackedRows& packed, const Tensor& rows, bool* legal) {
-    const int64_t items = rows.size(0) * packed.layers;
+    const int64_t items = packed.num_items();
     launch(rows, check_rows_kernel<Code>, items, code, packed, items, legal);
   }
 

@@ -7,7 +7,7 @@
 //   pack(code, indices, row_bytes, rows)                all rows
 //   take(code, indices, staged, row_bytes, rows, valid) the rows of a pass; bool [num_rows]
 //   unpack(code, packed, rows, geometry, indices)       IndicesOut [num_rows, packed.layers, K]
-//   map(code, packed, rows, geometry, map)              bool [num_rows, E] that is all False, for one layer
+//   map(code, packed, rows, geometry, map)              bool [num_rows, E], for one layer
 //   check_indices(indices, legal)                       bool [num_rows, L]
 //   check_rows(code, packed, rows, legal)               bool [num_rows, L]
 #pragma once
@@ -93,7 +93,7 @@ struct Ops {
     const Geometry geometry(num_layers, num_experts, top_k);
     require_layer_index(layer_index, geometry);
     const Tensor flat = flat_rows(rows);
-    const Tensor map = zeros_beside(rows, sizes_with(rows, rows.dim() - 1, {num_experts}), ScalarType::Bool);
+    const Tensor map = empty_beside(rows, sizes_with(rows, rows.dim() - 1, {num_experts}), ScalarType::Bool);
     with_reading_code(codec, geometry, [&](const auto& code) {
       const PackedRows packed = packed_rows(flat, geometry, code, layer_index, 1);
       Device::map(code, packed, flat, geometry, static_cast<bool*>(map.mutable_data_ptr()));

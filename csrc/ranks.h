@@ -43,22 +43,17 @@ class Bisection {
   int first_step_ = 1;
 };
 
-// The same search in a table that is given, a copy of the rows i = 1, 2, ... of the compiler's: a CUDA block has it in
-// shared memory, where threads look up what they like.
-class BisectionInTable {
+// A copy of the rows i = 1, 2, ... of the compiler's table: a CUDA block has it in shared memory, where threads look up
+// what they like.
+class CoefficientsInTable {
  public:
-  ROUTING_MASKS_FN BisectionInTable(const uint64_t* table, int first_step) : table_(table), first_step_(first_step) {}
+  ROUTING_MASKS_FN CoefficientsInTable(const uint64_t* table, int columns) : table_(table), columns_(columns) {}
 
-  ROUTING_MASKS_FN uint64_t coefficient(int i, int c) const { return table_[(i - 1) * 2 * first_step_ + c]; }
-
-  template <int N>
-  ROUTING_MASKS_FN void largest(int i, const uint64_t (&rank)[N], int (&c)[N]) const {
-    bisect(*this, first_step_, i, rank, c);
-  }
+  ROUTING_MASKS_FN uint64_t coefficient(int i, int c) const { return table_[(i - 1) * columns_ + c]; }
 
  private:
   const uint64_t* table_;
-  int first_step_;
+  int columns_;
 };
 
 // What of a search a table in shared memory can do.

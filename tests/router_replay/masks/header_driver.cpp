@@ -16,6 +16,7 @@
 #include "codes.h"
 #include "guess.h"
 #include "mask_codec.h"
+#include "warp.h"
 
 using namespace routing_masks;
 
@@ -110,6 +111,155 @@ void with_tables(const RankCode<KMax, Wide, Split<Bisection<Wide>, Bisection<uin
   run_in_table(code, run);
 }
 
+// Calls run with the code that a warp reads by, which is another one where there is a plan of a table for it.
+template <class Code, class Run>
+void with_estimates(const Code& code, const Run& run) {
+  run(code);
+}
+
+template <int KMax, class Number, class Search, class Run>
+void run_planned(const RankCode<KMax, Number, Search>& code, const Run& run) {
+  if constexpr (KMax <= kEstimatedPlaces) {
+    const auto plan = EstimatePlan<KMax>::of(code.num_experts, code.top_k);
+    std::unique_ptr<uint64_t[]> table(new uint64_t[plan.words]);
+    for (int64_t thread : shuffled(7)) plan.fill(table.get(), static_cast<int>(thread), 7);
+    run(code.template searching<KMax>(Estimates<KMax>(plan, table.get())));
+  } else {
+    run(code);
+  }
+}
+
+template <int KMax, class Number, class Run>
+void with_estimates(const RankCode<KMax, Number, Bisection<Number>>& code, const Run& run) {
+  run_planned(code, run);
+}
+
+template <int KMax, class Run>
+void with_estimates(const RankCode<KMax, Wide, Split<Bisection<Wide>, Bisection<uint64_t>>>& code, const Run& run) {
+  run_planned(code, run);
+}
+
+// Reads as warps of CUDA threads do, their lanes in any order between two barriers, to places that begin anywhere.
+template <class Tile, class Number, class Code, class MakeTarget>
+void drive_warps(
+    const Code& code, const PackedRows& packed, const MakeTarget& target_of, int64_t width,
+    const std::vector<Number>& expected) {
+  const int64_t items = packed.num_items();
+  for (const int64_t offset : {0, 1, 3}) {
+    std::unique_ptr<Chunk[]> memory(new Chunk[(offset + items * width + 16) * sizeof(Number) / sizeof(Chunk) + 1]);
+    Number* const out = reinterpret_cast<Number*>(memory.get());
+    std::fill_n(out, offset + items * width + 16, Number{0x5a});
+    const typename Tile::Target target = target_of(out + offset);
+    // Two warps, which take every second tile.
+    for (const int64_t warp : {1, 0}) {
+      std::vector<ItemWalk> walks;
+      for (int lane = 0; lane < kWarpLanes; ++lane) {
+        walks.emplace_back(packed, warp * kWarpLanes + lane, 2 * kWarpLanes);
+      }
+      for (int64_t first = warp * kWarpLanes; first < items; first += 2 * kWarpLanes) {
+        const int count = static_cast<int>(std::min<int64_t>(items - first, kWarpLanes));
+        std::unique_ptr<Chunk[]> shared(new Chunk[Tile::shared_chunks(code)]);
+        std::fill_n(shared.get(), Tile::shared_chunks(code), Chunk{{~0u, ~0u, ~0u, ~0u}});
+        const Tile tile(code, target, shared.get());
+        for (int64_t lane : shuffled(kWarpLanes)) tile.clear(static_cast<int>(lane));
+        for (int64_t lane : shuffled(count)) tile.put(static_cast<int>(lane), walks[lane].field(code.bits()));
+        for (int64_t lane : shuffled(kWarpLanes)) tile.store(static_cast<int>(lane), first, count);
+        for (ItemWalk& walk : walks) walk.next();
+      }
+    }
+    demand(std::equal(expected.begin(), expected.end(), out + offset), "warps read the same");
+    const auto untouched = [](Number each) { return each == Number{0x5a}; };
+    demand(std::all_of(out, out + offset, untouched), "a warp writes nothing before");
+    demand(std::all_of(out + offset + items * width, out + offset + items * width + 16, untouched), "nor behind");
+  }
+}
+
+// Reads the rows by warps, indices of every dtype and maps, and finds what a lane by itself finds.
+template <class Code>
+void drive_reading(const Code& code, const PackedRows& packed) {
+  const int64_t top_k = code.top_k, experts = code.num_experts, items = packed.num_items();
+  std::vector<int64_t> expected(items * top_k, -7);
+  std::vector<uint8_t> maps(items * experts, 0);
+  for (int64_t item = 0; item < items; ++item) {
+    unpack_items<1>(code, packed, items, item, [&](int64_t at, int k, int expert) {
+      expected.at(at * top_k + k) = expert;
+      if (expert < experts) maps.at(at * experts + expert) = 1;
+    });
+  }
+  with_estimates(code, [&](const auto& reading) {
+    using Reading = std::decay_t<decltype(reading)>;
+    const auto drive_indices = [&](auto example, int log_bytes) {
+      using Index = decltype(example);
+      const std::vector<Index> indices(expected.begin(), expected.end());
+      const auto target = [&](Index* out) { return IndicesTarget{out, log_bytes}; };
+      drive_warps<IndicesTile<Reading>>(reading, packed, target, top_k, indices);
+    };
+    drive_indices(int16_t{}, 1);
+    drive_indices(int32_t{}, 2);
+    drive_indices(int64_t{}, 3);
+    const auto target = [](uint8_t* out) { return reinterpret_cast<bool*>(out); };
+    drive_warps<MapTile<Reading>>(reading, packed, target, experts, maps);
+  });
+}
+
+// An estimate is right or one too high at the first and the last number of every expert at every place, and between them
+// since it never falls: neither does a number's key, nor its part, nor the line from one key to the next.
+void check_estimates() {
+  const auto holds = [](int i, Wide number, int c) {
+    const Located wide = locate(number);
+    const int found = estimate(kEstimates.at[i][wide.key], wide.part);
+    bool right = found == c || found == c + 1;
+    if (number <= Wide{1} << 63) {
+      const Located narrow = locate(static_cast<uint64_t>(number));
+      const int again = estimate(kEstimates.at[i][narrow.key], narrow.part);
+      right &= again == c || again == c + 1;
+    }
+    return right;
+  };
+  for (int i = 2; i <= kEstimatedPlaces; ++i) {
+    for (int c = i - 1; c < kMaxExperts; ++c) {
+      demand(holds(i, kBinomials128.at[i][c] + 1, c), "the estimate of an expert's first number");
+      demand(holds(i, count_of_sets(c + 1, i), c), "the estimate of an expert's last number");
+    }
+    for (int key = 0; key + 1 < kKeys; ++key) {
+      const uint32_t line = kEstimates.at[i][key], next = kEstimates.at[i][key + 1];
+      demand((line >> 16) + (line & 0xffff) == next >> 16, "a line ends where the next one begins");
+    }
+  }
+}
+
+// Loads of aligned words find what loads at any byte find, and nothing is read outside of the rows' memory.
+void check_aligned_reading() {
+  for (int bytes = 1; bytes <= 26; ++bytes) {
+    for (int offset = 0; offset < 8; ++offset) {
+      std::unique_ptr<uint8_t[]> memory(new uint8_t[offset + bytes]);
+      std::generate_n(memory.get(), offset + bytes, [] { return static_cast<uint8_t>(generator()); });
+      const uint8_t* const row = memory.get() + offset;
+      const Field field{row, row + bytes, row, 0};
+      for (int first = 0; first < 8 * bytes; ++first) {
+        for (int count = 0; count <= 64 && first + count <= 8 * bytes; ++count) {
+          uint64_t expected = 0;
+          for (int bit = 0; bit < count; ++bit) {
+            expected |= static_cast<uint64_t>(row[(first + bit) / 8] >> (first + bit) % 8 & 1) << bit;
+          }
+          demand(read_aligned(field, first, count) == expected, "bits by aligned words");
+          demand(read_anywhere(field, first, count) == expected, "bits by words anywhere");
+        }
+      }
+    }
+  }
+}
+
+// Rows of the one set of all experts have no bytes, and a tensor of them has no memory but may have a stride.
+void read_rows_of_no_bytes() {
+  const auto read = [](const auto& code) {
+    if (code.bits() == 0) drive_reading(code, PackedRows{nullptr, 70, 1, 0, 3, 0, 3});
+  };
+  Rank::with_code<8, OnDevice>(8, 8, read);
+  Rank::with_code<kMaxTopK, OnDevice>(64, 64, read);
+  Ordered::with_code<8, OnDevice>(1, 1, read);
+}
+
 void drive_resets() {
   const int64_t row_size = 9;
   for (const int64_t kept : {0, 3, 5, 7, 11, 12}) {
@@ -171,7 +321,7 @@ void drive(const Code& code, int64_t num_rows, int64_t num_layers) {
   for (int64_t row = 0; row < num_rows; ++row) {
     std::copy_n(rows.get() + row * row_bytes, row_bytes, wide.get() + row * stride);
   }
-  const PackedRows all{wide.get(), stride, row_bytes, num_layers, 0, num_layers};
+  const PackedRows all{wide.get(), num_rows, stride, row_bytes, num_layers, 0, num_layers};
   std::unique_ptr<int[]> found(new int[items * top_k]);
   std::unique_ptr<bool[]> legal(new bool[items]());
   std::fill_n(found.get(), items * top_k, -7);
@@ -184,12 +334,19 @@ void drive(const Code& code, int64_t num_rows, int64_t num_layers) {
   }
   demand(std::all_of(legal.get(), legal.get() + items, [](bool each) { return each; }), "packed rows pass the check");
   const int64_t middle = num_layers / 2;
-  const PackedRows layer{wide.get(), stride, row_bytes, num_layers, middle, 1};
+  const PackedRows layer{wide.get(), num_rows, stride, row_bytes, num_layers, middle, 1};
   for (int64_t task : shuffled((num_rows + N - 1) / N)) {
     unpack_items<N>(code, layer, num_rows, task * N, [&](int64_t row, int k, int expert) {
       demand(found[(row * num_layers + middle) * top_k + k] == expert, "a layer by itself reads as among all");
     });
   }
+  const auto read_by_warps = [&] {
+    if constexpr (N == 1) {
+      drive_reading(code, all);
+      drive_reading(code, layer);
+    }
+  };
+  read_by_warps();
   for (int64_t item = 0; item < items; ++item) {
     int* const first = found.get() + item * top_k;
     std::sort(first, first + top_k);
@@ -213,7 +370,7 @@ void drive(const Code& code, int64_t num_rows, int64_t num_layers) {
     }
     check_group<N, Code::KMax>(experts, top_k, num_layers, read, 0, legal.get());
     demand(!legal[0], "illegal indices do not pass the check");
-    const PackedRows packed{rows.get(), row_bytes, row_bytes, num_layers, 0, num_layers};
+    const PackedRows packed{rows.get(), num_rows, row_bytes, row_bytes, num_layers, 0, num_layers};
     const int64_t illegal = unpack_items<N>(code, packed, items, 0, [&](int64_t item, int, int expert) {
       demand(expert >= 0 && expert <= experts, "what is read is an expert, or E");
       demand(item != 0 || !has_mark || expert == experts, "an illegal field reads as E");
@@ -232,6 +389,7 @@ void drive(const Code& code, int64_t num_rows, int64_t num_layers) {
       found[item * top_k + k] = expert;
     });
   }
+  read_by_warps();
 }
 
 template <int KMax, int N>
@@ -266,6 +424,9 @@ void look_up_names() {
 int main() {
   look_up_names();
   drive_resets();
+  check_estimates();
+  check_aligned_reading();
+  read_rows_of_no_bytes();
   const int geometries[][2] = {{1, 1}, {8, 2}, {8, 8}, {9, 8}, {60, 4}, {64, 8}, {65, 3}, {128, 1}, {128, 8}, {256, 8},
                                {384, 8}, {512, 8}, {1024, 8}, {1023, 5}};
   const int more[][2] = {{67, 33}, {64, 32}, {512, 10}, {512, 22}, {64, 64}, {1024, 64}, {66, 64}, {130, 16}};

@@ -133,6 +133,36 @@ def test_int16_there_and_back(num_layers, num_experts, top_k, codec):
         assert_same(of_layer.cpu(), unpacked[:, -1].to(dtype))
 
 
+@pytest.mark.parametrize("codec", CODEC_NAMES)
+@pytest.mark.parametrize(("num_experts", "top_k"), [(128, 8), (512, 10), (1024, 16), (60, 5), (128, 1)])
+def test_many_rows_are_read(num_experts, top_k, codec):
+    """Several tiles for each warp, of rows that begin and results that go anywhere; the largest table that there is."""
+    num_layers, num_rows = 7, 120_001
+    geometry = RoutingGeometry(num_layers, tuple(range(num_layers)), num_experts, top_k)
+    read = num_layers, num_experts, top_k, codec
+    # A prime number of different rows, some of which nobody packed.
+    different = reference.pack(random_indices(geometry, 499, seed=4), num_experts, codec)
+    different[7::50] = torch.randint(0, 256, different[7::50].shape, dtype=torch.uint8)
+    expected = reference.unpack_indices(different.cuda(), *read).repeat(num_rows // 499 + 1, 1, 1)[:num_rows]
+    rows = different.repeat(num_rows // 499 + 1, 1)[:num_rows]
+    for lead, gap in [(0, 0), (1, 0), (3, 5)]:
+        flat = torch.zeros(lead + num_rows * (rows.shape[1] + gap), dtype=torch.uint8)
+        on_device = flat.cuda()[lead:].view(num_rows, -1)[:, : rows.shape[1]]
+        on_device.copy_(rows)
+        for dtype in reference.OUT_DTYPES:
+            memory = torch.full((lead + expected.numel() + 8,), -7, dtype=dtype, device="cuda")
+            out = memory[lead:-8].view(expected.shape)
+            OPS.unpack_indices_out(on_device, *read, out)
+            assert_same(out, expected.to(dtype))
+            assert bool((memory[:lead] == -7).all()) and bool((memory[-8:] == -7).all())
+            of_layer = torch.full((num_rows, top_k), -7, dtype=dtype, device="cuda")
+            OPS.unpack_layer_out(on_device, 5, *read, of_layer)
+            assert_same(of_layer, expected[:, 5].to(dtype))
+        maps = torch.zeros(num_rows, num_experts + 1, dtype=torch.bool, device="cuda")
+        maps.scatter_(1, expected[:, 6].long(), True)
+        assert_same(OPS.unpack_bitset(on_device, 6, *read), maps[:, :num_experts].contiguous())
+
+
 @given(coded_geometries(max_experts=80), st.integers(1, 40), seeds)
 @settings(max_examples=60, deadline=None)
 def test_bytes_that_no_pack_wrote_are_found_and_read_as_no_expert(coded, num_tokens, seed):
@@ -248,7 +278,7 @@ def take(indices, num_shared, num_experts, codec):
 CODECS = "bitset", "rank", "ordered"
 for num_tokens, num_layers, top_k, num_experts in (
     (1, 1, 1, 1), (257, 1, 1, 1), (257, 7, 2, 8), (33, 9, 8, 128), (33, 3, 10, 512), (33, 3, 16, 512), (33, 2, 22, 512),
-    (33, 5, 64, 70), (9, 300, 8, 128),
+    (33, 5, 64, 70), (9, 300, 8, 128), (33, 2, 16, 1024), (65, 3, 3, 60),
 ):
     wide = routes(num_tokens, num_layers, top_k, num_experts)
     narrow = wide.short()
@@ -273,6 +303,8 @@ for num_tokens, num_layers, top_k, num_experts in (
                 OPS.unpack_indices_out(read, *arguments, out)
                 out = torch.empty((num_tokens, top_k), dtype=dtype, device="cuda")
                 OPS.unpack_layer_out(read, num_layers - 1, *arguments, out)
+                beside = torch.empty(narrow.numel() + 1, dtype=dtype, device="cuda")[1:].view(narrow.shape)
+                OPS.unpack_indices_out(read, *arguments, beside)
 
 # A tile is one row here, and there are more of them than blocks: see many_tokens.
 blocks = 16 * torch.cuda.get_device_properties(0).multi_processor_count
@@ -280,6 +312,8 @@ many = routes(2 * blocks + 33, 256, 1, 2).short()
 for codec in CODECS:
     OPS.pack(many.cuda(), 2, codec)
     OPS.take_rows(many.cuda(), 8, blocks + 41, 2 * blocks, 2, 1, codec)
+    # More tiles of 32 fields than warps.
+    OPS.unpack_indices(OPS.pack(many.cuda(), 2, codec), 256, 2, 1, codec)
 torch.cuda.synchronize()
 """
 

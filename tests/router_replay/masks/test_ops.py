@@ -124,6 +124,16 @@ def test_a_codec_writes_to_the_buffer_that_is_given():
         codec.unpack_indices(rows, geometry, dtype=torch.int16)
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1, 40])
+def test_rows_of_no_bytes_are_read(num_tokens):
+    """There is one set of all experts, which codec 'rank' writes in no bits; such a tensor has no memory."""
+    rows = OPS.pack(torch.arange(5).expand(num_tokens, 9, 5), 5, "rank")
+    assert rows.shape == (num_tokens, 0)
+    assert_same(OPS.unpack_indices(rows, 9, 5, 5, "rank"), torch.arange(5).int().repeat(num_tokens, 9, 1))
+    assert_same(OPS.unpack_layer(rows, 8, 9, 5, 5, "rank"), torch.arange(5).int().repeat(num_tokens, 1))
+    assert bool(OPS.unpack_bitset(rows, 8, 9, 5, 5, "rank").all()) and bool(OPS.legal_rows(rows, 9, 5, 5, "rank").all())
+
+
 @st.composite
 def passes(draw: st.DrawFn) -> tuple[RoutingGeometry, str, Tensor, int, int, int]:
     """Arguments of take_rows: a buffer in which some layers did not report, or wrongly, and a rank's tokens in it."""
