@@ -68,11 +68,11 @@ soak: setup  ## Everything at once on a CPU server of SGLang, each row checked, 
 	.venv/bin/python -m tests.soak.table benchmarks/results/soak.json benchmarks/results/soak-stock.json \
 		--out benchmarks/results/soak.md
 
-kernels: setup  ## Compile the CUDA kernels anew; print their registers and spills.
+kernels: setup  ## Compile the CUDA kernels anew; print their registers, instructions and spills.
 	@mkdir -p build
 	ROUTING_MASKS_KERNELS=cuda .venv/bin/python setup.py build_ext --force --build-lib build/kernels \
 		--build-temp build/kernels >build/kernels.log 2>&1 || { cat build/kernels.log; exit 1; }
-	@.venv/bin/python scripts/kernel_resources.py <build/kernels.log
+	@.venv/bin/python scripts/kernel_resources.py build/kernels <build/kernels.log
 
 wheel: setup  ## Build a wheel into dist/; test it with other releases of torch by scripts/test_wheel.sh.
 	rm -rf build/lib* build/bdist* dist

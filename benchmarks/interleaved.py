@@ -43,7 +43,7 @@ def all_seconds(
         after()
         return taken
 
-    return _in_turns(variants, rounds, timed)
+    return in_turns(variants, rounds, timed)
 
 
 def median_seconds(variants: Variants, rounds: int, **others: Any) -> dict[str, Seconds]:
@@ -74,13 +74,14 @@ def median_event_seconds(
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
 
-    return {name: statistics.median(times) for name, times in _in_turns(variants, rounds, timed).items()}
+    return {name: statistics.median(times) for name, times in in_turns(variants, rounds, timed).items()}
 
 
-def _in_turns[Time](
-    variants: Variants, rounds: int, timed: Callable[[Callable[[], Any]], Time]
-) -> dict[str, list[Time]]:
-    taken: dict[str, list[Time]] = {name: [] for name in variants}
+def in_turns[Name, Run, Time](
+    variants: Mapping[Name, Run], rounds: int, timed: Callable[[Run], Time]
+) -> dict[Name, list[Time]]:
+    """What `timed` says of each variant in each of `rounds` rounds, as of `all_seconds`."""
+    taken: dict[Name, list[Time]] = {name: [] for name in variants}
     turns: Iterable[int] = track(range(rounds + 1), description="rounds", transient=True)
     for turn in turns:
         for name, run in variants.items():

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.interleaved import Seconds, median_seconds
 from benchmarks.machine import hardware, versions, write_json
+from benchmarks.mask_codec.before import Figures, compare
 from benchmarks.mask_codec.gpu import speeds_on_gpu
 from benchmarks.mask_codec.models import MODELS, geometry_of
 from benchmarks.mask_codec.pipelines import pipelines
@@ -86,7 +87,19 @@ def _way_table(ways: dict[str, Seconds], title: str) -> Table:
     return table
 
 
-def measure(model: str, tokens: int, speed_tokens: int, rounds: int, threads: int, json_file: Path | None) -> None:
+def _before_table(figures: Figures, title: str) -> Table:
+    table = Table("model", "", "before", "now", "now / before", title=title, title_justify="left")
+    for name, runs in figures.items():
+        for run, taken in runs.items():
+            before, now = taken["before"].cpu, taken["now"].cpu
+            table.add_row(name, run, f"{before * 1e3:.1f}", f"{now * 1e3:.1f}", f"{now / before:.2f}")
+        table.add_section()
+    return table
+
+
+def measure(
+    model: str, tokens: int, speed_tokens: int, rounds: int, threads: int, before: str | None, json_file: Path | None
+) -> None:
     """Print the tables, and write their figures to `json_file`; arguments as of `python -m benchmarks.mask_codec`."""
     torch.manual_seed(0)
     torch.set_num_threads(threads)
@@ -101,7 +114,7 @@ def measure(model: str, tokens: int, speed_tokens: int, rounds: int, threads: in
     console.print(
         _way_table(ways, f"{tokens:,} tokens of {model} to the trainer, {threads} thread(s), {rounds} rounds")
     )
-    figures = {
+    figures: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
         "versions": versions(),
@@ -113,6 +126,17 @@ def measure(model: str, tokens: int, speed_tokens: int, rounds: int, threads: in
             "median_seconds": {name: taken._asdict() for name, taken in ways.items()},
         },
     }  # fmt: skip
+    if before is not None:
+        compared = compare(before, speed_tokens, rounds, threads)
+        title = f"CPU ms, {speed_tokens:,} tokens, {threads} thread(s), before ({before}) and now, median of {rounds}"
+        console.print(_before_table(compared, title))
+        figures["before"] = {
+            "commit": before,
+            "models": {
+                name: {run: {which: each._asdict() for which, each in taken.items()} for run, taken in runs.items()}
+                for name, runs in compared.items()
+            },
+        }
     if torch.cuda.is_available():
         on_gpu = speeds_on_gpu(geometry_of(model), indices.to(torch.int16), max(rounds, 20))
         figures["on_gpu"] = {name: speed._asdict() for name, speed in on_gpu.items()}
