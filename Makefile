@@ -7,9 +7,12 @@ SLOW_TESTS := tests/megatron_router_replay tests/cpu_engines/megatron tests/cont
 	tests/router_replay/masks/test_header.py tests/benchmarks/test_transport.py
 # Servers of several processes on two cores: each of them takes minutes to start.
 RANKS_TESTS := tests/sglang_router_capture/test_parallel.py
+# Those of SERVER_TESTS that begin when one of the other two is done, so that two cores have enough to do until the end.
+LATE_TESTS := tests/sglang_router_capture/test_launchers.py tests/sglang_router_capture/test_sglang_format.py \
+	tests/sglang_router_capture/test_start.py tests/soak
 QUICK_PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -q -p no:cacheprovider
 
-.PHONY: help setup demo quick quick-checks quick-masks quick-others test test-servers test-slow ranks contract megatron-0.17 sglang-0.5.20 stock soak kernels wheel lock
+.PHONY: help setup demo quick quick-checks quick-masks quick-others test test-servers test-slow test-late ranks contract megatron-0.17 sglang-0.5.20 stock soak kernels wheel lock
 
 help:  ## Show the targets.
 	@sed -nE 's/^([a-z0-9.-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -36,14 +39,18 @@ quick-others:
 
 test: quick  ## Lint, types and tests: those of `quick`, then those with an engine or a browser; not those of `ranks`.
 	@bash scripts/browser.sh
-	@$(MAKE) --no-print-directory --jobs=2 test-servers test-slow
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going test-servers test-slow test-late
 
 # One thread each: two that spin on two cores starve each other, and much of a server's start is one process's imports.
 test-servers:
-	OMP_NUM_THREADS=1 .venv/bin/pytest --durations=25 $(addprefix --ignore=,$(RANKS_TESTS)) $(SERVER_TESTS)
+	OMP_NUM_THREADS=1 .venv/bin/pytest --durations=25 $(addprefix --ignore=,$(RANKS_TESTS) $(LATE_TESTS)) \
+		$(filter-out $(LATE_TESTS),$(SERVER_TESTS))
 
 test-slow:
 	OMP_NUM_THREADS=1 .venv/bin/pytest --durations=25 $(SLOW_TESTS)
+
+test-late:
+	OMP_NUM_THREADS=1 .venv/bin/pytest --durations=25 $(LATE_TESTS)
 
 ranks: setup  ## SGLang's server with two ranks: tensor, data and pipeline parallelism, attention data parallelism.
 	OMP_NUM_THREADS=1 .venv/bin/pytest $(RANKS_TESTS)

@@ -11,7 +11,7 @@ import torch
 from cpu_engines.sglang.server import Server
 from examples.small_model import CHECKPOINT
 from tests.sglang_router_capture.probe import probing
-from tests.small_model import serve
+from tests.small_model import CAPTURE_FLAGS, serve
 
 
 def pytest_configure() -> None:
@@ -43,8 +43,5 @@ def capture_reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def capture_server(small_model: Path, capture_reports: Path) -> Iterator[Server]:
     """A server with capture on, in its default format; small chunks, and a pool that a few requests fill."""
-    # So little conservatism admits more requests than the pool can hold to their end: some are retracted.
-    flags = ("--chunked-prefill-size=64", "--max-total-tokens=2048")
-    flags += ("--schedule-conservativeness=0.1", "--enable-metrics")
-    with serve(small_model, "--enable-router-capture", *flags, environment=probing(capture_reports)) as server:
+    with serve(small_model, *CAPTURE_FLAGS, environment=probing(capture_reports)) as server:
         yield server

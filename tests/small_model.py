@@ -12,6 +12,13 @@ from typing import Any
 from cpu_engines.sglang import server
 from examples.qwen3_moe import SGLANG_MODELS
 
+# So little conservatism admits more requests than the pool can hold to their end: some are retracted.
+CAPTURE_FLAGS = (
+    "--enable-router-capture", "--chunked-prefill-size=64", "--max-total-tokens=2048",
+    "--schedule-conservativeness=0.1", "--enable-metrics",
+)  # fmt: skip
+"""Of `capture_server`."""
+
 
 def serve(
     model_path: str | os.PathLike[str], *flags: str, environment: Mapping[str, str] | None = None, **others: Any

@@ -14,10 +14,10 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 import psutil
 
@@ -90,6 +90,31 @@ class Server:
         return self.post("/generate", {"input_ids": list(input_ids), "sampling_params": sampling, **fields})
 
 
+class Process(Protocol):
+    """The main process of a server, in a process group of its own: what is used of `subprocess.Popen`."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+
+def start_process(command: Sequence[str], environment: Mapping[str, str], output: IO[bytes]) -> Process:
+    """`command` in a process whose output goes to a file, and which ends when this one does."""
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        preexec_fn=end_with_parent,
+        # A process group of its own, by which the server's children are found even when it is gone itself.
+        start_new_session=True,
+    )
+
+
 @contextlib.contextmanager
 def serve(
     model_path: str | os.PathLike[str],
@@ -99,6 +124,7 @@ def serve(
     timeout_s: float = 300.0,
     command: Sequence[str] = (sys.executable, "-m", "sglang.launch_server"),
     cpu: bool = True,
+    start: Callable[[Sequence[str], Mapping[str, str], IO[bytes]], Process] = start_process,
 ) -> Iterator[Server]:
     """A server for the length of a `with` block, in a process of its own, on a free loopback port.
 
@@ -109,6 +135,7 @@ def serve(
         environment: added to this process's environment.
         command: what starts the server; the flags follow it.
         cpu: False leaves the device and its kernels to SGLang, for a machine with a GPU.
+        start: starts the whole command with the whole environment.
 
     Raises:
         ServerDiedError: the server ended before it could answer, or did not answer within `timeout_s` seconds; with the
@@ -119,15 +146,10 @@ def serve(
         port = _free_port()
         base_flags = CPU_FLAGS if cpu else ()
         with log_file.open("wb") as output:
-            process = subprocess.Popen(
+            process = start(
                 [*command, "--model-path", os.fspath(model_path), "--port", str(port), *base_flags, *flags],
-                env=(cpu_environment if cpu else base_environment)(environment, model_package=model_package),
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                preexec_fn=_end_with_parent,
-                # A process group of its own, by which the server's children are found even when it is gone itself.
-                start_new_session=True,
+                (cpu_environment if cpu else base_environment)(environment, model_package=model_package),
+                output,
             )
         server = Server(f"http://127.0.0.1:{port}", process.pid, log_file)
         try:
@@ -174,12 +196,13 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _end_with_parent() -> None:
-    # A test run that is killed must not leave a server: the kernel then ends it. 1 is PR_SET_PDEATHSIG.
+def end_with_parent() -> None:
+    """Let the kernel end this process when its parent ends: a test run that is killed leaves no server."""
+    # 1 is PR_SET_PDEATHSIG.
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _wait_until_ready(server: Server, process: subprocess.Popen[bytes], timeout_s: float) -> None:
+def _wait_until_ready(server: Server, process: Process, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if (status := process.poll()) is not None:
@@ -195,7 +218,7 @@ def _died(message: str, status: int | None, server: Server) -> ServerDiedError:
     return ServerDiedError(f"{message}. The end of its log:\n" + "\n".join(log.splitlines()[-30:]), status, log)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: Process) -> None:
     for ending, wait_s in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, ending)

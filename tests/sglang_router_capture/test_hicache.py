@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cpu_engines.sglang.server import HICACHE_FLAGS, Server
 from router_replay.masks import NO_ROW, RoutingMasks
+from tests.forked_servers.client import serve
 from tests.sglang_router_capture.requests import generate, masks_of, prompt
-from tests.small_model import serve
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -16,9 +16,9 @@ from transformers import Qwen3MoeForCausalLM
 from cpu_engines.sglang.server import Server
 from router_replay.masks import masks_from_meta_info
 from sglang_router_capture.answer import META_INFO_KEY
+from tests.forked_servers.client import serve
 from tests.sglang_router_capture.oracle import assert_rows_are_of
 from tests.sglang_router_capture.requests import generate, masks_of, prompt
-from tests.small_model import serve
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -23,10 +23,10 @@ from router_replay.masks.stores.http import HttpStore
 from router_replay.masks.stores.served import ROUTE
 from sglang_router_capture import http
 from sglang_router_capture.server_folder import ServerFolder
+from tests.forked_servers.client import serve
 from tests.sglang_router_capture.oracle import assert_rows_are_of
 from tests.sglang_router_capture.requests import generate, masks_of, prompt
 from tests.sglang_router_capture.same_requests import FLAGS, masks_of_main_job, masks_of_requests
-from tests.small_model import serve
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -13,10 +13,10 @@ import pytest
 from cpu_engines.sglang.server import Server
 from router_replay.errors import DataError
 from router_replay.masks import load, open_store
+from tests.forked_servers.client import serve
 from tests.router_replay.masks.stores import conftest as stores
 from tests.sglang_router_capture.requests import generate, masks_of, prompt
 from tests.sglang_router_capture.same_requests import FLAGS, masks_of_main_job, masks_of_requests
-from tests.small_model import serve
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -6,6 +6,7 @@ import pkgutil
 import sys
 import threading
 import time
+from importlib.metadata import entry_points
 from pathlib import Path
 
 _OWN = ("router_replay", "router_replay_cli", "sglang_router_capture", "megatron_router_replay")
@@ -32,6 +33,7 @@ if renamed := os.environ.get("ROUTER_CAPTURE_PROBE_RENAME"):
 def _report_forever(folder: Path) -> None:
     # The ledger's names are read without importing the package, whose presence is part of the report.
     paths = json.loads(os.environ["ROUTER_CAPTURE_PROBE_PATHS"])
+    plugins = [plugin.name for plugin in entry_points(group="sglang.srt.plugins")]
     report_file = folder / f"{os.getpid()}.json"
     while True:
         report = {
@@ -40,11 +42,34 @@ def _report_forever(folder: Path) -> None:
             "hooked_by": {path: _hooking_modules(pkgutil.resolve_name(path)) for path in paths},
             "hooks_imported": "sglang_router_capture.hooks" in sys.modules,
             "loaded": sorted(name for name in list(sys.modules) if name.partition(".")[0] in _OWN),
+            "role": _role(),
+            "environment": dict(os.environ),
+            "plugins": plugins,
+            "registered": _registered(),
+            "modules": [name for name in list(sys.modules) if name.partition(".")[0] in ("sglang", "tests", *_OWN)],
         }
         partial = report_file.with_suffix(".partial")
         partial.write_text(json.dumps(report))
         partial.rename(report_file)
         time.sleep(2)
+
+
+def _role() -> str:
+    # There where SGLang has given its process a title.
+    titles = sys.modules.get("setproctitle")
+    title = titles.getproctitle() if titles else ""
+    return title if title.startswith("sglang::") else "main"
+
+
+def _registered() -> list[str]:
+    """SGLang's registry: what it hooks, in which order, by whom."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    return [
+        f"{target}: {kind.name} {hook.__module__}.{hook.__qualname__} of {source and source.plugin_name}"
+        for target, hooks in list(HookRegistry._hooks.items())
+        for kind, hook, source in hooks
+    ]
 
 
 def _hooking_modules(function) -> list[str]:
