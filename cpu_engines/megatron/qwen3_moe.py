@@ -1,7 +1,8 @@
-"""Load a Hugging Face Qwen3-MoE checkpoint into Megatron-Core's GPTModel.
+"""Load a Hugging Face Qwen3-MoE checkpoint into Megatron-Core's GPTModel, and take the model's tensors out again.
 
     with CpuDevice(), single_process():
         model = load_qwen3_moe("path/of/checkpoint")
+        tensors = hf_tensors(model)
 
 Layers are Megatron's own local ones (no Transformer Engine), one rank, one model chunk.
 """
@@ -9,7 +10,7 @@ Layers are Megatron's own local ones (no Transformer Engine), one rank, one mode
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,22 @@ def load_qwen3_moe(
     ).to(dtype)
     _fill(model, _read_tensors(folder), config)
     return model
+
+
+def hf_tensors(model: GPTModel) -> dict[str, Tensor]:
+    """The tensors of a checkpoint of the model as it is now, by Hugging Face's names: views of its parameters.
+
+    Raises:
+        CheckpointError: a parameter that no tensor of such a checkpoint holds.
+    """
+    parameters = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = {}
+    for target, sources in _mapping(model.config):
+        parts = _split(target, parameters.pop(target).data, len(sources), model.config)
+        tensors.update(zip(sources, parts, strict=True))
+    if parameters:
+        raise CheckpointError(f"parameters that no tensor of a checkpoint holds: {sorted(parameters)}")
+    return tensors
 
 
 def megatron_config(hf_config: dict[str, Any], dtype: torch.dtype, **overrides: Any) -> TransformerConfig:
@@ -172,6 +189,16 @@ def _merge(target: str, values: list[Tensor], config: TransformerConfig) -> Tens
         groups, width = config.num_query_groups, config.hidden_size
         return torch.cat([value.view(groups, -1, width) for value in values], dim=1).reshape(-1, width)
     return torch.cat(values)
+
+
+def _split(target: str, value: Tensor, parts: int, config: TransformerConfig) -> Sequence[Tensor]:
+    """What `_merge` joins."""
+    if target.endswith("linear_qkv.weight"):
+        groups, width, head = config.num_query_groups, config.hidden_size, config.kv_channels
+        grouped = value.view(groups, -1, width)
+        sizes = (grouped.shape[1] - 2 * head, head, head)
+        return [part.reshape(-1, width) for part in grouped.split(sizes, dim=1)]
+    return value.chunk(parts)
 
 
 def _mapping(config: TransformerConfig) -> Iterator[tuple[str, list[str]]]:
