@@ -4,7 +4,7 @@ SERVER_TESTS := tests/sglang_router_capture tests/cpu_engines/sglang tests/end_t
 # Those for which Megatron-Core, Ray, a browser or a long compilation is needed; every other folder of tests/ is quick.
 SLOW_TESTS := tests/megatron_router_replay tests/cpu_engines/megatron tests/contract tests/docs/test_tables.py \
 	tests/router_replay/report/test_report_in_browser.py tests/router_replay/masks/stores \
-	tests/router_replay/masks/test_header.py tests/benchmarks/test_transport.py
+	tests/router_replay/masks/test_header.py tests/benchmarks/test_transport.py tests/examples/grpo
 # Servers of several processes on two cores: each of them takes minutes to start.
 RANKS_TESTS := tests/sglang_router_capture/test_parallel.py
 # Those of SERVER_TESTS that begin when one of the other two is done, so that two cores have enough to do until the end.
@@ -12,7 +12,7 @@ LATE_TESTS := tests/sglang_router_capture/test_launchers.py tests/sglang_router_
 	tests/sglang_router_capture/test_start.py tests/soak
 QUICK_PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -q -p no:cacheprovider
 
-.PHONY: help setup demo quick quick-checks quick-masks quick-others test test-servers test-slow test-late ranks contract megatron-0.17 sglang-0.5.20 stock soak kernels wheel lock
+.PHONY: help setup demo train quick quick-checks quick-masks quick-others test test-servers test-slow test-late ranks contract megatron-0.17 sglang-0.5.20 stock soak kernels wheel lock
 
 help:  ## Show the targets.
 	@sed -nE 's/^([a-z0-9.-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -22,6 +22,10 @@ setup:  ## Make .venv with the locked dependencies; does nothing where it is up 
 
 demo: setup  ## A conversation of several turns: captured by SGLang, replayed by Megatron-Core.
 	.venv/bin/python -m examples.multi_turn_replay
+
+train: setup  ## Ten steps of reinforcement learning on both engines, in a new folder; some minutes on a CPU.
+	rm -rf build/train
+	OMP_NUM_THREADS=1 .venv/bin/python -m examples.grpo --steps 10 --evaluate-every 5 --out build/train
 
 quick: setup  ## Lint, types and the tests of those folders that need neither engine nor browser.
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target quick-others quick-masks quick-checks

@@ -72,7 +72,7 @@ class Problem:
         return "held_out" if hashlib.sha256(self.expression.encode()).digest()[0] < 32 else "train"
 
 
-def problems(split: Split, seed: int) -> Iterator[Problem]:
+def problems(split: Split, seed: int | str) -> Iterator[Problem]:
     """Endless stream of problems of one split, the same for the same seed. Problems may repeat within a stream."""
     rng = random.Random(f"{split}/{seed}")
     while True:

@@ -17,6 +17,7 @@ from router_replay.masks import Rollout, RoutingMasks, open_store
 
 # The untouched distribution, so that the log-probabilities in the answer are those of the sampler.
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "max_new_tokens": MAX_TURN_TOKENS}
+GREEDY = {"temperature": 0.0, "max_new_tokens": MAX_TURN_TOKENS}
 
 
 class RolloutError(RuntimeError):
@@ -54,12 +55,14 @@ def play(
     tokenizer: PreTrainedTokenizerBase,
     *,
     concurrency: int = 16,
+    sampling: Mapping[str, Any] = SAMPLING,
     on_finished: Callable[[Conversation], None] = lambda conversation: None,
 ) -> list[Conversation]:
     """One conversation per problem, in the problems' order, up to `concurrency` of them at a time.
 
     Args:
         server_url: of a running SGLang server with router capture.
+        sampling: SGLang's sampling parameters.
         on_finished: called in this thread as conversations end, in any order.
 
     Raises:
@@ -67,7 +70,7 @@ def play(
         router_replay.errors.DataError: the server returns no routing masks.
     """
     with ThreadPoolExecutor(concurrency) as pool:
-        futures = [pool.submit(converse, server_url, problem, tokenizer) for problem in problems]
+        futures = [pool.submit(converse, server_url, problem, tokenizer, sampling) for problem in problems]
         try:
             for future in as_completed(futures):
                 on_finished(future.result())
@@ -77,8 +80,13 @@ def play(
     return [future.result() for future in futures]
 
 
-def converse(server_url: str, problem: Problem, tokenizer: PreTrainedTokenizerBase) -> Conversation:
-    """Play one conversation; errors as of `play`."""
+def converse(
+    server_url: str,
+    problem: Problem,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Mapping[str, Any] = SAMPLING,
+) -> Conversation:
+    """Play one conversation; arguments and errors as of `play`."""
     calculator = Calculator(problem)
     token_ids: list[int] = []
     sampled: list[bool] = []
@@ -96,12 +104,12 @@ def converse(server_url: str, problem: Problem, tokenizer: PreTrainedTokenizerBa
     while not calculator.done:
         body = {
             "input_ids": token_ids,
-            "sampling_params": {**SAMPLING, "stop_token_ids": [tokenizer.eos_token_id]},
+            "sampling_params": {**sampling, "stop_token_ids": [tokenizer.eos_token_id]},
             "return_logprob": True,
             # Earlier turns' routes are here already; only the tokens since then are new.
             **rollout.request_fields(token_ids),
         }
-        meta_info = _generate(server_url, body)["meta_info"]
+        meta_info = post(server_url, "/generate", body)["meta_info"]
         masks_bytes += len(json.dumps(meta_info["routing_masks"]))
         cached += meta_info["cached_tokens"]
         turn = [token_id for _, token_id, *_ in meta_info["output_token_logprobs"]]
@@ -131,9 +139,14 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False) if text else []
 
 
-def _generate(server_url: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+def post(server_url: str, path: str, body: Mapping[str, Any]) -> Any:
+    """The server's answer to a JSON body.
+
+    Raises:
+        RolloutError: the server refused it, or could not be reached.
+    """
     request = urllib.request.Request(
-        server_url.rstrip("/") + "/generate", json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+        server_url.rstrip("/") + path, json.dumps(body).encode(), headers={"Content-Type": "application/json"}
     )
     try:
         with urllib.request.urlopen(request, timeout=300) as answer:

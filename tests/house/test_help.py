@@ -37,6 +37,7 @@ def test_the_programs_are_found() -> None:
         "benchmarks.pause",
         "benchmarks.replay",
         "benchmarks.transport",
+        "examples.grpo",
         "examples.multi_turn_replay",
         "examples.small_model.train",
     ]
