@@ -38,6 +38,9 @@ MAX_TURN_TOKENS = 16
 MAX_VALUE = 9999
 """Largest operand of a call; no value in a reference conversation is larger, or negative."""
 
+FEWEST_OPERATIONS, MOST_OPERATIONS = 2, 4
+"""Of a problem of the streams."""
+
 ERROR = "error"
 _OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _CALL = re.compile(r"call (-?[0-9]{1,4})([+*-])(-?[0-9]{1,4})")
@@ -171,7 +174,7 @@ def _next_operation(items: list[int | str]) -> int:
 
 
 def _random_expression(rng: random.Random) -> str:
-    operands = [str(rng.randint(1, 99)) for _ in range(rng.randint(3, 5))]
+    operands = [str(rng.randint(1, 99)) for _ in range(rng.randint(FEWEST_OPERATIONS + 1, MOST_OPERATIONS + 1))]
     first = 0
     while first < len(operands) - 1:
         if rng.random() < 0.25:

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from examples.grpo.settings import Settings
+from examples.grpo.settings import Settings, SettingsError
 from examples.small_model import CHECKPOINT
 
 _DEFAULT = Settings()
@@ -37,7 +37,7 @@ def main(
     problems: Annotated[int, typer.Option(min=1, help="Problems of a step.")] = _DEFAULT.problems,
     group_size: Annotated[int, typer.Option(min=2, help="Conversations about each problem.")] = _DEFAULT.group_size,
     operations: Annotated[
-        tuple[int, int], typer.Option(min=2, max=4, metavar="MIN MAX", help="Operations of a problem.")
+        tuple[int, int], typer.Option(metavar="MIN MAX", help="Operations of a problem.")
     ] = _DEFAULT.operations,
     minibatches: Annotated[int, typer.Option(min=1, help="Optimizer steps of a step.")] = _DEFAULT.minibatches,
     microbatch: Annotated[int, typer.Option(min=1, help="Conversations in a forward pass.")] = _DEFAULT.microbatch,
@@ -54,22 +54,25 @@ def main(
     concurrency: Annotated[int, typer.Option(min=1, help="Conversations that are played at a time.")] = 64,
 ) -> None:
     """Train the small model on the calculator task by GRPO, with SGLang, Megatron-Core and routing replay."""
-    settings = Settings(
-        algorithm=algorithm,
-        routes=routes,
-        correction=correction,
-        problems=problems,
-        group_size=group_size,
-        operations=operations,
-        minibatches=minibatches,
-        microbatch=microbatch,
-        learning_rate=learning_rate,
-        warmup=warmup,
-        clip_gradient=clip_gradient,
-        evaluate_every=evaluate_every,
-        evaluation_problems=evaluation_problems,
-        seed=seed,
-    )
+    try:
+        settings = Settings(
+            algorithm=algorithm,
+            routes=routes,
+            correction=correction,
+            problems=problems,
+            group_size=group_size,
+            operations=operations,
+            minibatches=minibatches,
+            microbatch=microbatch,
+            learning_rate=learning_rate,
+            warmup=warmup,
+            clip_gradient=clip_gradient,
+            evaluate_every=evaluate_every,
+            evaluation_problems=evaluation_problems,
+            seed=seed,
+        )
+    except SettingsError as error:
+        raise typer.BadParameter(str(error)) from error
     # Here and not above: `--help` need not wait for torch and transformers.
     from examples.grpo.job import run
 

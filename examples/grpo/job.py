@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cpu_engines.sglang.server import ServerDiedError
-from examples.grpo.settings import Settings, same_settings
+from examples.grpo.settings import Settings, SettingsError, same_settings
 from examples.multi_turn_replay.job import rollout_server
 from examples.multi_turn_replay.rollout import RolloutError
 from router_replay.errors import RouterReplayError
@@ -31,7 +31,7 @@ def run(settings: Settings, *, steps: int, out: Path, model: Path, server: str |
         same_settings(out, settings, model)
         with rollout_server(model, server, settings.seed, "inline:") as url:
             _train(settings, steps, out, model, url, concurrency)
-    except (RolloutError, RouterReplayError, ServerDiedError, ValueError) as error:
+    except (RolloutError, RouterReplayError, ServerDiedError, SettingsError) as error:
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(1) from error
     console.print(f"written: {out} (figures.jsonl; r3 report {out / 'mismatch'} makes a page)", soft_wrap=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -79,4 +78,7 @@ def read_rollouts(path: Path) -> list[Conversation]:
 def _some(split: Split, seed: int | str, count: int, settings: Settings) -> list[Problem]:
     fewest, most = settings.operations
     fitting = (each for each in problems(split, seed) if fewest <= len(each.steps) <= most)
-    return list(islice(dict.fromkeys(islice(fitting, 4 * count)), count))
+    found: dict[Problem, None] = {}
+    while len(found) < count:
+        found[next(fitting)] = None
+    return list(found)

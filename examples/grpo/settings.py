@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from examples.calculator.game import FEWEST_OPERATIONS, MOST_OPERATIONS
 from router_replay.files import write_whole
 
 Routes = Literal["own", "R3", "R2"]
@@ -15,6 +16,10 @@ Routes = Literal["own", "R3", "R2"]
 
 Correction = Literal["none", "TIS", "MIS"]
 """Of the sampler's distribution: truncated or masked importance sampling of tokens (`router_replay.mismatch`)."""
+
+
+class SettingsError(ValueError):
+    """Settings of which no run can be made, or not in this folder."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,16 @@ class Settings:
     def __post_init__(self) -> None:
         conversations = self.problems * self.group_size
         if conversations % (self.minibatches * self.microbatch):
-            raise ValueError(
+            raise SettingsError(
                 f"{conversations} conversations ({self.problems} problems x {self.group_size}) cannot be cut into"
-                f" {self.minibatches} minibatches of whole microbatches of {self.microbatch}"
+                f" {self.minibatches} minibatches of whole microbatches of {self.microbatch}: choose numbers of"
+                " minibatches and of conversations in a microbatch whose product divides them"
+            )
+        fewest, most = self.operations
+        if not FEWEST_OPERATIONS <= fewest <= most <= MOST_OPERATIONS:
+            raise SettingsError(
+                f"no problem has {fewest} to {most} operations: choose two numbers of {FEWEST_OPERATIONS} to"
+                f" {MOST_OPERATIONS}, the smaller one first"
             )
 
 
@@ -66,7 +78,7 @@ def same_settings(folder: Path, settings: Settings, model: Path) -> None:
     """Write a run's settings into its folder, or see that a run that goes on has the same.
 
     Raises:
-        ValueError: the folder holds a run with other settings.
+        SettingsError: the folder holds a run with other settings.
     """
     path = folder / "settings.json"
     wanted: dict[str, Any] = {"model": str(model), **dataclasses.asdict(settings)}
@@ -80,4 +92,6 @@ def same_settings(folder: Path, settings: Settings, model: Path) -> None:
     }
     if differing:
         said = ", ".join(f"{name} {before} and now {now}" for name, (before, now) in sorted(differing.items()))
-        raise ValueError(f"{folder} holds a run with other settings ({said}): take another folder, or these settings")
+        raise SettingsError(
+            f"{folder} holds a run with other settings ({said}): take another folder, or those it began with"
+        )

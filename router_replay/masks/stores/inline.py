@@ -53,12 +53,16 @@ def _data(handle: Handle) -> bytes:
     try:
         return pybase64.b64decode(text, validate=True)
     except ValueError as error:
-        raise DataError(f"an inline handle whose data is not base64 text: {error!r}") from error
+        raise DataError(
+            f"an inline handle whose data is not base64 text ({error}): pass it as the answer gave it"
+        ) from error
 
 
 def _text(handle: Handle) -> str:
     require_store(handle, URL)
     data = handle.get("data")
     if not isinstance(data, str):
-        raise DataError(f"an inline handle whose data is not base64 text: a {type(data).__name__}")
+        raise DataError(
+            f"an inline handle whose data is not base64 text but a {type(data).__name__}: pass it as the answer gave it"
+        )
     return data

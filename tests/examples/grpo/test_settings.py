@@ -3,27 +3,51 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from examples.grpo.settings import Settings, same_settings
+from examples.grpo.rollouts import problems_of_step
+from examples.grpo.settings import Settings, SettingsError, same_settings
+from tests.house.repository import ROOT
 
 
 def test_a_run_goes_on_with_its_own_settings_alone(tmp_path: Path) -> None:
     model = Path("checkpoint")
     same_settings(tmp_path / "run", Settings(), model)
     same_settings(tmp_path / "run", Settings(), model)
-    with pytest.raises(ValueError, match=r"other settings \(routes R3 and now own, seed 0 and now 1\)"):
+    with pytest.raises(SettingsError, match=r"other settings \(routes R3 and now own, seed 0 and now 1\)"):
         same_settings(tmp_path / "run", replace(Settings(), routes="own", seed=1), model)
-    with pytest.raises(ValueError, match="model checkpoint and now other"):
+    with pytest.raises(SettingsError, match="model checkpoint and now other"):
         same_settings(tmp_path / "run", Settings(), Path("other"))
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["seed"] == 0
 
 
 def test_minibatches_are_of_whole_microbatches() -> None:
-    with pytest.raises(ValueError, match=r"64 conversations \(8 problems x 8\) cannot be cut into 3 minibatches"):
+    with pytest.raises(SettingsError, match=r"64 conversations \(8 problems x 8\) cannot be cut into 3 minibatches"):
         Settings(minibatches=3)
-    with pytest.raises(ValueError, match="2 minibatches of whole microbatches of 24"):
+    with pytest.raises(SettingsError, match="2 minibatches of whole microbatches of 24"):
         Settings(microbatch=24)
+
+
+@pytest.mark.parametrize("operations", [(4, 2), (1, 3), (3, 5)])
+def test_problems_that_there_are_none_of_are_refused(operations: tuple[int, int]) -> None:
+    with pytest.raises(SettingsError, match="choose two numbers of 2 to 4, the smaller one first"):
+        Settings(operations=operations)
+
+
+def test_a_steps_problems_are_different_and_follow_from_seed_and_step() -> None:
+    settings = Settings(problems=200, operations=(2, 3), microbatch=1)
+    found = problems_of_step(settings, 3)
+    assert len(set(found)) == 200 and {len(each.steps) for each in found} == {2, 3}
+    assert found == problems_of_step(settings, 3)
+    assert found != problems_of_step(settings, 4) and found != problems_of_step(replace(settings, seed=1), 3)
+
+
+def test_the_command_line_says_what_does_not_fit() -> None:
+    command = [sys.executable, "-m", "examples.grpo", "--microbatch=24"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and "choose numbers" in run.stderr and "Traceback" not in run.stderr
