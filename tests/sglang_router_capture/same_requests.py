@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def masks_of_main_job(server: Server, store: str, model: Path) -> Found:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as out:
         patch.setattr(job, "serve", running)
         patch.setattr(job, "train_side", keep_and_train)
-        patch.setattr(rollout, "SAMPLING", {**rollout.SAMPLING, "temperature": 0})
+        patch.setattr(job, "play", partial(rollout.play, sampling=rollout.GREEDY))
         arguments = ["--store", store, "--model", str(model), "--conversations", str(_CONVERSATIONS), "--seed", "5"]
         result = CliRunner().invoke(app, [*arguments, "--concurrency", "1", "--out", out])
         assert result.exit_code == 0, result.output
