@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from router_replay.errors import InputError
-from router_replay.mismatch.responses import Responses, require_responses, require_tensors
+from router_replay.mismatch.arguments import require_tensors
+from router_replay.mismatch.parts import Joined
+from router_replay.mismatch.ranks import together
+from router_replay.mismatch.responses import Responses, require_responses
+from router_replay.mismatch.segments import Segments
 
 
 def group_relative_advantages(rewards: Tensor, responses: Responses, *, divide_by_std: bool = True) -> Tensor:
@@ -16,7 +20,8 @@ def group_relative_advantages(rewards: Tensor, responses: Responses, *, divide_b
 
     Source: DeepSeekMath (arXiv 2402.03300), section 4.1.2. Without the division: Dr. GRPO (arXiv 2503.20783), which
     shows that it favours prompts whose rewards hardly differ. The standard deviation is the sample's (n - 1). A group
-    of one has advantage 0. Responses without a response token count in their group's mean.
+    of one has advantage 0. Responses without a response token count in their group's mean, and so do those that
+    `LogRatios.of` dropped: their rewards were drawn as the others'.
 
     Args:
         rewards: one per response, `[S]`.
@@ -31,19 +36,15 @@ def group_relative_advantages(rewards: Tensor, responses: Responses, *, divide_b
     require_tensors(rewards=rewards)
     if rewards.shape != (responses.num_sequences,):
         raise InputError(f"rewards {list(rewards.shape)} must be [{responses.num_sequences}], one for each sequence")
-    rewards = rewards.to(responses.mask.device)
     dtype = torch.promote_types(rewards.dtype, torch.float32)
-    groups = responses.prompts
-    count = groups.spread(torch.ones_like(rewards, dtype=dtype)).sum(-1)
-    mean = groups.spread(rewards.to(dtype)).sum(-1) / count
-    centred = rewards.to(dtype) - mean[groups.segment]
+    rewards, groups = rewards.to(responses.mask.device, torch.float64), responses.prompts
+    centred = rewards - groups.of_items(groups.sum(rewards) / groups.counts)
     if not divide_by_std:
-        return centred
+        return centred.to(dtype)
     # Of equal rewards rounding leaves differences of its own, and a deviation of their size to divide them by.
-    lowest, highest = (groups.spread(sign * rewards.to(dtype), -torch.inf).amax(-1) for sign in (-1, 1))
-    centred = centred.masked_fill((highest == -lowest)[groups.segment], 0)
-    std = (groups.spread(centred.square()).sum(-1) / (count - 1).clamp(min=1)).sqrt()
-    return centred / (std[groups.segment] + 1e-6)
+    centred = centred.masked_fill(groups.of_items(groups.max(rewards) == -groups.max(-rewards)), 0)
+    std = (groups.sum(centred.square()) / (groups.counts - 1).clamp(min=1)).sqrt()
+    return (centred / (groups.of_items(std) + 1e-6)).to(dtype)
 
 
 def optimal_token_baseline_advantages(
@@ -78,34 +79,33 @@ def optimal_token_baseline_advantages(
         InputError: shapes that differ, or responses whose prompts are not known.
     """
     require_responses(responses)
-    responses.require(logprobs=logprobs, sum_squared_probs=sum_squared_probs)
+    given = {"logprobs": logprobs, "sum_squared_probs": sum_squared_probs}
+    given |= {} if weights is None else {"weights": weights}
+    per_sequence = _is_per_sequence(rewards, responses, **given)
     dtype = torch.promote_types(logprobs.dtype, torch.float32)
-    token_rewards = per_token_rewards(rewards, responses).detach().to(dtype)
-    logprobs = logprobs.detach().to(dtype)
+    logprobs = logprobs.detach().double()
     # (1 - p)^2 plus the squares of the others: of a token that was all but certain nothing is left of 1 - 2 p + sum p^2
     # but rounding, of either sign, and the baseline would be no mean.
-    others = sum_squared_probs.detach().to(dtype) - (2 * logprobs).exp()
+    others = sum_squared_probs.detach().double() - (2 * logprobs).exp()
     energy = torch.expm1(logprobs).square() + others.clamp(min=0)
     if weights is not None:
-        responses.require(weights=weights)
-        energy = energy * weights.detach().to(dtype).square()
-    returns = responses.rectangle(token_rewards).flip(-1).cumsum(-1).flip(-1)
-    gathered = responses.rectangle(energy).cumsum(-1)
-    # Columns of a group's responses are lined up by the number of response tokens before them.
-    mask = responses.rectangle(responses.mask)
-    number = mask.long().cumsum(-1) - 1
-    width = mask.shape[-1]
-    cell = (responses.prompts.segment[:, None] * width + number)[mask]
-    sums = returns.new_zeros(3, responses.prompts.num_segments * width)
-    sums[0].index_add_(0, cell, (gathered * returns)[mask])
-    sums[1].index_add_(0, cell, gathered[mask])
-    sums[2].index_add_(0, cell, torch.ones_like(returns)[mask])
+        energy = energy * weights.detach().double().square()
+    groups, (whole, joined) = responses.prompts, responses.whole()
+    tokens, mask = whole.tokens, whole.mask
+    reward = _at_last_tokens(rewards, whole) if per_sequence else _flat(rewards, whole, joined)
+    returns = tokens.running_sum(reward, reverse=True)
+    gathered = tokens.running_sum(_flat(energy, whole, joined))
+    # A cell for every group and t; the last is for what is no response token.
+    longest = groups.max(whole.lengths.double()).long()
+    begin = groups.of_items(longest.cumsum(0) - longest)
+    cell = (tokens.of_items(begin) + _number(whole)).masked_fill(~mask, len(mask))
+    cells = Segments.of(cell, len(mask) + 1)
+    energies = cells.sum(gathered)
     # A sampled token of probability 1 has no gradient and no energy: nothing to reduce, baseline 0.
-    defined = (sums[2] > 1) & (sums[1] > 0)
-    baseline = torch.where(defined, sums[0] / sums[1].masked_fill(~defined, 1), 0)
-    advantages = torch.zeros_like(returns)
-    advantages[mask] = returns[mask] - baseline[cell]
-    return responses.tokens.gather(advantages).view(responses.mask.shape)
+    defined = (cells.counts > 1) & (energies > 0)
+    baseline = (cells.sum(gathered * returns) / energies.masked_fill(~defined, 1)).masked_fill(~defined, 0)
+    advantages = (returns - cells.of_items(baseline)).masked_fill(~mask, 0)
+    return joined.own(advantages).to(dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,31 +153,46 @@ def doubly_robust_advantages(
     """
     require_responses(responses)
     action_values = values if action_values is None else action_values
-    responses.require(values=values, weights=weights, action_values=action_values)
+    per_sequence = _is_per_sequence(rewards, responses, values=values, weights=weights, action_values=action_values)
+    whole, joined = responses.whole()
+    tokens, mask = whole.tokens, whole.mask
     dtype = torch.promote_types(values.dtype, torch.float32)
-    token_rewards = per_token_rewards(rewards, responses)
-    reward, value, action_value, weight, mask = (
-        responses.rectangle(each.detach().to(dtype))
-        for each in (token_rewards, values, action_values, weights, responses.mask)
-    )
-    corrected, advantages = torch.zeros_like(value), torch.zeros_like(value)
-    after = value.new_zeros(len(value))
-    for column in reversed(range(value.shape[-1])):
-        there = mask[:, column] > 0
-        target = reward[:, column] + discount * after
-        before = value[:, column] + weight[:, column] * (target - action_value[:, column])
-        advantages[:, column] = torch.where(there, target - value[:, column], 0)
-        after = torch.where(there, before, after)
-        corrected[:, column] = torch.where(there, before, 0)
-    shape = responses.mask.shape
-    gather = responses.tokens.gather
-    return DoublyRobust(values=gather(corrected).view(shape), advantages=gather(advantages).view(shape))
+    reward = _at_last_tokens(rewards, whole) if per_sequence else _flat(rewards, whole, joined)
+    value, action_value, weight = (_flat(each, whole, joined) for each in (values, action_values, weights))
+    # Backwards over the tokens; those of others hand on what comes after them.
+    through = (~mask).double()
+    next_value = tokens.next_of(tokens.recurrence(through, value, reverse=True))
+    # V_DR - V, and not V_DR: where Q is right that is 0, whatever the products of the weights.
+    error = weight * (reward + discount * next_value - action_value)
+    correction = tokens.recurrence((discount * weight).where(mask, through), error, reverse=True)
+    corrected = (value + correction).masked_fill(~mask, 0)
+    advantages = reward + discount * (next_value + tokens.next_of(correction)) - value
+    advantages = advantages.masked_fill(~mask, 0)
+    return DoublyRobust(values=joined.own(corrected).to(dtype), advantages=joined.own(advantages).to(dtype))
 
 
-def per_token_rewards(rewards: Tensor, responses: Responses) -> Tensor:
-    """Rewards in the tokens' shape: as they are, or `[S]` put at each response's last token."""
-    if not responses.is_per_sequence(rewards=rewards):
-        return rewards
-    mask = responses.rectangle(responses.mask)
-    last = mask & (mask.flip(-1).long().cumsum(-1).flip(-1) == 1)
-    return responses.tokens.gather(rewards[:, None] * last).view(responses.mask.shape)
+def _is_per_sequence(rewards: Tensor, responses: Responses, **of_tokens: Tensor) -> bool:
+    """Whether rewards are `[S]`, of tensors whose shapes fit; on all ranks of a context group, or raised on all."""
+
+    def checked() -> bool:
+        responses.require(**of_tokens)
+        return responses.is_per_sequence(rewards=rewards)
+
+    return together(checked, responses.context_group)
+
+
+def _at_last_tokens(rewards: Tensor, whole: Responses) -> Tensor:
+    """As of `_flat`: rewards `[S]` put at each response's last token."""
+    last = _number(whole) == whole.tokens.of_items(whole.lengths) - 1
+    return whole.expand(rewards.detach().double()).masked_fill(~last, 0)
+
+
+def _flat(values: Tensor, whole: Responses, joined: Joined) -> Tensor:
+    """Of all tokens of whole sequences, detached, float64 `[n]`, 0 for all but response tokens."""
+    return joined.gather(values.detach().double()).masked_fill(~whole.mask, 0)
+
+
+def _number(whole: Responses) -> Tensor:
+    """How many response tokens of its sequence are before each one, int64 `[n]`; of other tokens anything."""
+    before = whole.lengths.cumsum(0) - whole.lengths
+    return whole.mask.cumsum(0) - 1 - whole.tokens.of_items(before)

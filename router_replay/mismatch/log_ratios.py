@@ -8,9 +8,11 @@ from functools import cached_property
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from router_replay.errors import InputError
+from router_replay.mismatch.faults import joint_faults, require_log_probabilities
 from router_replay.mismatch.responses import Responses, require_responses
 
 Level = Literal["token", "sequence", "geometric"]
@@ -25,7 +27,8 @@ SATURATION = 300.0
 class LogRatios:
     """Log-ratios log r_t = log pi - log mu of response tokens, pi the trainer's policy, mu the rollout's; detached.
 
-    It is made with `LogRatios.of`, which checks the log-probabilities; what takes it checks them no more.
+    It is made with `LogRatios.of`, which checks the log-probabilities, once, and waits for the device for that; what
+    takes it checks them no more, and does not wait.
 
     Attributes:
         trainer, rollout: log-probabilities of the sampled tokens in nats, tokens' shape, as they were given.
@@ -33,15 +36,27 @@ class LogRatios:
         token: log r_t in the tokens' shape, in the wider dtype of both sides and at least float32: 0 for all but
             response tokens, -inf where the trainer's probability is 0, and at most 1e30, so that no sum of a batch
             becomes infinite and meets that.
+        sequence: sum over t of log r_t for each sequence, `[S]`, 0 for those without response tokens.
+        dropped: int64 0-d, responses that were taken out of `responses` for a token that cannot be used.
     """
 
     trainer: Tensor
     rollout: Tensor
     responses: Responses
     token: Tensor
+    sequence: Tensor
+    dropped: Tensor
 
     @classmethod
-    def of(cls, *, trainer: Tensor, rollout: Tensor, responses: Responses) -> LogRatios:
+    def of(
+        cls,
+        *,
+        trainer: Tensor,
+        rollout: Tensor,
+        responses: Responses,
+        process_group: dist.ProcessGroup | None = None,
+        bad_responses: Literal["raise", "drop"] = "raise",
+    ) -> LogRatios:
         """From the log-probabilities that both sides give to the tokens that the rollout sampled.
 
         Args:
@@ -49,15 +64,36 @@ class LogRatios:
                 the one that is being optimised), tokens' shape, any float dtype.
             rollout: the same under the policy that sampled.
             responses: the tokens' sequences and prompts; what log-probabilities hold outside it is ignored.
+            process_group: data-parallel ranks, each with a batch of its own; those of the `context_group` of
+                `responses` need not be named again. What is refused on one of them is raised on all, where it would
+                leave the others waiting for it in their next collective. Every rank calls.
+            bad_responses: "drop" takes a response with a token that cannot be used out of `responses`, all of it, and
+                counts it in `dropped`; nothing waits for the device then, unless there are ranks to wait for. So it
+                does with a token that the trainer gives probability 0, over which no later policy has a ratio. Go on
+                with the `responses` of the result: losses and denominators, too, must not see the response. Look at
+                `dropped`: of log-probabilities that are none at all every response is.
 
         Raises:
             InputError: no tensors, or shapes or devices that differ; a response token has NaN or +inf, or probability
-                0 under the rollout, under which it cannot have been sampled; or every value of a side is above 0 and
-                one above 0.1, or one is above 0.5, which rounding does not do to logarithms of probabilities.
+                0 under the rollout, under which it cannot have been sampled; every value of a side is above 0 and one
+                above 0.1, or one is above 0.5, which rounding does not do to logarithms of probabilities; or a process
+                group with other ranks of the context group.
         """
-        require_log_probabilities(trainer, rollout, responses, ("trainer", "rollout"))
+        require_responses(responses)
+        names = ("trainer", "rollout")
+        if bad_responses not in ("raise", "drop"):
+            raise InputError(f"bad_responses must be 'raise' or 'drop', got {bad_responses!r}")
+        if bad_responses == "raise":
+            require_log_probabilities(trainer, rollout, responses, names, process_group)
+            dropped = responses.lengths.new_zeros(())
+        else:
+            faults = joint_faults(trainer, rollout, responses, names, responses.groups_with(process_group))
+            tokens = faults.tokens | (faults.sides[0] == -torch.inf)
+            bad = responses.max(tokens.float()) > 0
+            responses, dropped = responses.keep(~responses.expand(bad)), bad.sum()
         trainer, rollout = trainer.detach(), rollout.detach()
-        return cls(trainer, rollout, responses, difference(trainer, rollout, responses))
+        token = difference(trainer, rollout, responses)
+        return cls(trainer, rollout, responses, token, responses.sum(token), dropped)
 
     @cached_property
     def double(self) -> Tensor:
@@ -67,14 +103,9 @@ class LogRatios:
         return difference(self.trainer, self.rollout, self.responses, torch.float64)
 
     @property
-    def sequence(self) -> Tensor:
-        """Sum over t of log r_t for each sequence, `[S]`, 0 for those without response tokens."""
-        return self.responses.sum(self.token)
-
-    @property
     def geometric(self) -> Tensor:
         """Mean over t of log r_t for each sequence, `[S]`, 0 for those without response tokens."""
-        return self.responses.mean(self.token)
+        return self.sequence / self.responses.lengths.clamp(min=1)
 
     def at(self, level: Level) -> Tensor:
         """The log-ratio of a level in the tokens' shape, every token with its sequence's: `token`, sum, or mean.
@@ -91,17 +122,20 @@ class LogRatios:
         raise InputError(f"level must be 'token', 'sequence' or 'geometric', got {level!r}")
 
 
-def require_log_ratios(ratios: object) -> None:
-    """Raise InputError unless it is a `LogRatios`: log-probabilities alone do not say whose they are."""
+def require_log_ratios(ratios: object) -> LogRatios:
+    """The same, or InputError unless it is a `LogRatios`: log-probabilities alone do not say whose they are."""
     if not isinstance(ratios, LogRatios):
         raise InputError(
             f"ratios must be a LogRatios, got a {type(ratios).__name__}: make one with"
             " LogRatios.of(trainer=..., rollout=..., responses=...)"
         )
+    return ratios
 
 
 def log_ratio(*, current: Tensor, old: Tensor, responses: Responses) -> Tensor:
     """Log-ratio log(pi_theta / pi_old) of each response token, with gradients to both: for losses of your own.
+
+    It waits for the device, to check the log-probabilities; the losses of this package do not.
 
     Args:
         current, old: log-probabilities of the sampled tokens in nats, tokens' shape, any float dtype.
@@ -138,40 +172,3 @@ def saturating_exp(log_values: Tensor) -> Tensor:
 def exponential(log_weights: Tensor, responses: Responses) -> Tensor:
     """`saturating_exp`, 0 for all but response tokens."""
     return saturating_exp(log_weights).masked_fill(~responses.mask, 0)
-
-
-def require_log_probabilities(
-    numerator: Tensor, denominator: Tensor, responses: Responses, names: tuple[str, str]
-) -> None:
-    """Raise InputError, as `LogRatios.of`, for arguments that the caller knows by `names`; reads the device once."""
-    require_responses(responses)
-    responses.require(**dict(zip(names, (numerator, denominator), strict=True)))
-    for name, values in zip(names, (numerator, denominator), strict=True):
-        if not values.is_floating_point():
-            raise InputError(f"{name} must be floating point, got {values.dtype}: it is of logarithms of probabilities")
-    numerator, denominator = numerator.detach(), denominator.detach()
-    top, bottom = (values.masked_fill(~responses.mask, 0) for values in (numerator, denominator))
-    bad = top.isnan() | (top == torch.inf) | ~bottom.isfinite()
-    # Rounding lifts the logarithm of a probability of 1 a little above 0, in bfloat16 by up to 0.25 for logits below
-    # 64. Probabilities, taken for logarithms, are all above 0 even if none is large.
-    positive = [
-        (values > 0.5).any() | (((values > 0) | ~responses.mask).all() & (values > 0.1).any())
-        for values in (top, bottom)
-    ]
-    # One transfer from the device, not three.
-    any_bad, *too_high = torch.stack([bad.any(), *positive]).tolist()
-    count = int(responses.mask.sum()) if any_bad or any(too_high) else 0
-    if any_bad:
-        place = tuple(bad.nonzero()[0].tolist())
-        raise InputError(
-            f"{int(bad.sum())} of {count} response tokens have no log-ratio; the first, at {list(place)}, has"
-            f" log-probability {top[place]:g} in {names[0]} over {bottom[place]:g} in {names[1]}. A token that was"
-            " sampled has a probability above 0 under the policy that sampled it: look for tokens that the mask should"
-            " leave out, and for log-probabilities taken after a top-p or top-k mask that was not the sampler's"
-        )
-    for name, values, wrong in zip(names, (top, bottom), too_high, strict=True):
-        if wrong:
-            raise InputError(
-                f"{int((values > 0).sum())} of {count} response tokens have a log-probability above 0 in {name}, up to"
-                f" {float(values.max()):g}: pass natural logarithms of probabilities, not probabilities and not losses"
-            )

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from router_replay.errors import InputError
 from router_replay.mismatch.figures.weight_sums import WeightSums
 from router_replay.mismatch.log_ratios import SATURATION
+from router_replay.mismatch.ranks import together
 
-COUNTS = ("items", "clipped_low", "clipped_high", "dropped", "tokens", "k1", "k3")
+COUNTS = ("items", "clipped_low", "clipped_high", "dropped", "tokens", "refused", "k1", "k3")
 """Names of the metrics' sums, in their order; the first four count items, the last two are sums over tokens."""
 
 
@@ -19,9 +24,12 @@ COUNTS = ("items", "clipped_low", "clipped_high", "dropped", "tokens", "k1", "k3
 class LossMetrics:
     """Of one loss; detached, on the device, and made without waiting for it.
 
+    Before the optimizer's step say `metrics.require(...)`: a loss of log-probabilities that cannot be used is NaN, and
+    would make the weights NaN.
+
     Items are what the loss clips and weighs: response tokens, or for `gspo_loss` sequences that have any. Those of
-    micro-batches and of data-parallel ranks add up, `first + second` and `all_reduce`, to those of the whole batch:
-    sums are added, not means, so that no denominator is needed. Properties are 0-d float64 tensors; `flat` reads all
+    micro-batches and of data-parallel ranks add up, `total` and `all_reduce`, to those of the whole batch: sums are
+    added, not means, so that no denominator is needed. Properties are 0-d float64 tensors; `flat` reads all
     of them in one transfer. A batch without items has 0 everywhere.
 
     Attributes:
@@ -43,6 +51,7 @@ class LossMetrics:
         weights: Tensor | None,
         log_ratio: Tensor,
         mask: Tensor,
+        refused: Tensor,
     ) -> LossMetrics:
         """Of one batch.
 
@@ -52,6 +61,7 @@ class LossMetrics:
             clip: the clip range's low and high.
             log_ratio: log(pi_theta / pi_old), tokens' shape, 0 for all but response tokens.
             mask: bool, response tokens.
+            refused: those with log-probabilities that are none, for which `require` raises: bool, tokens' shape.
         """
         ratio, advantages = ratio.detach(), advantages.detach()
         applied = torch.ones_like(ratio) if weights is None else weights.detach()
@@ -63,11 +73,17 @@ class LossMetrics:
             "clipped_high": counted & (ratio > 1 + clip[1]) & (advantages > 0),
             "dropped": counted & (applied == 0),
             "tokens": mask,
+            "refused": refused,
             "k1": -log_ratio,
             "k3": torch.expm1(log_ratio) - log_ratio,
         }
         counts = torch.stack([sums[name].sum(dtype=torch.float64) for name in COUNTS])
         return cls(counts, WeightSums.of(applied.log().flatten()))
+
+    @property
+    def refused_tokens(self) -> Tensor:
+        """Number of response tokens with log-probabilities that cannot be used, for which the loss is NaN."""
+        return self._of("refused")
 
     @property
     def clipped_low(self) -> Tensor:
@@ -112,6 +128,36 @@ class LossMetrics:
         """Mean of r - 1 - log r, r = pi_theta / pi_old, over response tokens, nats: the same, never negative."""
         return self._share("k3", "tokens")
 
+    @classmethod
+    def total(cls, metrics: Iterable[LossMetrics]) -> LossMetrics:
+        """Those of all of them, of one loss with the same settings; of none, on the CPU, 0 everywhere."""
+        given = list(metrics)
+        if given:
+            return functools.reduce(operator.add, given)
+        return cls(torch.zeros(len(COUNTS), dtype=torch.float64), WeightSums.of(torch.empty(0, dtype=torch.float64)))
+
+    def require(self, *groups: dist.ProcessGroup | None) -> None:
+        """Raise InputError if a token of the loss could not be used: the loss is NaN, and so is its gradient.
+
+        Call it before `optimizer.step()`, with the metrics of all micro-batches. It waits for the device.
+
+        Args:
+            groups: whose ranks raise it together, each calling with its own metrics: the data-parallel ranks, and under
+                pipeline parallelism the stages, those without a loss with `LossMetrics.total([])`. Context-parallel
+                ranks have the same metrics, and metrics that were reduced need no groups.
+        """
+        together(self._require, *groups)
+
+    def _require(self) -> None:
+        refused, tokens = torch.stack([self._of("refused"), self._of("tokens")]).tolist()
+        if refused:
+            raise InputError(
+                f"{refused:.0f} of {tokens:.0f} response tokens of the loss have log-probabilities that are NaN or"
+                " infinite, or no logarithms of probabilities: the loss and its gradient are NaN, and an optimizer's"
+                " step would make the weights NaN. LogRatios.of(trainer=current, rollout=old, responses=responses)"
+                " names the first of them, and bad_responses='drop' takes their responses out"
+            )
+
     def __add__(self, other: LossMetrics) -> LossMetrics:
         """Both batches', of one loss with the same settings."""
         return LossMetrics(self.counts + other.counts, self.weights + other.weights)
@@ -125,7 +171,10 @@ class LossMetrics:
         return LossMetrics(summed[:-2], WeightSums(highest, summed[-2:]))
 
     def flat(self, prefix: str = "loss/") -> dict[str, float]:
-        """Names and numbers for a metrics logger; waits for the device once."""
+        """Names and numbers for a metrics logger; waits for the device once.
+
+        NaN where `refused_tokens` is above 0, of which `require` makes an error.
+        """
         values = {
             "clipped_low": self.clipped_low,
             "clipped_high": self.clipped_high,
@@ -135,6 +184,7 @@ class LossMetrics:
             "weight_ess": self.weight_ess,
             "kl_k1": self.kl_k1,
             "kl_k3": self.kl_k3,
+            "refused_tokens": self.refused_tokens,
         }
         numbers = torch.stack(list(values.values())).tolist()
         return {f"{prefix}{name}": number for name, number in zip(values, numbers, strict=True)}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from router_replay.errors import InputError
 from router_replay.mismatch.log_ratios import LogRatios, require_log_ratios
+from router_replay.mismatch.ranks import together
+from router_replay.mismatch.segments import Segments
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,9 +56,12 @@ def metropolis_chain(
     to. Tokens of one response are not independent draws of that pair, so the chain is exact only in its transitions.
 
     Args:
-        generator: of the uniform numbers, on the tensors' device. Ranks that share a batch (tensor, context and
-            pipeline parallel) must draw the same: seed it the same, or pass `uniforms`.
-        uniforms: in [0, 1), `[S]` or, for tokens, in the tokens' shape: the numbers themselves.
+        generator: of the uniform numbers, on the tensors' device. Ranks that share a batch (tensor and pipeline
+            parallel) must draw the same: seed it the same, or pass `uniforms`. Those of a `context_group` take the
+            numbers of its first rank.
+        uniforms: in [0, 1), `[S]`, of which those of the first rank of a `context_group` count, or for tokens in the
+            tokens' shape: the numbers themselves. Their range is checked, for which the device is waited for; numbers
+            that are drawn here need none of that.
 
     Returns:
         The chain. Proposals come in the order of the batch, so another order gives another chain of the same law.
@@ -68,42 +73,88 @@ def metropolis_chain(
     if level not in ("token", "sequence"):
         raise InputError(f"level must be 'token' or 'sequence', got {level!r}")
     responses, ratio = ratios.responses, ratios.token
+    prompts, group = responses.prompts, responses.context_group
     shape = (responses.num_sequences,) if level == "sequence" else tuple(ratio.shape)
-    if uniforms is None:
-        uniforms = torch.rand(shape, generator=generator, device=ratio.device)
-    uniforms = uniforms.to(ratio.device)
-    if tuple(uniforms.shape) != shape:
-        raise InputError(f"uniforms {list(uniforms.shape)} must be {list(shape)}, one for each proposal")
-    if not bool(((uniforms >= 0) & (uniforms < 1)).all()):
-        raise InputError(
-            f"uniforms must be in [0, 1), and go from {float(uniforms.min()):g} to {float(uniforms.max()):g}: draw them"
-            " with torch.rand"
-        )
+    if uniforms is not None:
+        given = uniforms
+        uniforms = together(lambda: _in_range(given, shape), group).to(ratio.device)
     if level == "sequence":
+        if uniforms is None:
+            uniforms = torch.rand(shape, generator=generator, device=ratio.device)
         # A response without tokens is no proposal.
-        proposed = responses.lengths > 0
-        chain_of = responses.prompts.segment[proposed]
-        num_chains = responses.prompts.num_segments
-        steps = _run_chains(ratios.sequence[proposed], uniforms[proposed], chain_of, num_chains)
-        multiplicity = responses.expand(torch.zeros(shape, device=ratio.device).masked_scatter(proposed, steps))
+        steps = _run_chains(ratios.sequence, _of_first(uniforms, group), responses.lengths > 0, prompts)
+        multiplicity = responses.expand(steps)
     else:
-        chain_of = responses.prompts.segment[responses.tokens.segment].view(shape)[responses.mask]
-        num_chains = responses.prompts.num_segments
-        steps = _run_chains(ratio[responses.mask], uniforms[responses.mask], chain_of, num_chains)
-        multiplicity = torch.zeros(shape, device=ratio.device).masked_scatter(responses.mask, steps)
+        whole, joined = responses.whole()
+        if uniforms is None:
+            # Those of all ranks' tokens: two ranks whose generators are alike would draw the same for other tokens.
+            uniforms = _of_first(torch.rand(whole.mask.shape, generator=generator, device=ratio.device), group)
+        else:
+            uniforms = joined.gather(uniforms)
+        of_token = Segments.of(whole.tokens.of_items(prompts.segment), prompts.num_segments)
+        steps = _run_chains(joined.gather(ratio), uniforms, whole.mask, of_token)
+        multiplicity = joined.own(steps)
     return MetropolisChain(multiplicity > 0, multiplicity)
 
 
-def _run_chains(log_rho: Tensor, uniforms: Tensor, chain_of: Tensor, num_chains: int) -> Tensor:
-    """Steps that each chain stayed at each of its proposals; all `[n]`, in the order of proposing."""
-    # One step needs the one before: plain numbers are faster here than tensors of a chain each.
-    steps = [0] * len(log_rho)
-    state, log_rho_there = [-1] * num_chains, [-math.inf] * num_chains
-    proposals = zip(log_rho.tolist(), uniforms.log().tolist(), chain_of.tolist(), strict=True)
-    for item, (proposed, log_u, chain) in enumerate(proposals):
-        # A chain starts at its first proposal. From a state that the trainer never takes every move is allowed, as the
-        # limit of small ratios says.
-        if log_rho_there[chain] == -math.inf or log_u < proposed - log_rho_there[chain]:
-            state[chain], log_rho_there[chain] = item, proposed
-        steps[state[chain]] += 1
-    return torch.tensor(steps, dtype=torch.float32, device=log_rho.device)
+def _of_first(uniforms: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Those of the group's first rank."""
+    if group is None:
+        return uniforms
+    uniforms = uniforms.clone()
+    dist.broadcast(uniforms, group=group, group_src=0)
+    return uniforms
+
+
+def _in_range(given: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(given.shape) != shape:
+        raise InputError(f"uniforms {list(given.shape)} must be {list(shape)}, one for each proposal")
+    if not bool(((given >= 0) & (given < 1)).all()):
+        raise InputError(
+            f"uniforms must be in [0, 1), and go from {float(given.min()):g} to {float(given.max()):g}: draw them"
+            " with torch.rand"
+        )
+    return given
+
+
+def _run_chains(log_rho: Tensor, uniforms: Tensor, proposed: Tensor, chains: Segments) -> Tensor:
+    """Steps that each chain stayed at each of its proposals, float32; all `[n]`, in the order of proposing.
+
+    A chain at x moves to the first proposal y after it with log rho(y) - log u > log rho(x), so that where it goes
+    from each x does not hang on how it came there: all these moves are found at once, and then followed by doubling,
+    in O(n log n), with no step that waits for the one before on the host.
+    """
+    order = torch.arange(len(log_rho), device=log_rho.device) if chains.order is None else chains.order
+    log_rho, uniforms, proposed = log_rho[order].double(), uniforms[order].double(), proposed[order]
+    chain, end = chains.segment[order], chains.counts.cumsum(0)
+    # From a state that the trainer never takes every move is allowed, as the limit of small ratios says, and from any
+    # other none to one: that is below every finite number, and above the log rho of a state of that kind.
+    lowest = torch.finfo(torch.float64).min
+    bound = (log_rho - uniforms.log()).masked_fill(log_rho == -torch.inf, lowest).masked_fill(~proposed, -torch.inf)
+    next_state = _first_above(bound, log_rho, end[chain])
+    # Proposals before each item; a chain starts at its first, and stays where it is to its end if it finds no other.
+    before = torch.nn.functional.pad(proposed.long().cumsum(0), (1, 0))
+    start = proposed & (before[:-1] == before[end - chains.counts][chain])
+    # One place more than there are items is where all chains come to rest.
+    rest = len(log_rho)
+    jump = torch.nn.functional.pad(next_state.masked_fill(next_state == end[chain], rest), (0, 1), value=rest)
+    visited = torch.nn.functional.pad(start.long(), (0, 1))
+    for _ in range(rest.bit_length()):
+        visited = visited.index_add(0, jump, visited).clamp(max=1)
+        jump = jump[jump]
+    steps = (before[next_state] - before[:-1]) * visited[:-1]
+    return torch.empty_like(steps).index_copy(0, order, steps).float()
+
+
+def _first_above(values: Tensor, limits: Tensor, ends: Tensor) -> Tensor:
+    """For each item j the first k after it with values_k > limits_j, or ends_j if there is none before; all `[n]`."""
+    # Maxima of 1, 2, 4, ... items from each on; halves of the longest are skipped as long as nothing in them is above.
+    maxima = [torch.nn.functional.pad(values, (0, 1), value=-torch.inf)]
+    while (span := 1 << (len(maxima) - 1)) < len(values):
+        half = maxima[-1]
+        maxima.append(torch.maximum(half, torch.nn.functional.pad(half[span:], (0, span), value=-torch.inf)))
+    found = torch.arange(1, len(values) + 1, device=values.device)
+    for level in reversed(range(len(maxima))):
+        skipped = found + (1 << level)
+        found = skipped.where((skipped <= ends) & (maxima[level][found] <= limits), found)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -30,14 +31,15 @@ def self_normalized_weights(
     Args:
         level: samples are response tokens, or sequences that have a response token.
         over: the set is the whole batch, or the responses to one prompt.
-        process_group: data-parallel ranks whose batches are one batch. Groups may not be split over ranks.
+        process_group: data-parallel ranks whose batches are one batch; every rank calls, with ratios that were made
+            with the group. Groups may not be split over ranks.
 
     Returns:
         Detached weights, tokens' shape. A set whose every ratio is 0 gets weights 0.
 
     Raises:
-        InputError: unknown level or set, a process group with `over="group"`, or responses whose prompts are not
-            known.
+        InputError: unknown level or set, a process group with `over="group"` or with other ranks of the context group,
+            or responses whose prompts are not known.
     """
     require_log_ratios(ratios)
     if level not in ("token", "sequence") or over not in ("batch", "group"):
@@ -46,40 +48,36 @@ def self_normalized_weights(
         raise InputError("a process group joins batches: with over='group' every prompt's group is on one rank")
     # In float64: of a logarithm of some tens, few digits would be left for the weight. No weight is above n.
     responses, ratio = ratios.responses, ratios.double
-    if level == "token":
-        counted = responses.mask.flatten()
-        sets = responses.prompts.segment[responses.tokens.segment] if over == "group" else None
-        weights = _normalized(ratio.flatten(), counted, sets, process_group).view(ratio.shape)
+    _, context_group = responses.groups_with(process_group)
+    by_token = level == "token"
+    ratio = ratio.flatten() if by_token else responses.sum(ratio)
+    counted = responses.mask.flatten() if by_token else responses.lengths > 0
+    if over == "group":
+        sets, num_sets = responses.prompts.segment, responses.prompts.num_segments
+        sets = responses.tokens.of_items(sets) if by_token else sets
     else:
-        counted = responses.lengths > 0
-        sets = responses.prompts.segment if over == "group" else None
-        weights = responses.expand(_normalized(responses.sum(ratio), counted, sets, process_group))
+        sets, num_sets = torch.zeros(len(ratio), dtype=torch.int64, device=ratio.device), 1
+    # Of a context group every rank has all sequences, and a part of the tokens.
+    groups = [context_group if by_token else None, process_group]
+    log_mean = _log_mean(ratio, counted, sets, num_sets, [group for group in groups if group is not None])
+    # A set whose every ratio is 0 has no mean.
+    weights = (ratio - log_mean[sets]).exp().masked_fill(~counted | (ratio == -torch.inf), 0)
+    weights = weights.view(responses.mask.shape) if by_token else responses.expand(weights)
     return weights.to(ratios.token.dtype)
 
 
-def _normalized(
-    ratio: Tensor, counted: Tensor, set_of: Tensor | None, process_group: dist.ProcessGroup | None
-) -> Tensor:
-    """Weights of log-ratios `[n]` over their mean in each set, 0 for what does not count."""
-    if set_of is None:
-        set_of = torch.zeros(len(ratio), dtype=torch.int64, device=ratio.device)
-    log_mean = _log_mean(ratio, counted, set_of, int(set_of.max()) + 1 if len(set_of) else 1, process_group)
-    # A set whose every ratio is 0 has no mean.
-    return (ratio - log_mean[set_of]).exp().masked_fill(~counted | (ratio == -torch.inf), 0)
-
-
 def _log_mean(
-    ratio: Tensor, counted: Tensor, set_of: Tensor, num_sets: int, process_group: dist.ProcessGroup | None
+    ratio: Tensor, counted: Tensor, set_of: Tensor, num_sets: int, groups: Sequence[dist.ProcessGroup]
 ) -> Tensor:
     """Logarithm of the mean of exp(ratio) over the counted items of each set, `[num_sets]`."""
     ratio = ratio.masked_fill(~counted, -torch.inf)
     highest = ratio.new_full((num_sets,), -torch.inf).scatter_reduce(0, set_of, ratio, "amax")
-    if process_group is not None:
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=process_group)
+    for group in groups:
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
     # A set without any weight has NaN here; none of its items is used.
     sums = ratio.new_zeros(2, num_sets)
     sums[0].index_add_(0, set_of, (ratio - highest[set_of]).exp())
     sums[1].index_add_(0, set_of, counted.double())
-    if process_group is not None:
-        dist.all_reduce(sums, group=process_group)
+    for group in groups:
+        dist.all_reduce(sums, group=group)
     return highest + sums[0].log() - sums[1].clamp(min=1).log()

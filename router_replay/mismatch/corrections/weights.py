@@ -9,21 +9,22 @@ to take it out as well, pass `responses.keep(weights > 0)` on.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from router_replay.errors import InputError
+from router_replay.mismatch.arguments import require_tensors
+from router_replay.mismatch.corrections.pointwise import masked_weight, truncated_weight
+from router_replay.mismatch.faults import require_log_probabilities
 from router_replay.mismatch.log_ratios import (
     Level,
     LogRatios,
     difference,
     exponential,
-    require_log_probabilities,
     require_log_ratios,
 )
-from router_replay.mismatch.responses import Responses, require_responses, require_tensors
+from router_replay.mismatch.ranks import together
+from router_replay.mismatch.responses import Responses, require_responses
 
 
 def truncated_importance_weights(ratios: LogRatios, *, level: Level = "token", cap: float = 2.0) -> Tensor:
@@ -44,10 +45,7 @@ def truncated_importance_weights(ratios: LogRatios, *, level: Level = "token", c
         InputError: another level, or a cap that is not above 0.
     """
     require_log_ratios(ratios)
-    if not cap > 0:
-        raise InputError(f"a cap of weights must be above 0, got {cap}")
-    # The cap's logarithm, exponentiated, may round to more than the cap.
-    return exponential(ratios.at(level).clamp(max=math.log(cap)), ratios.responses).clamp(max=cap)
+    return truncated_weight(ratios.at(level), cap=cap).masked_fill(~ratios.responses.mask, 0)
 
 
 def masked_importance_weights(
@@ -66,12 +64,7 @@ def masked_importance_weights(
         InputError: another level, or bounds out of order.
     """
     require_log_ratios(ratios)
-    if not 0 <= lower <= upper or upper == 0:
-        raise InputError(f"bounds must satisfy 0 <= lower <= upper and upper > 0, got {lower} and {upper}")
-    ratio = ratios.at(level)
-    lowest = math.log(lower) if lower > 0 else -math.inf
-    kept = (ratio >= lowest) & (ratio <= math.log(upper))
-    return exponential(ratio, ratios.responses).masked_fill(~kept, 0)
+    return masked_weight(ratios.at(level), lower=lower, upper=upper).masked_fill(~ratios.responses.mask, 0)
 
 
 def icepop_weights(ratios: LogRatios, *, lower: float = 0.5, upper: float = 5.0) -> Tensor:
@@ -105,6 +98,8 @@ def balance_heuristic_weights(
     routed one: its own log-probability is the denominator (see `apply_sampling_mask`), and a mixture of such masks is
     biased.
 
+    Unlike weights of `LogRatios`, which were checked when they were made, these wait for the device to be checked.
+
     Args:
         trainer: log-probabilities of the sampled tokens, tokens' shape.
         behaviours: the same under each of M behaviour policies, `[M, *tokens' shape]`; -inf is allowed.
@@ -118,7 +113,32 @@ def balance_heuristic_weights(
     if level not in ("token", "sequence"):
         raise InputError(f"level must be 'token' or 'sequence' for a mixture of policies, got {level!r}")
     require_responses(responses)
+    log_shares = together(
+        lambda: _checked_shares(trainer, behaviours, shares, responses).log(), responses.context_group
+    )
+    behaviours, trainer = behaviours.detach(), trainer.detach()
+    dtype = torch.promote_types(torch.promote_types(trainer.dtype, behaviours.dtype), torch.float32)
+    behaviours, trainer = behaviours.double(), trainer.double()
+    if level == "token":
+        per_token = torch.stack([responses.expand(each) for each in log_shares])
+        mixture = torch.logsumexp(behaviours + per_token, 0)
+        require_log_probabilities(trainer, mixture, responses, ("trainer", "the mixture of behaviours"))
+        return exponential(difference(trainer, mixture, responses).to(dtype), responses)
+    certain = torch.zeros_like(trainer)
+    require_log_probabilities(trainer, certain, responses, ("trainer", "the certain policy"))
+    pi = responses.sum(difference(trainer, certain, responses))
+    mixture = torch.logsumexp(torch.stack([responses.sum(each) for each in behaviours]) + log_shares, 0)
+    if not bool(mixture.isfinite().all()):
+        raise InputError(
+            "a sequence has probability 0 (or NaN) under every behaviour policy: it cannot have been sampled"
+        )
+    return exponential(responses.expand(pi - mixture).to(dtype), responses)
+
+
+def _checked_shares(trainer: Tensor, behaviours: Tensor, shares: Tensor, responses: Responses) -> Tensor:
+    """Shares `[M, S]`, float64, of arguments whose shapes fit."""
     require_tensors(trainer=trainer, behaviours=behaviours, shares=shares)
+    responses.require(trainer=trainer)
     if behaviours.shape[1:] != responses.mask.shape or not len(behaviours):
         raise InputError(
             f"behaviours {list(behaviours.shape)} must be [M, ...] over the response mask {list(responses.mask.shape)}"
@@ -139,21 +159,4 @@ def balance_heuristic_weights(
             f" {float(shares.min()):g}, and sums go from {float(shares.sum(0).min()):g} to"
             f" {float(shares.sum(0).max()):g}: divide the numbers of samples by their sum"
         )
-    log_shares = shares.log()
-    behaviours, trainer = behaviours.detach(), trainer.detach()
-    dtype = torch.promote_types(torch.promote_types(trainer.dtype, behaviours.dtype), torch.float32)
-    behaviours, trainer = behaviours.double(), trainer.double()
-    if level == "token":
-        per_token = torch.stack([responses.expand(each) for each in log_shares])
-        mixture = torch.logsumexp(behaviours + per_token, 0)
-        require_log_probabilities(trainer, mixture, responses, ("trainer", "the mixture of behaviours"))
-        return exponential(difference(trainer, mixture, responses).to(dtype), responses)
-    certain = torch.zeros_like(trainer)
-    require_log_probabilities(trainer, certain, responses, ("trainer", "the certain policy"))
-    pi = responses.sum(difference(trainer, certain, responses))
-    mixture = torch.logsumexp(torch.stack([responses.sum(each) for each in behaviours]) + log_shares, 0)
-    if not bool(mixture.isfinite().all()):
-        raise InputError(
-            "a sequence has probability 0 (or NaN) under every behaviour policy: it cannot have been sampled"
-        )
-    return exponential(responses.expand(pi - mixture).to(dtype), responses)
+    return shares

@@ -12,7 +12,8 @@ from torch import Tensor
 from router_replay.errors import InputError
 from router_replay.masks.agreement import RouteAgreement, RouteTally
 from router_replay.mismatch.figures.tally import SUMS, Tally
-from router_replay.mismatch.log_ratios import SATURATION, LogRatios
+from router_replay.mismatch.log_ratios import SATURATION, LogRatios, require_log_ratios
+from router_replay.mismatch.ranks import of_all, together
 
 DEFAULT_TAUS = (1.01, 1.1, 1.5, 2.0)
 
@@ -45,6 +46,7 @@ class Diagnostics:
         mean_abs_difference: mean of abs(log r).
         correlation: Pearson's, between the log-probabilities of both sides; None where one side is constant.
         routes: how routes differ, or None where none were given.
+        dropped_sequences: those that `LogRatios.of` took out; no other figure has them.
     """
 
     num_tokens: int
@@ -66,6 +68,7 @@ class Diagnostics:
     mean_abs_difference: float
     correlation: float | None
     routes: RouteAgreement | None = None
+    dropped_sequences: int = 0
 
     @classmethod
     def of(cls, tally: Tally) -> Diagnostics:
@@ -74,7 +77,12 @@ class Diagnostics:
         Raises:
             InputError: there is no response token, or the trainer gives probability 0 to every one.
         """
-        tokens, zeros, sequences, possible_sequences, *beyond = tally.counts.tolist()
+        tokens, zeros, sequences, possible_sequences, dropped, *beyond = tally.counts.tolist()
+        if tokens == 0 and dropped:
+            raise InputError(
+                f"every one of {dropped} responses was dropped, for log-probabilities that cannot be used: without"
+                " bad_responses='drop' LogRatios.of says what is wrong with the first"
+            )
         if tokens == 0:
             raise InputError("the response mask counts no token: nothing was sampled, or it is inverted")
         possible = tokens - zeros
@@ -104,6 +112,7 @@ class Diagnostics:
             mean_abs_difference=sums["absolute"] / possible,
             correlation=_correlation(possible, *(sums[name] for name in ("x", "y", "xx", "yy", "xy"))),
             routes=tally.routes.agreement() if tally.routes else None,
+            dropped_sequences=dropped,
         )
 
     def flat(self, prefix: str = "mismatch/", moe_layers: Sequence[int] | None = None) -> dict[str, float]:
@@ -142,22 +151,44 @@ def diagnose(
             have routes, too); both or neither.
         routes_valid: bool, without the last two dimensions, False for tokens whose routes were not recorded.
         process_group: data-parallel ranks to reduce over, exactly: sums are reduced, not means. Every rank calls, with
-            the same `taus` and the same layers; one without tokens passes empty tensors. Ranks that hold parts of one
-            sequence (context parallel) are not data parallel, see `Responses`.
+            the same `taus` and the same layers; one without tokens passes empty tensors. What is refused on one rank
+            is refused on all; log-probabilities are by `LogRatios.of`, which takes the group for that. Ranks that hold
+            parts of one sequence are no part of it: they are the `context_group` of `Responses`.
 
     Returns:
         The same figures on every rank.
 
     Raises:
-        InputError: taus not above 1; routes of one side only; nothing to compare.
+        InputError: taus not above 1; routes of one side only; taus or layers that differ between ranks; a process
+            group with other ranks of the context group; nothing to compare.
     """
-    if (trainer_routes is None) != (rollout_routes is None):
-        raise InputError("routes of one side only: give both trainer_routes and rollout_routes, or neither")
-    routes = None
-    if trainer_routes is not None and rollout_routes is not None:
-        routes = RouteTally.of(trainer=trainer_routes, rollout=rollout_routes, valid=routes_valid)
+    groups = require_log_ratios(ratios).responses.groups_with(process_group)
+    routes = together(lambda: _route_tally(trainer_routes, rollout_routes, routes_valid), *groups)
+    _require_same(tuple(taus), routes, groups)
     tally = Tally.of(ratios, tuple(taus), routes)
     return Diagnostics.of(tally if process_group is None else tally.all_reduce(process_group))
+
+
+def _route_tally(trainer: Tensor | None, rollout: Tensor | None, valid: Tensor | None) -> RouteTally | None:
+    if trainer is not None and rollout is not None:
+        return RouteTally.of(trainer=trainer, rollout=rollout, valid=valid)
+    if trainer is not rollout:
+        raise InputError("routes of one side only: give both trainer_routes and rollout_routes, or neither")
+    return None
+
+
+def _require_same(
+    taus: tuple[float, ...], routes: RouteTally | None, groups: Sequence[dist.ProcessGroup | None]
+) -> None:
+    """Raise InputError on every rank of the groups unless all of them add up the same figures."""
+    of_ranks = of_all((taus, None if routes is None else (len(routes.differing), routes.top_k)), *groups)
+    for index, what in enumerate(("taus", "routes of (layers, top-k), None where there are none")):
+        by_rank = {rank: each[index] for rank, each in of_ranks.items()}
+        if len(set(by_rank.values())) > 1:
+            raise InputError(
+                f"ranks compare different {what}, by rank: {by_rank}. Give the same taus and routes of the same layers"
+                " on every rank, those of no token where there is none"
+            )
 
 
 def _ratio(log_ratio: float) -> float:

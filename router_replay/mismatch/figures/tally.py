@@ -39,8 +39,8 @@ class Tally:
 
     Attributes:
         taus: thresholds of F(tau).
-        counts: int64 `[4 + len(taus)]`: response tokens, those with probability 0 under the trainer, sequences with
-            response tokens, those of them without such a token; then tokens beyond each tau.
+        counts: int64 `[5 + len(taus)]`: response tokens, those with probability 0 under the trainer, sequences with
+            response tokens, those of them without such a token, dropped ones; then tokens beyond each tau.
         sums: float64 `[len(SUMS)]`.
         extremes: float64 `[2]`: max log r and max -log r.
         token_weights, sequence_weights: r_t and prod_t r_t.
@@ -57,7 +57,10 @@ class Tally:
 
     @classmethod
     def of(cls, ratios: LogRatios, taus: tuple[float, ...], routes: RouteTally | None = None) -> Tally:
-        """Of one batch; arguments as of `router_replay.mismatch.figures.diagnostics.diagnose`."""
+        """Of one batch; arguments as of `router_replay.mismatch.figures.diagnostics.diagnose`.
+
+        Of a `context_group` every rank gets that of the whole sequences, with the routes of all their tokens.
+        """
         require_log_ratios(ratios)
         if min(taus, default=2.0) <= 1:
             raise InputError(f"taus must be above 1, got {list(taus)}: max(r, 1/r) is never below 1")
@@ -67,8 +70,9 @@ class Tally:
         possible = ratio > -torch.inf
         finite = ratio[possible].clamp(-SATURATION, SATURATION)
         # Where the trainer gives 0, KL and perplexity are infinite: such tokens are counted by themselves.
-        all_possible = (responses.max(-full) < torch.inf) & (responses.lengths > 0)
-        sequences = responses.sum(full)[responses.lengths > 0]
+        counted = responses.counted
+        all_possible = (responses.max(-full) < torch.inf) & counted
+        sequences = responses.sum(full)[counted]
         mean_rollout, mean_ratio = responses.mean(rollout), responses.mean(full)
         x, y = rollout[responses.mask][possible], trainer[responses.mask][possible]
         sums = {
@@ -78,7 +82,7 @@ class Tally:
             "absolute": finite.abs().sum(),
             "chi2_token": torch.expm1(ratio.clamp(-SATURATION, SATURATION)).square().sum(),
             "chi2_sequence": torch.expm1(sequences.clamp(-SATURATION, SATURATION)).square().sum(),
-            "perplexity_rollout": _perplexity(mean_rollout[responses.lengths > 0]).sum(),
+            "perplexity_rollout": _perplexity(mean_rollout[counted]).sum(),
             "perplexity_trainer": _perplexity((mean_rollout + mean_ratio)[all_possible]).sum(),
             "perplexity_ratio": _perplexity(mean_ratio[all_possible]).sum(),
             "x": x.sum(),
@@ -87,9 +91,10 @@ class Tally:
             "yy": y.square().sum(),
             "xy": (x * y).sum(),
         }
-        counts = [responses.mask.sum(), (~possible).sum(), (responses.lengths > 0).sum(), all_possible.sum()]
+        counts = [responses.mask.sum(), (~possible).sum(), counted.sum(), all_possible.sum()]
+        counts.append(ratios.dropped if responses.is_first else torch.zeros_like(ratios.dropped))
         none = ratio.new_full((1,), -torch.inf)
-        return cls(
+        tally = cls(
             taus=taus,
             counts=torch.cat([torch.stack(counts), _beyond(ratio, taus)]),
             sums=torch.stack([sums[name] for name in SUMS]),
@@ -98,6 +103,7 @@ class Tally:
             sequence_weights=WeightSums.of(sequences),
             routes=routes,
         )
+        return tally if responses.context_group is None else tally.all_reduce(responses.context_group)
 
     def __add__(self, other: Tally) -> Tally:
         """Both batches'; they must have the same taus, and routes both or neither."""

@@ -77,7 +77,9 @@ def _pair(function: Callable[..., Tensor], **options: object) -> Callable[[Batch
     return lambda batch: function(log_ratios(batch.trainer, batch.rollout, batch.responses), **options)
 
 
-def _gradient(loss: Callable[[Batch, Tensor], Tensor]) -> Callable[[Batch], Tensor]:
+def gradient_of(loss: Callable[[Batch, Tensor], Tensor]) -> Callable[[Batch], Tensor]:
+    """With respect to the current policy's log-probabilities."""
+
     def gradient(batch: Batch) -> Tensor:
         current = batch.current.clone().requires_grad_()
         loss(batch, current).backward()
@@ -107,31 +109,61 @@ def _doubly_robust(batch: Batch) -> Tensor:
 
 def _logits(batch: Batch, seed: Tensor) -> Tensor:
     """A distribution over three tokens at each place, from one number each."""
-    return torch.stack([seed, seed.sin(), torch.zeros_like(seed)], -1)
+    return torch.stack([seed, seed.clamp(min=-9).sin(), torch.zeros_like(seed)], -1)
+
+
+def _read(loss: Callable[..., tuple[Tensor, mismatch.LossMetrics]], *ratios: object, **given: object) -> Tensor:
+    """The loss, or what its metrics say of log-probabilities that have none."""
+    value, metrics = loss(*ratios, **given)
+    metrics.require()
+    return value
+
+
+def _centred(batch: Batch, current: Tensor) -> Tensor:
+    """GRPO and the centering of a sampler of whom the sampled token's probability alone is known."""
+    responses, advantages = batch.responses, batch.rewards
+    ids = torch.zeros_like(batch.rollout[..., None], dtype=torch.int64)
+    top_k = mismatch.SamplerTopK.of(token_ids=ids, logprobs=batch.rollout[..., None], responses=responses, vocab_size=1)
+    centre = mismatch.score_centering_loss(
+        top_k,
+        current=current[..., None],
+        old=batch.trainer[..., None],
+        advantages=advantages,
+        responses=responses,
+        weigh=mismatch.truncated_weight,
+    )
+    grpo = _read(mismatch.grpo_loss, current=current, old=batch.trainer, advantages=advantages, responses=responses)
+    return grpo + centre
 
 
 LOSSES: dict[str, Callable[[Batch, Tensor], Tensor]] = {
-    "grpo": lambda batch, current: mismatch.grpo_loss(
-        current=current, old=batch.trainer, advantages=batch.rewards, responses=batch.responses
-    )[0],
-    "grpo, token mean": lambda batch, current: mismatch.grpo_loss(
+    "grpo": lambda batch, current: _read(
+        mismatch.grpo_loss, current=current, old=batch.trainer, advantages=batch.rewards, responses=batch.responses
+    ),
+    "grpo, token mean": lambda batch, current: _read(
+        mismatch.grpo_loss,
         current=current,
         old=batch.trainer,
         advantages=batch.rewards,
         responses=batch.responses,
         aggregation="token-mean",
-    )[0],
-    "gspo": lambda batch, current: mismatch.gspo_loss(
+    ),
+    "gspo": lambda batch, current: _read(
+        mismatch.gspo_loss,
         current=current,
         old=batch.trainer,
         advantages=batch.rewards,
         responses=batch.responses,
         clip_low=0.3,
         clip_high=0.3,
-    )[0],
-    "decoupled": lambda batch, current: mismatch.decoupled_loss(
-        log_ratios(batch.trainer, batch.rollout, batch.responses), current=current, advantages=batch.rewards
-    )[0],
+    ),
+    "grpo, centred": _centred,
+    "decoupled": lambda batch, current: _read(
+        mismatch.decoupled_loss,
+        log_ratios(batch.trainer, batch.rollout, batch.responses),
+        current=current,
+        advantages=batch.rewards,
+    ),
 }
 
 PER_TOKEN: dict[str, Callable[[Batch], Tensor]] = {
@@ -173,7 +205,7 @@ PER_TOKEN: dict[str, Callable[[Batch], Tensor]] = {
         batch.rewards, batch.trainer, (batch.trainer.exp() + 1) / 2, batch.responses
     ),
     "doubly robust": _doubly_robust,
-    **{f"gradient of {name}": _gradient(loss) for name, loss in LOSSES.items()},
+    **{f"gradient of {name}": gradient_of(loss) for name, loss in LOSSES.items()},
 }
 
 PER_SEQUENCE: dict[str, Callable[[Batch], Tensor]] = {

@@ -9,6 +9,7 @@ import operator
 import pytest
 import torch
 
+from router_replay.errors import InputError
 from router_replay.mismatch import LossMetrics, Responses, decoupled_loss, grpo_loss, gspo_loss
 from tests.no_waiting import RefuseWaiting
 from tests.router_replay.mismatch.pairs import log_ratios
@@ -36,7 +37,7 @@ CURRENT = OLD + _tokens(RATIOS).log()
 def _expect(metrics: LossMetrics, **expected: float) -> None:
     """All of them, within some roundings of float64 numbers of size 1 that come from logarithms of size 8."""
     found = metrics.flat("")
-    assert found == pytest.approx(expected, abs=1e-14)
+    assert found == pytest.approx({**expected, "refused_tokens": 0.0}, abs=1e-14)
     for name, value in found.items():
         tensor = getattr(metrics, name)
         assert (tensor.shape, tensor.dtype, tensor.item()) == ((), torch.float64, value)
@@ -180,12 +181,14 @@ def test_metrics_of_micro_batches_add_up_to_those_of_the_batch(name, split):
 def test_nothing_has_metrics_of_zero():
     _, metrics = grpo_loss(current=OLD, old=OLD, advantages=torch.ones(3), responses=RESPONSES.keep(MASK * 0))
     assert set(metrics.flat().values()) == {0.0}
+    assert LossMetrics.total([]).flat() == metrics.flat()
+    LossMetrics.total([]).require()
     dropped = grpo_loss(current=OLD, old=OLD, advantages=torch.ones(3), responses=RESPONSES, weights=torch.zeros(3, 3))[
         1
     ]
     assert dropped.flat("") == {
         **dict.fromkeys(("clipped_low", "clipped_high", "weight_mean", "weight_max", "weight_ess"), 0.0),
-        **{"dropped": 1.0, "kl_k1": 0.0, "kl_k3": 0.0},
+        **{"dropped": 1.0, "kl_k1": 0.0, "kl_k3": 0.0, "refused_tokens": 0.0},
     }
 
 
@@ -202,13 +205,53 @@ def test_extremes_are_finite():
     assert all(math.isfinite(value) for value in (metrics + metrics).flat().values())
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_no_loss_waits_for_the_device_but_to_read_its_checks(name):
+BAD = {
+    "a NaN": lambda given: given.masked_fill(torch.arange(9).view(3, 3) == 4, NAN),
+    "an infinity": lambda given: given.masked_fill(torch.arange(9).view(3, 3) == 4, math.inf),
+    "probabilities": lambda given: given.exp(),
+    "small probabilities": lambda given: given.exp() / 8,
+}
+
+
+@pytest.mark.parametrize("side", ["current", "old"])
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_what_has_no_log_ratio_makes_loss_and_gradient_nan_and_is_told_before_the_step(side, kind, weighted):
+    given = {"current": torch.full((3, 3), -0.1), "old": torch.full((3, 3), -0.2), "responses": RESPONSES}
+    given[side] = BAD[kind](given[side])
+    given["current"] = given["current"].requires_grad_()
+    weights = torch.zeros(3, 3) if weighted else None
+    for loss in (grpo_loss, gspo_loss):
+        given["current"].grad = None
+        value, metrics = loss(**given, advantages=torch.ones(3), weights=weights)
+        with RefuseWaiting():
+            value.backward()
+        # Of the bad token itself the derivative may be that of a constant.
+        others = RESPONSES.mask & (torch.arange(9).view(3, 3) != 4)
+        assert value.isnan() and given["current"].grad[others].isnan().all()
+        count = 5 if "probabilities" in kind else 1
+        for reduced, tokens in ((metrics, 5), (LossMetrics.total([metrics, _fine()]), 10)):
+            with pytest.raises(InputError, match=rf"^{count} of {tokens} response tokens of the loss have log-prob"):
+                reduced.require()
+            # What a logger reads raises nothing.
+            assert reduced.flat()["loss/refused_tokens"] == count and math.isnan(reduced.flat()["loss/kl_k3"])
+
+
+def _fine() -> LossMetrics:
+    return grpo_loss(current=OLD, old=OLD, advantages=torch.ones(3), responses=RESPONSES)[1]
+
+
+@pytest.mark.parametrize("denominator", [0.0, -1.0, NAN])
+def test_a_denominator_on_the_device_is_not_read_and_makes_a_bad_loss_nan(denominator):
     with RefuseWaiting():
-        _, metrics = LOSSES[name](slice(None), RESPONSES)
-        total = metrics + metrics
-        values = [getattr(total, each) for each in ("clipped_low", "dropped", "weight_ess", "weight_mean", "kl_k3")]
-    assert len(values) == 5
+        loss = grpo_loss(
+            current=OLD,
+            old=OLD,
+            advantages=torch.ones(3),
+            responses=RESPONSES,
+            denominator=torch.tensor(denominator),
+        )[0]
+    assert loss.isnan()
 
 
 def test_the_guard_does_see_a_wait():
@@ -222,6 +265,7 @@ def test_metrics_are_made_where_nothing_can_be_read():
     tensors = {
         "counted": torch.ones(3, 3, dtype=torch.bool, device="meta"),
         "mask": torch.ones(3, 3, dtype=torch.bool, device="meta"),
+        "refused": torch.zeros(3, 3, dtype=torch.bool, device="meta"),
         **{name: torch.ones(3, 3, device="meta") for name in ("ratio", "advantages", "weights", "log_ratio")},
     }
     metrics = LossMetrics.of(**tensors, clip=(0.2, 0.2))

@@ -79,6 +79,36 @@ def test_a_weight_of_zero_stays_in_the_denominator_and_keep_takes_it_out():
     assert grpo_loss(current=current, old=current, advantages=ones, responses=nothing)[0].item() == 0
 
 
+def _gspo_ratio(responses: Responses, weights: torch.Tensor | None = None) -> tuple[float, torch.Tensor]:
+    """Loss of an advantage of -1 for the first of two responses, its ratio times its weight, and the slopes."""
+    old = torch.full((2, 3), -2.0, dtype=torch.float64)
+    current = (old + torch.tensor([[0.3, -0.2, 0.5], [0.1, 0, 0]])).requires_grad_()
+    wide = {"clip_low": 1.0, "clip_high": math.inf}
+    loss, _ = gspo_loss(
+        current=current, old=old, advantages=torch.tensor([-1.0, 0.0]), responses=responses, weights=weights, **wide
+    )
+    loss.backward()
+    return loss.item() * int((responses.lengths > 0).sum()), current.grad[0]
+
+
+def test_gspos_ratio_is_of_the_tokens_that_keep_leaves():
+    """Of log-ratios 0.3, -0.2 and 0.5: 0.2 is the mean of the response, 0.4 that of the first and last."""
+    tokens = torch.tensor([[True, False, True], [True, False, False]])
+    whole, slopes = _gspo_ratio(TWO)
+    assert whole == pytest.approx(math.exp(0.2)) and slopes.tolist() == pytest.approx([math.exp(0.2) / 6] * 3)
+    kept, slopes = _gspo_ratio(TWO.keep(tokens))
+    assert kept == pytest.approx(math.exp(0.4)) and slopes.tolist() == pytest.approx(
+        [math.exp(0.4) / 4, 0, math.exp(0.4) / 4]
+    )
+    # As weights the mask leaves the ratio, and counts by the share of tokens that stay.
+    weighed, slopes = _gspo_ratio(TWO, tokens.double())
+    assert weighed == pytest.approx(2 / 3 * math.exp(0.2))
+    assert slopes.tolist() == pytest.approx([2 / 3 * math.exp(0.2) / 6] * 3)
+    # Of responses that leave as a whole the others know nothing but the denominator.
+    alone, slopes = _gspo_ratio(TWO.keep(torch.tensor([[True] * 3, [False] * 3])))
+    assert alone == pytest.approx(math.exp(0.2)) and slopes.tolist() == pytest.approx([math.exp(0.2) / 3] * 3)
+
+
 def test_gspo_moves_a_sequence_as_a_whole():
     old = torch.full((2, 3), -2.0, dtype=torch.float64)
     current = old.clone()

@@ -160,7 +160,7 @@ def test_groups_of_tokens_and_sequences_are_where_they_belong():
     assert responses.max(values).tolist() == [2, -math.inf, 8]
     assert responses.expand(torch.tensor([1.0, 2.0, 3.0])).tolist() == [[1, 0, 1], [0, 0, 0], [3, 3, 3]]
     assert responses.keep(values > 6).lengths.tolist() == [0, 0, 2]
-    assert responses.prompts.spread(torch.tensor([1.0, 2.0, 3.0])).tolist() == [[1, 2], [3, 0]]
+    assert responses.prompts.sum(torch.tensor([1.0, 2.0, 3.0])).tolist() == [3, 3]
 
 
 @pytest.mark.parametrize(
