@@ -76,11 +76,16 @@ def html_page(summary: RunSummary, *, title: str, inputs: Sequence[str], step_me
         f"<h1>{escape(title)}</h1>",
         f'<p class="facts">{escape(facts)} Logarithms are natural; r is the probability under the trainer over that'
         " under the rollout, for the tokens that the rollout sampled.</p>",
-        _warnings([*notes, *warnings(summary)]),
+        warning_list([*notes, *warnings(summary)]),
         _table(summary),
-        *(_section(each) for each in sections(summary, step_means)),
-        f"<footer><p>{escape(_origin(inputs))}</p></footer>",
+        *(section_html(each) for each in sections(summary, step_means)),
+        f"<footer><p>{escape(origin(inputs))}</p></footer>",
     ]
+    return document(title, body)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """A whole page of a heading and HTML."""
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -98,7 +103,8 @@ def html_page(summary: RunSummary, *, title: str, inputs: Sequence[str], step_me
     )
 
 
-def _warnings(found: Sequence[str]) -> str:
+def warning_list(found: Sequence[str]) -> str:
+    """Sentences as a list that stands out; nothing where there are none."""
     if not found:
         return ""
     return '<ul class="warnings" role="note">' + "".join(f"<li>{escape(each)}</li>" for each in found) + "</ul>"
@@ -119,8 +125,21 @@ def _table(summary: RunSummary) -> str:
     )
 
 
-def _section(section: Section) -> str:
+def table_html(name: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of texts, the first of each row its name."""
+    heads = "".join(f'<th scope="col">{escape(each)}</th>' for each in head)
+    lines = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(each)}</td>" for each in row[1:])}</tr>'
+        for row in rows
+    )
+    return f'<div class="scroll"><table id="{name}"><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
+def section_html(section: Section) -> str:
+    """A plot with its words, and its table above it."""
     heading = f"<h2>{escape(section.title)}</h2>"
+    if section.table is not None:
+        heading += table_html(f"{section.name}-table", *section.table)
     if section.figure is None:
         return f'<section>{heading}<p class="missing" id="{section.name}">{escape(section.caption)}</p></section>'
     picture = io.BytesIO()
@@ -133,7 +152,8 @@ def _section(section: Section) -> str:
     )
 
 
-def _origin(inputs: Sequence[str]) -> str:
+def origin(inputs: Sequence[str]) -> str:
+    """What the page was made from, and with what."""
     versions = []
     for name in _PACKAGES:
         try:

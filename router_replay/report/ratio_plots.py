@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from router_replay.mismatch.figures.diagnostics import Diagnostics
 from router_replay.report import style
-from router_replay.report.token_sample import TokenSample
+from router_replay.run.token_sample import TokenSample
 
 _TICKS = (1.001, 1.01, 1.1, 2.0, 11.0, 101.0, 1001.0, 10001.0)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
+from router_replay.report.dynamics import FEW_STEPS, QUANTITIES, RunDynamics, shown
+from router_replay.report.dynamics_plots import dynamics_over_steps
 from router_replay.report.ratio_plots import scatter, tails
 from router_replay.report.step_plots import (
     MAX_COLUMNS,
@@ -28,6 +30,7 @@ class Section:
         figure: or None where the run has nothing to draw.
         alternative: for a reader who does not see the picture.
         caption: how to read it, and what is good and bad; or why there is nothing.
+        table: a head and rows, to stand above the plot.
     """
 
     name: str
@@ -35,6 +38,41 @@ class Section:
     figure: Figure | None
     alternative: str
     caption: str
+    table: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None
+
+
+def dynamics_section(runs: Sequence[RunDynamics], step_means: str) -> Section:
+    """How training went in one run, or in several on the same axes."""
+    drawn = shown(runs)
+    zero = [quantity.title for quantity in QUANTITIES
+            if quantity not in drawn and any(quantity.name in run.curves for run in runs)]  # fmt: skip
+    return Section(
+        "dynamics",
+        "Dynamics",
+        dynamics_over_steps(runs) if drawn else None,
+        f"{', '.join(quantity.title for quantity in drawn)} over steps, for {', '.join(run.name for run in runs)}",
+        f"A step is {step_means}. Of more than {FEW_STEPS} values the bold line is the mean of five, the faint one each"
+        " of them. Collapse (dotted) is where the reward's mean of five steps falls below half of its best so far and"
+        " stays there for ten steps."
+        " What to look for before it: KL (k3) and F(2) that rise, a gradient norm that grows by orders of magnitude, an"
+        " effective sample size that falls, entropy that runs to 0 or away upwards, responses that get shorter or are"
+        " cut off. KL and F(2) compare trainer and rollout, in the first of the trainer's passes."
+        + (f" 0 at every step, and not drawn: {', '.join(zero)}." if zero else ""),
+        _scores(runs),
+    )
+
+
+def _scores(runs: Sequence[RunDynamics]) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    head = ("run", "last step", "best evaluation", "at step", "best reward, mean of 5", "at step", "collapse")
+    rows = []
+    for run in runs:
+        scores: list[str] = []
+        for best in (run.best_evaluation, run.best_reward):
+            scores += ["none", ""] if best is None else [f"{best[0]:.4g}", f"{best[1]:,}"]
+        collapse = "none" if run.collapse is None else f"step {run.collapse:,}"
+        # Nobody can say that a run without rewards did not collapse.
+        rows.append([run.name, f"{run.last_step:,}", *scores, collapse if run.best_reward else "not known"])
+    return head, rows
 
 
 def sections(summary: RunSummary, step_means: str) -> Iterator[Section]:
@@ -42,6 +80,8 @@ def sections(summary: RunSummary, step_means: str) -> Iterator[Section]:
     found = {name: figures.diagnostics for name, figures in summary.passes.items()}
     samples = {name: figures.sample for name, figures in summary.passes.items()}
     names = list(summary.passes)
+    if summary.dynamics:
+        yield dynamics_section([RunDynamics.of("this run", summary)], step_means)
     yield Section(
         "ratio-tails",
         "Tails of the probability ratio, F(τ)",
@@ -130,7 +170,7 @@ def sections(summary: RunSummary, step_means: str) -> Iterator[Section]:
         "Effective sample size of each correction",
         effective_sample_sizes(series, names),
         "; ".join(
-            f"{title}, {name}: {figures.effective_share:.1%} effective, {figures.kept / figures.tokens:.1%} kept"
+            f"{title}, {name}: {figures.total.effective_share:.1%} effective, {figures.kept_share:.1%} kept"
             for title, by_pass in series.items()
             for name, figures in by_pass.items()
         ),

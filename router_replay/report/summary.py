@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
-from torch import Tensor
+from dataclasses import dataclass, field, replace
 
 from router_replay.errors import DataError, InputError
 from router_replay.masks.agreement import RouteAgreement, RouteTally
 from router_replay.mismatch.figures.diagnostics import DEFAULT_TAUS, Diagnostics
 from router_replay.mismatch.figures.tally import Tally
-from router_replay.mismatch.log_ratios import LogRatios
-from router_replay.report.corrections import CORRECTIONS
-from router_replay.report.token_sample import TokenSample
 from router_replay.report.weight_figures import WeightFigures
+from router_replay.run.dynamics import Dynamics
 from router_replay.run.step import RunStep
-
-CURVE_TAUS = tuple(1 + float(excess) for excess in np.geomspace(1e-3, 1e4, 141))
-"""Thresholds at which F(tau) is drawn."""
+from router_replay.run.step_tally import OF_GROUPS, StepTally
+from router_replay.run.token_sample import TokenSample
 
 
 @dataclass(frozen=True, eq=False)
 class StepFigures:
-    """Of one step: its number, diagnostics by trainer pass, and how routes differ, if the step has them."""
+    """Of one step: its number, diagnostics by trainer pass, how routes differ, if the step has them, and by the name of
+    the weights that the trainer applied their effective sample size.
+    """
 
     step: int
     passes: dict[str, Diagnostics]
     routes: RouteTally | None
+    effective_shares: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +61,8 @@ class RunSummary:
         groups_of_one: no prompt has two responses.
         ungrouped_steps: numbers of the steps whose responses are of unknown prompts. If there are any, the corrections
             that compare the responses to one prompt are in no pass.
+        split_steps: numbers of those whose prompts' responses were tallied apart, for which the same holds.
+        dynamics: what steps say of training, by their numbers in order; steps that are left out have it, too.
     """
 
     steps: tuple[StepFigures, ...]
@@ -76,15 +75,17 @@ class RunSummary:
     weights: dict[str, WeightFigures]
     groups_of_one: bool
     ungrouped_steps: tuple[int, ...]
+    split_steps: tuple[int, ...]
+    dynamics: dict[int, Dynamics]
 
 
 def summarize(
-    steps: Iterable[RunStep], *, passes: Sequence[str] = (), taus: Sequence[float] = DEFAULT_TAUS
+    steps: Iterable[RunStep | StepTally], *, passes: Sequence[str] = (), taus: Sequence[float] = DEFAULT_TAUS
 ) -> RunSummary:
     """Gather a run's figures. Steps that the mismatch functions refuse are left out and named, with the reason.
 
     Args:
-        steps: in the order of their numbers.
+        steps: in the order of their numbers; tallies as of `router_replay.run.reading.read_tallies` with these `taus`.
         passes: names of the trainer's passes to look at; by default all.
         taus: thresholds of F(tau) to tell in numbers, above 1.
 
@@ -95,7 +96,8 @@ def summarize(
     gathered = _Gathered(tuple(taus))
     for step in steps:
         try:
-            gathered.add(step, passes)
+            tally = step if isinstance(step, StepTally) else StepTally.of(step, passes=passes, taus=taus)
+            gathered.add(tally, passes)
         except InputError as error:
             raise DataError(f"step {step.step}: {error}") from error
     return gathered.summary(passes)
@@ -104,11 +106,12 @@ def summarize(
 class _Gathered:
     def __init__(self, taus: tuple[float, ...]) -> None:
         self.taus = taus
-        self.curve = tuple(sorted({*taus, *CURVE_TAUS}))
         self.steps: list[StepFigures] = []
         self.empty: list[int] = []
         self.left_out: list[LeftOut] = []
         self.ungrouped: list[int] = []
+        self.split: list[int] = []
+        self.dynamics: dict[int, Dynamics] = {}
         self.seen: dict[str, None] = {}
         self.tallies: dict[str, Tally] = {}
         self.samples: dict[str, TokenSample] = {}
@@ -118,16 +121,21 @@ class _Gathered:
         self.moe_layers: tuple[int, ...] | None = None
         self.groups_of_one = True
 
-    def add(self, step: RunStep, only: Sequence[str]) -> None:
-        self.seen |= dict.fromkeys(step.trainer_logprobs)
-        if not bool(step.responses.mask.any()):
-            self.empty.append(step.step)
+    def add(self, step: StepTally, only: Sequence[str]) -> None:
+        self.seen |= dict.fromkeys(step.names)
+        if step.dynamics is not None:
+            self.dynamics[step.step] = step.dynamics
+        if step.num_tokens == 0:
+            # Of a step that was only evaluated nothing is left out.
+            if step.names:
+                self.empty.append(step.step)
             return
-        names = [name for name in step.trainer_logprobs if not only or name in only]
+        if step.refused:
+            self.left_out.append(LeftOut(step.step, step.refused))
+            return
+        passes = {name: each for name, each in step.passes.items() if not only or name in only}
         try:
-            # All of a step before any of it is added: a step is in every figure or in none.
-            measured = {name: _measure(name, step, self.curve) for name in names}
-            applied = {name: _applied(name, step) for name in step.weights}
+            diagnostics = {name: _diagnosed(name, each.tally) for name, each in passes.items()}
         except InputError as error:
             self.left_out.append(LeftOut(step.step, str(error)))
             return
@@ -140,28 +148,27 @@ class _Gathered:
                 )
             self.moe_layers = step.moe_layers
             self.routes = routes if self.routes is None else self.routes + routes
-        groups = step.responses.groups
-        if groups is None:
+        if step.groups is None:
             self.ungrouped.append(step.step)
         else:
-            self.groups_of_one &= groups.width <= 1
-        for name, given in applied.items():
-            self.weights.setdefault(name, WeightFigures()).add(given, step.step)
-        found = {name: self._add_pass(name, step, measure) for name, measure in measured.items()}
-        self.steps.append(StepFigures(step.step, found, routes))
-
-    def _add_pass(self, name: str, step: RunStep, measured: _Measured) -> Diagnostics:
-        ratios, mask = measured.ratios, step.responses.mask
-        self.tallies[name] = self.tallies[name] + measured.tally if name in self.tallies else measured.tally
-        self.samples.setdefault(name, TokenSample()).add(ratios.rollout[mask], ratios.double[mask])
-        figures = self.corrections.setdefault(name, {})
-        for each in CORRECTIONS:
-            if each.needs_groups and self.ungrouped:
-                continue
-            figures.setdefault(each.name, WeightFigures()).add(each.weigh(ratios)[mask], step.step)
+            self.groups_of_one &= step.largest_group <= 1
+        if step.split_groups:
+            self.split.append(step.step)
+        for name, applied in step.weights.items():
+            self.weights.setdefault(name, WeightFigures()).add(applied, step.step)
+        for name, each in passes.items():
+            self.tallies[name] = self.tallies[name] + each.tally if name in self.tallies else each.tally
+            self.samples[name] = self.samples[name] + each.sample if name in self.samples else each.sample
+            figures = self.corrections.setdefault(name, {})
+            for title, weights in each.corrections.items():
+                figures.setdefault(title, WeightFigures()).add(weights, step.step)
         # The whole curve of every step would be most of what is kept of a long run.
-        tails = measured.diagnostics.ratio_tails
-        return replace(measured.diagnostics, ratio_tails={tau: tails[tau] for tau in self.taus})
+        kept = {
+            name: replace(found, ratio_tails={tau: found.ratio_tails[tau] for tau in (*self.taus, 2.0)})
+            for name, found in diagnostics.items()
+        }
+        shares = {name: applied.effective_share for name, applied in step.weights.items()}
+        self.steps.append(StepFigures(step.step, kept, routes, shares))
 
     def summary(self, only: Sequence[str]) -> RunSummary:
         absent = [name for name in only if name not in self.seen]
@@ -191,34 +198,18 @@ class _Gathered:
             weights=self.weights,
             groups_of_one=self.groups_of_one and not self.ungrouped,
             ungrouped_steps=tuple(self.ungrouped),
+            split_steps=tuple(self.split),
+            dynamics=self.dynamics,
         )
 
     def _corrections(self, name: str) -> dict[str, WeightFigures]:
         # Of the steps that have groups only, weights would not compare with those of all steps.
-        figures = self.corrections[name]
-        return {each.name: figures[each.name] for each in CORRECTIONS if not (each.needs_groups and self.ungrouped)}
+        absent = OF_GROUPS if self.ungrouped or self.split else ()
+        return {title: figures for title, figures in self.corrections[name].items() if title not in absent}
 
 
-@dataclass(frozen=True, eq=False)
-class _Measured:
-    """Of one pass of one step: its log-ratios, their sums, and what follows from these."""
-
-    ratios: LogRatios
-    tally: Tally
-    diagnostics: Diagnostics
-
-
-def _measure(name: str, step: RunStep, taus: tuple[float, ...]) -> _Measured:
+def _diagnosed(name: str, tally: Tally) -> Diagnostics:
     try:
-        ratios = step.log_ratios(name)
-        tally = Tally.of(ratios, taus)
-        return _Measured(ratios, tally, Diagnostics.of(tally))
+        return Diagnostics.of(tally)
     except InputError as error:
         raise InputError(f"trainer pass {name!r}: {error}") from error
-
-
-def _applied(name: str, step: RunStep) -> Tensor:
-    given = step.weights[name][step.responses.mask]
-    if not bool((given.isfinite() & (given >= 0)).all()):
-        raise InputError(f"weights.{name} of response tokens must be finite and not below 0")
-    return given

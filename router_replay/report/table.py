@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from router_replay.mismatch.figures.diagnostics import Diagnostics
 from router_replay.mismatch.log_ratios import SATURATION
-from router_replay.report.corrections import CORRECTIONS
+from router_replay.report.dynamics import RunDynamics, not_finite
 from router_replay.report.summary import RunSummary
+from router_replay.run.step_tally import OF_GROUPS
 
 LOW_EFFECTIVE_SHARE = 0.5
 """Effective sample size of plain token weights below which the report warns."""
@@ -72,6 +73,16 @@ def rows(summary: RunSummary) -> list[Row]:
 def warnings(summary: RunSummary) -> list[str]:
     """What a reader must know before the plots; empty where there is nothing."""
     found: list[str] = []
+    dynamics = RunDynamics.of("", summary)
+    if dynamics.collapse is not None:
+        found.append(
+            f"The reward collapses at step {dynamics.collapse}: from there on its mean of five steps is below half of"
+            " its best for ten steps and more."
+        )
+    found += [
+        f"{title[0].upper()}{title[1:]} is not finite in {listed_steps(steps)}."
+        for title, steps in not_finite([dynamics]).items()
+    ]
     for name, figures in summary.passes.items():
         each = figures.diagnostics
         if each.zero_probability_tokens:
@@ -106,11 +117,18 @@ def warnings(summary: RunSummary) -> list[str]:
             " because both compare responses to one prompt."
         )
     if summary.ungrouped_steps:
-        absent = " and ".join(f"“{each.name}”" for each in CORRECTIONS if each.needs_groups)
+        absent = " and ".join(f"“{name}”" for name in OF_GROUPS)
         found.append(
             f"Which responses are to one prompt is not known of {listed_steps(summary.ungrouped_steps)}: {absent} are"
             " not shown, because they compare those. Give group_ids to Responses.packed, or the key group in JSON"
             " lines."
+        )
+    if summary.split_steps:
+        absent = " and ".join(f"“{name}”" for name in OF_GROUPS)
+        found.append(
+            f"Responses to one prompt are in several parts of {listed_steps(summary.split_steps)}, without their"
+            f" tokens: {absent} are not shown, because they compare those. Write all responses to a prompt from one"
+            " rank, or the tokens as well."
         )
     if summary.empty_steps:
         found.append(f"Left out, because no token of theirs was sampled: {listed_steps(summary.empty_steps)}.")

@@ -34,7 +34,7 @@ def weight_histograms(corrections: Series, passes: list[str]) -> Figure:
             edges, shares = figures.histogram(reach)
             names[name] = axes.stairs(shares.numpy(), edges.numpy(), color=style.colour(number), linewidth=1.6,
                                       linestyle=style.line(number), label=name, baseline=None)  # fmt: skip
-        smallest = min(1 / figures.tokens for figures in by_pass.values())
+        smallest = min(1 / figures.total.tokens for figures in by_pass.values())
         # The range first: a histogram of weights that are all 0 has none of its own.
         axes.set_ylim(0.5 * smallest, 2)
         axes.set_yscale("log")
@@ -42,7 +42,7 @@ def weight_histograms(corrections: Series, passes: list[str]) -> Figure:
         axes.xaxis.set_major_locator(FixedLocator([-half, 0, half]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda log, _: f"{math.exp(log):.4g}"))
         axes.yaxis.set_minor_locator(NullLocator())
-        zeros = ", ".join(f"{1 - figures.kept / figures.tokens:.2%}" for figures in by_pass.values())
+        zeros = ", ".join(f"{1 - figures.kept_share:.2%}" for figures in by_pass.values())
         style.finish(axes)
         axes.set_title(f"{title}\nweight 0: {zeros}", fontsize=style.FONT - 0.5, loc="left")
         axes.set_xlabel("weight")
@@ -69,8 +69,8 @@ def effective_sample_sizes(corrections: Series, passes: list[str]) -> Figure:
         at = [place for place, _ in of_pass]
         look = {"height": 0.85, "color": style.colour(number), "label": name}
         for axes, shares in (
-            (left, [figures.effective_share for _, figures in of_pass]),
-            (right, [figures.kept / figures.tokens for _, figures in of_pass]),
+            (left, [figures.total.effective_share for _, figures in of_pass]),
+            (right, [figures.kept_share for _, figures in of_pass]),
         ):
             bars = axes.barh(at, [100 * share for share in shares], **look)
             axes.bar_label(bars, [_percent(share) for share in shares], padding=3, fontsize=style.FONT - 2)

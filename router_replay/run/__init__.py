@@ -10,8 +10,10 @@ In the trainer, after its log-probability pass; needs torch and safetensors alon
     )
 """
 
-from router_replay.run.reading import find_files, read_run
+from router_replay.run.collapse import find_collapse
+from router_replay.run.dynamics import Dynamics
+from router_replay.run.reading import find_files, read_run, read_tallies
 from router_replay.run.step import RunStep
 from router_replay.run.step_files import read_step, write_step
 
-__all__ = ["RunStep", "find_files", "read_run", "read_step", "write_step"]
+__all__ = ["Dynamics", "RunStep", "find_collapse", "find_files", "read_run", "read_step", "read_tallies", "write_step"]

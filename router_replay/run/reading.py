@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from router_replay.errors import DataError, InputError
+from router_replay.mismatch.figures.diagnostics import DEFAULT_TAUS
 from router_replay.run.json_lines import SUFFIXES, read_json_lines
 from router_replay.run.step import RunStep
-from router_replay.run.step_files import read_place, read_step
+from router_replay.run.step_files import read_place, read_step, read_tally
+from router_replay.run.step_tally import TAUS, StepTally, share_prompts
 
 RUN_SUFFIXES = (".safetensors", *SUFFIXES)
 """Of a run's files."""
@@ -42,7 +44,7 @@ def read_run(
     on_file: Callable[[Path], None] = lambda path: None,
     on_shared: Callable[[int, tuple[Path, ...]], None] = lambda step, paths: None,
 ) -> Iterator[RunStep]:
-    """Steps in the order of their numbers; what several files hold of one step is joined.
+    """Steps in the order of their numbers, with their tokens; what several files hold of one step is joined.
 
     Safetensors files are read when their step's turn comes, JSON lines all at the beginning: they are for small runs.
 
@@ -52,8 +54,68 @@ def read_run(
             these files. JSON lines do not say whether they are parts of one run's step, or steps of two runs.
 
     Raises:
-        DataError: a file that cannot be read; two files that hold the same part of a step; parts that do not fit.
+        DataError: a file that cannot be read, or is without tokens; two files that hold the same part of a step; parts
+            that do not fit.
     """
+    for step, records, paths in _by_step(files, on_file, on_shared):
+        yield _joined(step, [*records, *map(read_step, paths)], RunStep.join)
+        for path in paths:
+            on_file(path)
+
+
+def read_tallies(
+    files: Sequence[Path],
+    on_file: Callable[[Path], None] = lambda path: None,
+    on_shared: Callable[[int, tuple[Path, ...]], None] = lambda step, paths: None,
+    *,
+    passes: Sequence[str] = (),
+    taus: Sequence[float] = (),
+) -> Iterator[StepTally]:
+    """The same without tokens, which are read only where the tallies of a step's files do not say all that they do.
+
+    Args:
+        on_file, on_shared: as of `read_run`.
+        passes, taus: as of `StepTally.of`.
+
+    Raises:
+        DataError: as of `read_run`, but for files without tokens; of these, a tau that their tallies do not have.
+    """
+    for step, records, paths in _by_step(files, on_file, on_shared):
+        found = [read_tally(path) for path in paths]
+        tallies = [tally for tally, _ in found if tally is not None]
+        enough = not records and len(tallies) == len(paths) and not _say_less(tallies, taus)
+        if not enough and all(has_tokens for _, has_tokens in found):
+            whole = _joined(step, [*records, *map(read_step, paths)], RunStep.join)
+            yield StepTally.of(whole, passes=passes, taus=taus)
+        else:
+            _require_taus(taus, [path for (_, has_tokens), path in zip(found, paths, strict=True) if not has_tokens])
+            parts = [tally or StepTally.of(read_step(path)) for (tally, _), path in zip(found, paths, strict=True)]
+            yield _joined(step, [*parts, *map(StepTally.of, records)], StepTally.join)
+        for path in paths:
+            on_file(path)
+
+
+def _say_less(tallies: Sequence[StepTally], taus: Sequence[float]) -> bool:
+    """Whether a step's tokens would say more, or something else, than the tallies of its parts."""
+    # The pass for which a step is refused may be one that was not asked for.
+    return bool({*taus} - {*TAUS}) or share_prompts(tallies) or any(tally.refused for tally in tallies)
+
+
+def _require_taus(taus: Sequence[float], without_tokens: Sequence[Path]) -> None:
+    others = [tau for tau in taus if tau not in TAUS]
+    if others and without_tokens:
+        raise DataError(
+            f"{without_tokens[0]}: has no tokens, and its tallies no F(tau) of tau {', '.join(map(str, others))}:"
+            f" ask for {', '.join(map(str, DEFAULT_TAUS))}, or write the run's steps with their tokens"
+        )
+
+
+def _by_step(
+    files: Sequence[Path],
+    on_file: Callable[[Path], None],
+    on_shared: Callable[[int, tuple[Path, ...]], None],
+) -> Iterator[tuple[int, list[RunStep], list[Path]]]:
+    """For each step its number, what JSON lines hold of it, and the safetensors files that hold parts of it."""
     lines: dict[int, list[RunStep]] = {}
     line_files: dict[int, tuple[Path, ...]] = {}
     places: dict[tuple[int, int], Path] = {}
@@ -79,14 +141,14 @@ def read_run(
         sources = (*line_files.get(step, ()), *paths.get(step, ()))
         if records and len(sources) > 1:
             on_shared(step, sources)
-        for path in paths.get(step, []):
-            records.append(read_step(path))
-            on_file(path)
-        try:
-            joined = RunStep.join(records)
-        except InputError as error:
-            raise DataError(f"step {step}: {error}") from error
-        yield joined
+        yield step, records, paths.get(step, [])
+
+
+def _joined[Step: (RunStep, StepTally)](step: int, parts: list[Step], join: Callable[[list[Step]], Step]) -> Step:
+    try:
+        return join(parts)
+    except InputError as error:
+        raise DataError(f"step {step}: {error}") from error
 
 
 def _is_run_file(path: Path) -> bool:

@@ -12,11 +12,14 @@ from torch import Tensor
 from router_replay.errors import InputError
 from router_replay.masks import RoutingMasks
 from router_replay.masks.agreement import RouteTally
-from router_replay.masks.arguments import as_bools, as_integer
+from router_replay.masks.arguments import as_bools, as_integer, require_type
 from router_replay.masks.batch import list_of_masks
+from router_replay.mismatch.arguments import require_tensors
 from router_replay.mismatch.log_ratios import LogRatios
-from router_replay.mismatch.responses import Responses, require_responses, require_tensors
+from router_replay.mismatch.responses import Responses, require_responses
+from router_replay.run.dynamics import Dynamics
 from router_replay.run.groups import group_numbers
+from router_replay.run.joining import joined_dynamics, joined_routes, require_one_step, require_same
 from router_replay.run.recorded_routes import recorded_routes
 
 
@@ -34,6 +37,8 @@ class RunStep:
         routes: how the trainer's own routes differ from the rollout's, or None where one of the two is not known.
         moe_layers: decoder layers (0-based) of the routes, in their order, or None where that is not known.
         weights: float `[N]` by name: importance weights that the trainer applied.
+        dynamics: reward, evaluation, entropy and the like, or None where they are not known. A step that has them may
+            be without tokens and passes, as one that was only evaluated: `without_tokens`.
     """
 
     step: int
@@ -43,13 +48,16 @@ class RunStep:
     routes: RouteTally | None = None
     moe_layers: tuple[int, ...] | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    dynamics: Dynamics | None = None
 
     def __post_init__(self) -> None:
         if as_integer("step", self.step) < 0:
             raise InputError(f"a step's number is 0 or more, got {self.step}")
-        if not self.trainer_logprobs:
-            raise InputError("no log-probabilities of the trainer: give those of at least one pass")
+        if self.dynamics is not None:
+            require_type("dynamics", self.dynamics, Dynamics)
         _require_packed(self.responses)
+        if not self.trainer_logprobs and (self.dynamics is None or len(self.responses.mask)):
+            raise InputError("no log-probabilities of the trainer: give those of at least one pass")
         named = {"rollout_logprobs": self.rollout_logprobs}
         named |= {f"trainer_logprobs.{name}": values for name, values in self.trainer_logprobs.items()}
         named |= {f"weights.{name}": values for name, values in self.weights.items()}
@@ -86,6 +94,7 @@ class RunStep:
         routes_valid: Tensor | None = None,
         moe_layers: Sequence[int] | None = None,
         weights: Mapping[str, Tensor] | None = None,
+        dynamics: Dynamics | None = None,
     ) -> RunStep:
         """From what a trainer holds after its log-probability pass, on any device. Routes are compared at once.
 
@@ -99,6 +108,7 @@ class RunStep:
             trainer_routes: int `[N, L, K]`, those that the trainer took by itself; with the rollout's, or neither.
             routes_valid: bool `[N]`, False where the rollout's routes are not known; of `rollout_routes` only.
             moe_layers: decoder layers of the routes; those of `rollout_masks` where these are given.
+            dynamics: as the attribute, of what is given here.
 
         Raises:
             InputError: shapes that do not fit, routes of one side only, or two sources of the rollout's routes.
@@ -159,63 +169,68 @@ class RunStep:
             routes=routes,
             moe_layers=None if routes is None or moe_layers is None else tuple(int(layer) for layer in moe_layers),
             weights={name: values.detach().cpu() for name, values in (weights or {}).items()},
+            dynamics=dynamics,
         )
+
+    @classmethod
+    def without_tokens(cls, step: int, dynamics: Dynamics) -> RunStep:
+        """A step of which no token is written, such as the evaluation before the first update."""
+        nothing = Responses.packed(torch.zeros(0, dtype=torch.bool), [0, 0])
+        return cls(step, torch.zeros(0), {}, nothing, dynamics=dynamics)
 
     @classmethod
     def join(cls, parts: Sequence[RunStep]) -> RunStep:
         """One step from its parts: sequences, ranks or files. Equal group ids are one prompt, in whichever part.
 
-        Parts without routes add none.
+        Parts without routes, dynamics, or tokens and passes add none.
 
         Raises:
             InputError: parts of other steps, with other passes, other weights, or other layers; some with group
                 ids and some without.
         """
+        require_one_step([part.step for part in parts])
+        step, dynamics = parts[0].step, joined_dynamics([part.dynamics for part in parts])
+        # What is without passes is without tokens.
+        parts = [part for part in parts if part.trainer_logprobs] or parts[:1]
+        require_same(
+            step,
+            [
+                {
+                    "trainer_logprobs": sorted(part.trainer_logprobs),
+                    "weights": sorted(part.weights),
+                    "group ids": "not given" if part.responses.group_ids is None else "for its sequences",
+                }
+                for part in parts
+            ],
+        )
+        routes, moe_layers = joined_routes(step, [(part.routes, part.moe_layers) for part in parts])
         first = parts[0]
-        with_routes = [part for part in parts if part.routes is not None]
-        for part in parts:
-            for what, here, there in (
-                ("step", first.step, part.step),
-                ("trainer_logprobs", sorted(first.trainer_logprobs), sorted(part.trainer_logprobs)),
-                ("weights", sorted(first.weights), sorted(part.weights)),
-                ("group ids", _whether(first.responses), _whether(part.responses)),
-            ):
-                if here != there:
-                    raise InputError(f"parts of step {first.step} do not fit: one has {what} {here}, another {there}")
-        for part in with_routes:
-            if part.moe_layers != with_routes[0].moe_layers:
-                raise InputError(
-                    f"parts of step {first.step} route in different decoder layers: {with_routes[0].moe_layers} and"
-                    f" {part.moe_layers}"
-                )
-        routes = None
-        for part in with_routes:
-            assert part.routes is not None
-            routes = part.routes if routes is None else routes + part.routes
         return cls(
-            step=first.step,
+            step=step,
             rollout_logprobs=torch.cat([part.rollout_logprobs for part in parts]),
             trainer_logprobs={
                 name: torch.cat([part.trainer_logprobs[name] for part in parts]) for name in first.trainer_logprobs
             },
             responses=_joined([part.responses for part in parts]),
             routes=routes,
-            moe_layers=with_routes[0].moe_layers if with_routes else None,
+            moe_layers=moe_layers,
             weights={name: torch.cat([part.weights[name] for part in parts]) for name in first.weights},
+            dynamics=dynamics,
         )
 
 
 def _require_packed(responses: Responses) -> None:
     require_responses(responses)
+    if responses.context_group is not None:
+        raise InputError(
+            "a step is written with whole sequences, and these responses are parts of a context group: gather"
+            " log-probabilities and masks over it first, and write them from one of its ranks"
+        )
     if responses.mask.dim() != 1:
         raise InputError(
             f"responses of a step must be packed, got a padded mask {list(responses.mask.shape)}: leave the padding"
             " out, and give Responses.packed(mask, cu_seqlens, group_ids)"
         )
-
-
-def _whether(responses: Responses) -> str:
-    return "not given" if responses.group_ids is None else "for its sequences"
 
 
 def _joined(parts: Sequence[Responses]) -> Responses:

@@ -26,7 +26,17 @@ def _run(*arguments: object) -> Result:
 def test_help_names_files_and_options():
     result = _run("--help")
     assert result.exit_code == 0
-    for text in (".jsonl", ".safetensors", "--out", "--pass", "--tau", "--title", "--step-means", "write_step"):
+    for text in (
+        ".jsonl",
+        ".safetensors",
+        "--out",
+        "--pass",
+        "--tau",
+        "--title",
+        "--name",
+        "--step-means",
+        "write_step",
+    ):
         assert text in result.output
 
 
@@ -51,6 +61,27 @@ def test_a_page_is_written_from_files_of_both_kinds(tmp_path: Path):
     assert str(tmp_path) not in page
     again = _run(folder, lines, "--out", out, *arguments)
     assert again.exit_code == 0 and out.read_text() == page
+
+
+def test_folders_are_runs_side_by_side(tmp_path: Path):
+    folders = [write_run(tmp_path / name / "mismatch", 2) for name in ("own", "R3")]
+    out = tmp_path / "page.html"
+    result = _run(*folders, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "own/mismatch, own routes: KL (k3) " in result.output and "R3/mismatch, replayed: KL" in result.output
+    page = out.read_text()
+    assert '<th scope="col">own/mismatch: own routes</th>' in page and page.count('id="dynamics"') == 1
+    assert "From mismatch (2 files), mismatch (2 files). Made with" in page and str(tmp_path) not in page
+    named = _run(*folders, "--name", "arm <1>", "--name", "arm <1>", "--out", out)
+    assert named.exit_code == 0 and "arm &lt;1&gt; (2 runs)" not in out.read_text()
+    assert '<th scope="row">arm &lt;1&gt;</th>' in out.read_text()
+    # A file may be a run, if it has a name of its own.
+    assert _run(folders[0], next(folders[1].iterdir()), "--name", "a", "--name", "b", "--out", out).exit_code == 0
+    wrong = _run(*folders, "--name", "a", "--out", out)
+    assert wrong.exit_code == 2 and "got 1 names for 2 paths: give one for each" in wrong.output
+    (folders[1] / "step-00000000.safetensors").write_bytes(b"1234")
+    broken = _run(*folders, "--out", tmp_path / "other.html")
+    assert broken.exit_code == 1 and "DataError: R3/mismatch: " in broken.output
 
 
 def test_only_the_passes_that_are_asked_for(tmp_path: Path):

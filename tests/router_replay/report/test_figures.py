@@ -22,11 +22,13 @@ from router_replay.mismatch import (
 from router_replay.report.ratio_plots import scatter, tails
 from router_replay.report.sections import sections
 from router_replay.report.step_plots import MAX_COLUMNS, kl_over_steps, route_heat_map
-from router_replay.report.summary import CURVE_TAUS, RunSummary, StepFigures, summarize
-from router_replay.report.token_sample import TokenSample
+from router_replay.report.summary import RunSummary, StepFigures, summarize
 from router_replay.report.weight_figures import LADDER, WeightFigures
 from router_replay.report.weight_plots import effective_sample_sizes, weight_histograms
 from router_replay.run import RunStep
+from router_replay.run.step_tally import CURVE_TAUS
+from router_replay.run.token_sample import TokenSample
+from router_replay.run.weight_tally import WeightTally
 from tests.router_replay.mismatch.pairs import log_ratios
 from tests.router_replay.report.runs import NAMES, STEPS, run_step, series, whole_run
 
@@ -73,15 +75,20 @@ def test_scatter_is_each_tokens_ratio(summary: RunSummary):
 
 
 def test_sample_is_uniform_and_keeps_the_extremes():
-    sample = TokenSample(size=1000, num_extremes=3)
     ratio = torch.arange(100_000.0)
-    for part in ratio.split(7000):
-        sample.add(part, -part)
+    parts = ratio.split([400, 49_600, 50_000])
+    samples = [TokenSample.of(part, -part, seed=seed, size=1000) for seed, part in enumerate(parts)]
+    assert [len(each.points) for each in samples] == [400, 1000, 1000]
+    sample = samples[0] + samples[1] + samples[2]
     assert sample.total == 100_000
-    assert sample.points.shape == (1000, 2)
-    # The mean of 1000 uniform numbers; 6 standard deviations are 0.055.
-    assert float(sample.points[:, 0].mean()) / 100_000 == pytest.approx(0.5, abs=0.055)
-    assert sample.extremes.tolist() == [[99_999.0, -99_999.0], [99_998.0, -99_998.0], [99_997.0, -99_997.0]]
+    # As many of each part as it has tokens, and none of those that drew less than what a part has kept.
+    first, second, third = ((sample.points[:, 0] >= low) & (sample.points[:, 0] < high) for low, high in
+                            ((0, 400), (400, 50_000), (50_000, 100_000)))  # fmt: skip
+    assert 0 < int(first.sum()) < 30
+    assert int(second.sum()) + int(third.sum()) > 1900 and max(int(second.sum()), int(third.sum())) == 1000
+    # The mean of 2000 uniform numbers; 6 standard deviations are 0.039.
+    assert float(sample.points[:, 0].mean()) / 100_000 == pytest.approx(0.5, abs=0.039)
+    assert sample.extremes.tolist() == [[99_999.0 - place, place - 99_999.0] for place in range(200)]
 
 
 def test_kl_is_that_of_each_step(summary: RunSummary):
@@ -241,20 +248,20 @@ def test_effective_sample_sizes_are_kish(summary: RunSummary):
 
 def test_weights_beyond_the_histogram_are_in_its_last_bars():
     figures = WeightFigures()
-    figures.add(torch.tensor([1e-30, 0.0, 1.0, 1e30]), step=3)
+    figures.add(WeightTally.of(torch.tensor([1e-30, 0.0, 1.0, 1e30])), step=3)
     assert figures.reach == LADDER[-1]
     edges, shares = figures.histogram(LADDER[-1])
     assert (len(edges), len(shares)) == (42, 41)
     assert shares.nonzero().flatten().tolist() == [0, 20, 40]
     assert shares.sum() == pytest.approx(0.75)
-    assert (figures.tokens, figures.kept) == (4, 3)
-    assert (figures.effective_share, figures.lowest) == (pytest.approx(0.25), (pytest.approx(0.25), 3))
+    assert (figures.total.tokens, figures.total.kept) == (4, 3)
+    assert (figures.total.effective_share, figures.lowest) == (pytest.approx(0.25), (pytest.approx(0.25), 3))
     narrow = WeightFigures()
-    narrow.add(torch.tensor([1.0, 1.0015]), step=0)
+    narrow.add(WeightTally.of(torch.tensor([1.0, 1.0015])), step=0)
     assert narrow.reach == LADDER[0]
     nothing = WeightFigures()
-    nothing.add(torch.zeros(2), step=0)
-    assert (nothing.effective_share, nothing.reach) == (0, LADDER[0])
+    nothing.add(WeightTally.of(torch.zeros(2)), step=0)
+    assert (nothing.total.effective_share, nothing.reach) == (0, LADDER[0])
     assert not nothing.histogram(LADDER[0])[1].any()
 
 

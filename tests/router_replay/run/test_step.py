@@ -42,7 +42,7 @@ def test_a_step_is_read_as_it_was_written(tmp_path: Path, routes: bool):
     again = read_step(write_step(tmp_path, replace(step, trainer_logprobs=backwards)))
     assert list(again.trainer_logprobs) == list(reversed(NAMES))
     _assert_same(read_step(path), step)
-    assert path.stat().st_size < 20_000
+    assert path.stat().st_size < 50_000
 
 
 def test_groups_are_stored_only_if_they_are_given(tmp_path: Path):
@@ -166,7 +166,7 @@ def _routes_counts(tensors: dict) -> dict:
     [
         ({"routes_valid": torch.ones(240)}, {}, "routes_valid is of rollout_routes, which are not given"),
         ({}, {"format": "pt"}, "a safetensors file of format 'pt', not 'r3_run_step'"),
-        ({}, {"format_version": "2"}, "format version '2'; this release reads version '1'"),
+        ({}, {"format_version": "3"}, "format version '3'; this release reads the versions 1 and 2"),
         ({}, {"step": "one"}, "step and part must be integers"),
         ({}, {"moe_layers": "[1]"}, "names 1 decoder layers, the routes have 3"),
         ({}, {"moe_layers": "[1"}, "contradicts itself"),
