@@ -1,0 +1,1 @@
+"""What masks over sequences drop of rollouts that are some updates old."""
