@@ -134,6 +134,7 @@ class Calculator:
 
     problem: Problem
     done: bool = field(default=False, init=False)
+    answered: bool = field(default=False, init=False)
     correct: bool = field(default=False, init=False)
     turns: int = field(default=0, init=False)
 
@@ -141,7 +142,7 @@ class Calculator:
         """Take one assistant turn, with or without its closing END.
 
         Returns the tool's reply (a number, or `error` for what is neither a call nor an answer), or `None` when the
-        episode is over: after an answer, or after `MAX_TURNS` turns. `done` and `correct` then hold the outcome.
+        episode is over: after an answer, or after `MAX_TURNS` turns. `answered` and `correct` then hold the outcome.
 
         Raises:
             RuntimeError: the episode is over already.
@@ -152,7 +153,8 @@ class Calculator:
         turn = turn.removesuffix(END)
         if answer := _ANSWER.fullmatch(turn):
             self.correct = int(answer[1]) == self.problem.answer
-        self.done = answer is not None or self.turns == MAX_TURNS
+        self.answered = answer is not None
+        self.done = self.answered or self.turns == MAX_TURNS
         if self.done:
             return None
         call = _CALL.fullmatch(turn)

@@ -34,6 +34,13 @@ def main(
     correction: Annotated[
         Literal["none", "TIS", "MIS"], typer.Option(help="Importance sampling of tokens, truncated or masked.")
     ] = _DEFAULT.correction,
+    score_centering: Annotated[
+        int, typer.Option(min=0, help="Most probable tokens of the sampler by which scores are centred; 0: not.")
+    ] = _DEFAULT.score_centering,
+    drop: Annotated[
+        list[str] | None,
+        typer.Option(help="Conversations not to learn from: one-reward, cut-off, bad-call; once for each."),
+    ] = None,
     problems: Annotated[int, typer.Option(min=1, help="Problems of a step.")] = _DEFAULT.problems,
     group_size: Annotated[int, typer.Option(min=2, help="Conversations about each problem.")] = _DEFAULT.group_size,
     operations: Annotated[
@@ -59,6 +66,8 @@ def main(
             algorithm=algorithm,
             routes=routes,
             correction=correction,
+            score_centering=score_centering,
+            drop=tuple(drop or ()),
             problems=problems,
             group_size=group_size,
             operations=operations,

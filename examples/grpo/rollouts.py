@@ -39,7 +39,14 @@ def roll_out(
         RolloutError: as of `play`; or the rows that came are not of the weights of this step.
     """
     asked = [each for each in problems_of_step(settings, step) for _ in range(settings.group_size)]
-    played = play(url, asked, tokenizer, concurrency=concurrency, on_finished=on_finished)
+    played = play(
+        url,
+        asked,
+        tokenizer,
+        concurrency=concurrency,
+        top_logprobs=settings.score_centering,
+        on_finished=on_finished,
+    )
     found = {name for each in played for _, name in each.masks.weight_versions}
     if found != {version}:
         raise RolloutError(

@@ -18,6 +18,10 @@ Correction = Literal["none", "TIS", "MIS"]
 """Of the sampler's distribution: truncated or masked importance sampling of tokens (`router_replay.mismatch`)."""
 
 
+DROPS = ("one-reward", "cut-off", "bad-call")
+"""Conversations that are not learned from: of groups of one reward; that hit a limit; with a call that was none."""
+
+
 class SettingsError(ValueError):
     """Settings of which no run can be made, or not in this folder."""
 
@@ -30,6 +34,8 @@ class Settings:
         algorithm: whose loss is taken.
         routes: that the trainer takes.
         correction: weights of the loss.
+        score_centering: how many of the sampler's most probable tokens centre the scores of the loss; 0 for none.
+        drop: which conversations leave before advantages are made: names of `DROPS`.
         problems: different ones in a step.
         group_size: conversations about each.
         operations: fewest and most of a problem.
@@ -46,6 +52,8 @@ class Settings:
     algorithm: Literal["GRPO", "GSPO"] = "GRPO"
     routes: Routes = "R3"
     correction: Correction = "none"
+    score_centering: int = 0
+    drop: tuple[str, ...] = ()
     problems: int = 8
     group_size: int = 8
     operations: tuple[int, int] = (2, 4)
@@ -65,6 +73,16 @@ class Settings:
                 f"{conversations} conversations ({self.problems} problems x {self.group_size}) cannot be cut into"
                 f" {self.minibatches} minibatches of whole microbatches of {self.microbatch}: choose numbers of"
                 " minibatches and of conversations in a microbatch whose product divides them"
+            )
+        unknown = [each for each in self.drop if each not in DROPS]
+        if unknown:
+            raise SettingsError(f"conversations to drop are named {', '.join(DROPS)}, and not {', '.join(unknown)}")
+        if self.score_centering < 0:
+            raise SettingsError(f"score_centering is a number of tokens, 0 for none, and not {self.score_centering}")
+        if self.score_centering and self.algorithm != "GRPO":
+            raise SettingsError(
+                f"a score_centering of {self.score_centering} centres scores token by token, and {self.algorithm} has"
+                " one ratio for a whole response: choose GRPO, or a score_centering of 0"
             )
         fewest, most = self.operations
         if not FEWEST_OPERATIONS <= fewest <= most <= MOST_OPERATIONS:
@@ -86,7 +104,8 @@ def same_settings(folder: Path, settings: Settings, model: Path) -> None:
     if not path.exists():
         write_whole(path, lambda partial: partial.write_text(json.dumps(wanted, indent=2) + "\n"))
         return
-    found = json.loads(path.read_text())
+    # A run from before there was a setting has its default.
+    found = json.loads(json.dumps(dataclasses.asdict(Settings()))) | json.loads(path.read_text())
     differing = {
         name: (found.get(name), wanted.get(name)) for name in found | wanted if found.get(name) != wanted.get(name)
     }

@@ -119,7 +119,7 @@ def run(
     from examples.multi_turn_replay.mismatch_plot import plot_mismatch
     from examples.multi_turn_replay.replay_report import REPORTED_TAUS, compare, summarize, table
     from examples.multi_turn_replay.run_steps import report_steps, write_steps
-    from router_replay.report.summary import CURVE_TAUS
+    from router_replay.run.step_tally import CURVE_TAUS
 
     found = (scores.native_logprobs, scores.replay_logprobs, scores.native_routes)
     comparison = compare(played, *found, taus=sorted({*REPORTED_TAUS, *CURVE_TAUS}))

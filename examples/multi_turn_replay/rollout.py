@@ -7,12 +7,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from examples.calculator.game import MAX_TURN_TOKENS, Calculator, Problem, prompt_text, reply_text
+from examples.calculator.game import ERROR, MAX_TURN_TOKENS, Calculator, Problem, prompt_text, reply_text
 from router_replay.masks import Rollout, RoutingMasks, open_store
 
 # The untouched distribution, so that the log-probabilities in the answer are those of the sampler.
@@ -37,6 +37,10 @@ class Conversation:
         correct: the model's answer solves the problem.
         prefix_cached_tokens: prompt tokens whose KV the server had, over all turns.
         masks_bytes: size of all turns' masks in the answers' JSON.
+        cut_off: a turn ended at its limit of tokens, or the conversation at its limit of turns without an answer.
+        bad_calls: turns that the calculator answered with an error.
+        top_k: what the sampler's `top_logprobs` most probable tokens were at the sampled ones, in their order: pairs of
+            log-probability and id; empty lists where none were asked for.
     """
 
     token_ids: list[int]
@@ -47,6 +51,9 @@ class Conversation:
     correct: bool
     prefix_cached_tokens: int
     masks_bytes: int
+    cut_off: bool = False
+    bad_calls: int = 0
+    top_k: list[list[tuple[float, int]]] = field(default_factory=list)
 
 
 def play(
@@ -56,6 +63,7 @@ def play(
     *,
     concurrency: int = 16,
     sampling: Mapping[str, Any] = SAMPLING,
+    top_logprobs: int = 0,
     on_finished: Callable[[Conversation], None] = lambda conversation: None,
 ) -> list[Conversation]:
     """One conversation per problem, in the problems' order, up to `concurrency` of them at a time.
@@ -63,6 +71,7 @@ def play(
     Args:
         server_url: of a running SGLang server with router capture.
         sampling: SGLang's sampling parameters.
+        top_logprobs: how many of the most probable tokens to ask for at each sampled one.
         on_finished: called in this thread as conversations end, in any order.
 
     Raises:
@@ -70,7 +79,9 @@ def play(
         router_replay.errors.DataError: the server returns no routing masks.
     """
     with ThreadPoolExecutor(concurrency) as pool:
-        futures = [pool.submit(converse, server_url, problem, tokenizer, sampling) for problem in problems]
+        futures = [
+            pool.submit(converse, server_url, problem, tokenizer, sampling, top_logprobs) for problem in problems
+        ]
         try:
             for future in as_completed(futures):
                 on_finished(future.result())
@@ -85,6 +96,7 @@ def converse(
     problem: Problem,
     tokenizer: PreTrainedTokenizerBase,
     sampling: Mapping[str, Any] = SAMPLING,
+    top_logprobs: int = 0,
 ) -> Conversation:
     """Play one conversation; arguments and errors as of `play`."""
     calculator = Calculator(problem)
@@ -93,7 +105,9 @@ def converse(
     logprobs: list[float] = []
     rollout = Rollout()
     handles: list[Mapping[str, Any]] = []
-    cached = masks_bytes = 0
+    top_k: list[list[tuple[float, int]]] = []
+    cached = masks_bytes = bad_calls = 0
+    cut_off = False
 
     def append(ids: Sequence[int], ids_logprobs: Sequence[float] | None = None) -> None:
         token_ids.extend(ids)
@@ -106,6 +120,7 @@ def converse(
             "input_ids": token_ids,
             "sampling_params": {**sampling, "stop_token_ids": [tokenizer.eos_token_id]},
             "return_logprob": True,
+            "top_logprobs_num": top_logprobs,
             # Earlier turns' routes are here already; only the tokens since then are new.
             **rollout.request_fields(token_ids),
         }
@@ -116,8 +131,12 @@ def converse(
         rollout.add(meta_info, turn)
         handles += meta_info["routing_masks"]
         append(turn, [logprob for logprob, *_ in meta_info["output_token_logprobs"]])
+        top_k += top_k_of(meta_info, len(turn), top_logprobs)
+        cut_off |= meta_info["finish_reason"]["type"] == "length"
         written = turn[:-1] if turn[-1] == tokenizer.eos_token_id else turn
-        append(_encode(tokenizer, reply_text(calculator.step(str(tokenizer.decode(written))))))
+        reply = calculator.step(str(tokenizer.decode(written)))
+        bad_calls += reply == ERROR
+        append(_encode(tokenizer, reply_text(reply)))
     masks = rollout.join()
     for handle in handles:
         # One process is all who needs them. A store keeps what nobody deletes, until it is full.
@@ -132,7 +151,25 @@ def converse(
         correct=calculator.correct,
         prefix_cached_tokens=cached,
         masks_bytes=masks_bytes,
+        cut_off=cut_off or not calculator.answered,
+        bad_calls=bad_calls,
+        top_k=top_k,
     )
+
+
+def top_k_of(meta_info: Mapping[str, Any], num_tokens: int, count: int) -> list[list[tuple[float, int]]]:
+    """Log-probability and id of the most probable tokens at each sampled one, from an answer of SGLang.
+
+    Raises:
+        RolloutError: the answer has others than were asked for.
+    """
+    found = meta_info["output_top_logprobs"] if count else [[]] * num_tokens
+    if [len(each or []) for each in found] != [count] * num_tokens:
+        raise RolloutError(
+            f"{count} most probable tokens were asked for at each of {num_tokens} sampled ones, and the answer has"
+            f" {[len(each or []) for each in found][:8]} at {len(found)}"
+        )
+    return [[(logprob, token_id) for logprob, token_id, *_ in each] for each in found]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

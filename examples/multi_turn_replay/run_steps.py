@@ -13,7 +13,7 @@ from examples.multi_turn_replay.rollout import Conversation
 from router_replay.mismatch import Responses
 from router_replay.report.page import write_report
 from router_replay.report.summary import summarize
-from router_replay.run import RunStep, read_run, write_step
+from router_replay.run import RunStep, read_tallies, write_step
 
 STEP_MEANS = "a batch of conversations of one and the same model; nothing is trained between them"
 
@@ -68,7 +68,7 @@ def write_steps(
 def report_steps(files: Sequence[Path], path: Path) -> None:
     """Write the page about a run's files, as `r3 report` does."""
     write_report(
-        summarize(read_run(files)),
+        summarize(read_tallies(files)),
         path,
         title="Multi-turn rollout in SGLang, scored in Megatron-Core",
         inputs=[f"{files[0].parent.name} ({len(files)} files)"],

@@ -12,14 +12,17 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cpu_engines.megatron import CpuDevice, single_process
-from cpu_engines.megatron.logprobs import token_logprobs
+from cpu_engines.megatron.logprobs import forward_logits, token_logprobs
 from cpu_engines.megatron.qwen3_moe import hf_tensors, load_qwen3_moe
+from examples.grpo import loop
 from examples.grpo.loop import Updates
 from examples.grpo.settings import Settings
 from examples.grpo.state import RunFolder
 from examples.grpo.weights import export
+from examples.multi_turn_replay.rollout import RolloutError, top_k_of
 from examples.small_model import CHECKPOINT
 from megatron_router_replay import attach
+from router_replay.errors import InputError
 from router_replay.mismatch import group_relative_advantages, grpo_loss
 from router_replay.mismatch.responses import Responses
 from tests.examples.grpo.conversations import own_conversations, with_masks
@@ -111,6 +114,57 @@ def test_the_gradient_is_of_the_mean_over_the_minibatch(model, tokenizer):
         torch.testing.assert_close(ours, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("correction", ["none", "TIS"])
+def test_scores_are_centred_by_what_the_sampler_expects(model, tokenizer, correction):
+    """Of every sampled token of two microbatches, summed over the vocabulary by hand."""
+    settings = replace(SETTINGS, routes="own", correction=correction, score_centering=4)
+    with attach(model) as replay:
+        conversations = own_conversations(model, replay, tokenizer, 8, 4, top_k=4, noise=0.7)
+        without = gradients(model, replay, conversations, replace(settings, score_centering=0))
+        model.zero_grad()
+        centred = gradients(model, replay, conversations, settings)
+        model.zero_grad()
+        total = torch.zeros(())
+        for each in conversations:
+            with replay.off():
+                logprobs = forward_logits(model, torch.tensor([each.token_ids]))[0].log_softmax(-1)
+            p = logprobs.detach().exp()
+            # Every second of four responses is rewarded: advantages of +-sqrt(3) / 2.
+            advantage = (1 if each.correct else -1) * 3**0.5 / 2
+            places = [place for place, own in enumerate(each.sampled) if own]
+            for place, pairs in zip(places, each.top_k, strict=True):
+                row, ids = p[place - 1], torch.tensor([token for _, token in pairs])
+                q = torch.tensor([logprob for logprob, _ in pairs]).exp()
+                mu = (row * (1 - q.sum()) / (1 - row[ids].sum())).index_put((ids,), q)
+                weight = (row / mu).clamp(max=2) if correction == "TIS" else torch.ones_like(row)
+                total = total + advantage * (mu * weight * logprobs[place - 1]).sum() / len(places) / 8
+        total.backward()
+    moved = [ours - theirs for ours, theirs in zip(centred, without, strict=True)]
+    for found, parameter in zip(moved, model.parameters(), strict=True):
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-3, atol=1e-6)
+    assert max(float(each.abs().max()) for each in moved) > 3e-4
+
+
+def test_where_the_sampler_is_the_trainer_nothing_is_centred(model, tokenizer):
+    with attach(model) as replay:
+        conversations = own_conversations(model, replay, tokenizer, 8, 4, top_k=8)
+        without = gradients(model, replay, conversations, SETTINGS)
+        centred = gradients(model, replay, conversations, replace(SETTINGS, score_centering=8))
+    for ours, theirs in zip(centred, without, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_most_probable_tokens_of_an_answer():
+    """SGLang: for each sampled token a list of log-probability, id and text or None."""
+    answer = {"output_top_logprobs": [[[-0.1, 7, None], [-3.0, 2, None]], [[-0.5, 2, "a"], [-1.0, 7, "b"]]]}
+    assert top_k_of(answer, 2, 2) == [[(-0.1, 7), (-3.0, 2)], [(-0.5, 2), (-1.0, 7)]]
+    assert top_k_of({}, 2, 0) == [[], []]
+    with pytest.raises(RolloutError, match=r"3 most probable .* at each of 2 sampled ones, .* \[2, 2\] at 2"):
+        top_k_of(answer, 2, 3)
+    with pytest.raises(RolloutError, match=r"\[2, 0\] at 2"):
+        top_k_of({"output_top_logprobs": [*answer["output_top_logprobs"][:1], None]}, 2, 2)
+
+
 def test_a_run_that_goes_on_is_the_same_to_the_last_bit(model, tokenizer, tmp_path: Path):
     settings = replace(SETTINGS, minibatches=2, routes="R3", correction="TIS")
     run = RunFolder(tmp_path)
@@ -133,6 +187,22 @@ def test_a_run_that_goes_on_is_the_same_to_the_last_bit(model, tokenizer, tmp_pa
     assert (first["reward"], first["groups_of_one_reward"]) == (0.5, 0.0)
 
 
+def test_a_bad_token_of_a_pass_is_told_before_the_weights_change(model, tokenizer, monkeypatch):
+    def nan_in_training(model, token_ids, top_k):
+        logprobs = loop_logprobs(model, token_ids, top_k)
+        return logprobs * float("nan") if logprobs.requires_grad else logprobs
+
+    loop_logprobs = loop.logprobs_with_top_k
+    with attach(model) as replay:
+        played = own_conversations(model, replay, tokenizer, 8, 4)
+        before = copy.deepcopy(hf_tensors(model))
+        monkeypatch.setattr(loop, "logprobs_with_top_k", nan_in_training)
+        with pytest.raises(InputError, match="response tokens of the loss have log-probabilities that are NaN"):
+            Updates(model, replay, optimizer_of(model), SETTINGS).step(1, played, lambda: None)
+    after = hf_tensors(model)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
 def test_groups_of_one_reward_are_counted_and_teach_nothing(model, tokenizer):
     with attach(model) as replay:
         played = own_conversations(model, replay, tokenizer, 8, 4)
@@ -141,12 +211,53 @@ def test_groups_of_one_reward_are_counted_and_teach_nothing(model, tokenizer):
     assert (figures["groups_of_one_reward"], figures["gradient_norm"], figures["reward"]) == (1.0, 0.0, 0.5)
 
 
+def test_conversations_that_are_dropped_are_as_if_they_had_never_been_played(model, tokenizer):
+    """Of three groups one has one reward and one loses a conversation: three microbatches, the last of them short."""
+    with attach(model) as replay:
+        played = own_conversations(model, replay, tokenizer, 12, 4)
+        played = [replace(each, correct=each.correct or number < 4) for number, each in enumerate(played)]
+        played[5] = replace(played[5], cut_off=True)
+        played[10] = replace(played[10], bad_calls=1)
+        settings = replace(SETTINGS, problems=3, microbatch=3, minibatches=1)
+        found = gradients(model, replay, played, replace(settings, drop=("cut-off", "bad-call", "one-reward")))
+        model.zero_grad()
+        total = torch.zeros(())
+        for group in ([4, 6, 7], [8, 9, 11]):
+            rewards = torch.tensor([float(played[number].correct) for number in group])
+            for number, advantage in zip(group, (rewards - rewards.mean()) / rewards.std(), strict=True):
+                with replay.off():
+                    logprobs = token_logprobs(model, torch.tensor([played[number].token_ids]))[0]
+                total = total - advantage * logprobs[torch.tensor(played[number].sampled)].mean() / 6
+        total.backward()
+        for ours, parameter in zip(found, model.parameters(), strict=True):
+            torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_step_of_which_nothing_is_left_leaves_the_weights(model, tokenizer, tmp_path: Path):
+    settings = replace(SETTINGS, drop=("one-reward",))
+    with attach(model) as replay:
+        played = own_conversations(model, replay, tokenizer, 8, 4)
+        before = copy.deepcopy(hf_tensors(model))
+        updates = Updates(model, replay, optimizer_of(model), settings)
+        figures, run_step = updates.step(1, [replace(each, correct=True) for each in played], lambda: None)
+        after = hf_tensors(model)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        assert run_step is None and figures["reward"] == figures["filter/dropped/one_reward"] == 1.0
+        assert figures["filter/kept"] == 0.0 and "gradient_norm" not in figures
+        # Fewer microbatches than minibatches: an update for each.
+        few = [replace(each, correct=each.correct or number < 4) for number, each in enumerate(played)]
+        figures, run_step = Updates(model, replay, optimizer_of(model), replace(settings, minibatches=2)).step(
+            2, few, lambda: None
+        )
+        assert run_step is not None and figures["filter/kept"] == 0.5 and figures["gradient_norm"] > 0
+
+
 def test_an_export_is_the_model(model, tmp_path: Path):
     with torch.no_grad():
         for number, parameter in enumerate(model.parameters()):
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)), alpha=0.1)
-    export(model, CHECKPOINT, tmp_path / "weights", torch.float32)
-    export(model, CHECKPOINT, tmp_path / "weights", torch.float32)
+    export(model, CHECKPOINT, tmp_path / "weights", dict)
+    export(model, CHECKPOINT, tmp_path / "weights", dict)
     loaded = load_qwen3_moe(tmp_path / "weights", torch.float32)
     token_ids = torch.arange(20)[None]
     with torch.no_grad():

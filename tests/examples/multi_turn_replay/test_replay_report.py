@@ -18,9 +18,9 @@ from examples.multi_turn_replay.rollout import Conversation
 from examples.multi_turn_replay.run_steps import report_steps, write_steps
 from router_replay.files import write_whole
 from router_replay.masks import RoutingGeometry, RoutingMasks
-from router_replay.report.summary import CURVE_TAUS
 from router_replay.report.summary import summarize as summarize_run
 from router_replay.run import read_run
+from router_replay.run.step_tally import CURVE_TAUS
 
 GEOMETRY = RoutingGeometry(num_layers=3, moe_layers=(1, 2), num_experts=8, top_k=2)
 ROLLOUT_LOGPROBS = [0.0, 0.0, -1.0, -0.5]
