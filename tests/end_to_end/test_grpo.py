@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,6 @@ from examples.grpo.state import RunFolder
 from megatron_router_replay import attach
 from router_replay.run import find_files, read_run
 from tests.house.repository import ROOT
-from tests.sglang_router_capture.underway import control
 from tests.small_model import cpu_environment
 
 pytestmark = pytest.mark.timeout(900)
@@ -33,13 +31,6 @@ OPTIONS = (
     "--problems=2", "--group-size=4", "--minibatches=2", "--microbatch=4", "--evaluate-every=2",
     "--evaluation-problems=4", "--concurrency=8",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def server(capture_server: Server, small_model: Path) -> Iterator[Server]:
-    """The server, whose weights are put back at the end."""
-    yield capture_server
-    control(capture_server, "/update_weights_from_disk", model_path=str(small_model), weight_version="default")
 
 
 def _start(server: Server, folder: Path, *more: str) -> subprocess.Popen[str]:
@@ -54,9 +45,9 @@ def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.0)
 
 
-def test_a_killed_run_goes_on_to_the_same_weights(server: Server, small_model: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_weights(trained_server: Server, small_model: Path, tmp_path: Path) -> None:
     run, kept = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "kept")
-    first = _start(server, run.path, "--steps=2")
+    first = _start(trained_server, run.path, "--steps=2")
     deadline = time.monotonic() + 600
     # Its conversations are there, and the trainer has them.
     while not run.rollouts(2).exists():
@@ -67,7 +58,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(server: Server, small_model: P
     shutil.copytree(run.path, kept.path)
     assert [line["step"] for line in run.figures()] == [0, 1]
 
-    again = _start(server, run.path, "--steps=2")
+    again = _start(trained_server, run.path, "--steps=2")
     output, _ = again.communicate(timeout=600)
     assert again.returncode == 0, output
     lines = run.figures()

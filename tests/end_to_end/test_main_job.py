@@ -50,7 +50,7 @@ def test_main_job_against_a_running_server(capture_server: Server, small_model: 
     files = sorted((out / "mismatch").iterdir())
     assert len(files) == 8
     # 64 problems with two conversations each: whole groups in every step.
-    assert [step.responses.groups.width for step in read_run(files)] == [2] * 8
+    assert [int(step.responses.groups.counts.max()) for step in read_run(files)] == [2] * 8
     run = summarize(read_run(files))
     assert run.passes[OWN_ROUTES].diagnostics.num_tokens == report["sampled_tokens"]
     assert run.passes[OWN_ROUTES].diagnostics.k3 == pytest.approx(report["kl_k3"]["native"], rel=1e-6)

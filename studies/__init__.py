@@ -1,0 +1,1 @@
+"""Experiments that are run once and reported, `python -m studies.NAME`."""

@@ -1,0 +1,54 @@
+"""Train with routes that differ, with replay and without, arm after arm, and keep what was seen.
+
+    python -m studies.stability run                  # goes on where it stands, until every run has its result
+    python -m studies.stability run --minutes 60     # for an hour: no further piece of ten steps begins after it
+    python -m studies.stability status
+
+docs/stability.md has the design and what was seen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(help=(__doc__ or "").partition("\n")[0], no_args_is_help=True)
+
+Out = Annotated[Path, typer.Option(help="Folder of the runs that are not finished.")]
+DEFAULT_OUT = Path("runs/stability")
+
+
+@app.command()
+def run(
+    out: Out = DEFAULT_OUT,
+    minutes: Annotated[float, typer.Option(min=0, help="After which no further piece of a run begins.")] = 24 * 60,
+    server: Annotated[
+        str | None, typer.Option(help="URL of a running SGLang in float32 with --enable-router-capture.")
+    ] = None,
+) -> None:
+    """Go on with the study: one server, arms in turns, a result for each run that is finished."""
+    # Here and not above: `--help` need not wait for torch.
+    from studies.stability.protocol import blocks
+    from studies.stability.work import work
+
+    work(blocks(), out=out, minutes=minutes, url=server)
+
+
+@app.command()
+def status(out: Out = DEFAULT_OUT) -> None:
+    """How far every run is."""
+    from studies.stability.protocol import blocks
+    from studies.stability.work import steps_done
+
+    table = Table("run", "steps")
+    for each in (each for block in blocks() for each in block):
+        table.add_row(each.name, f"{steps_done(each, out)} of {each.num_steps}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    app()

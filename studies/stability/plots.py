@@ -1,0 +1,73 @@
+"""The picture of docs/stability.md: how training went in each arm."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from router_replay.files import write_whole
+from router_replay.run.collapse import window_means
+from studies.stability.protocol import ARMS, SEEDS, Run
+from studies.stability.results import RESULTS, Result, read
+
+_PANELS: tuple[tuple[str, str, bool, Callable[[Result], Sequence[float | None]]], ...] = (
+    ("reward, mean of five steps", "reward", False, lambda result: window_means(result.series("reward"))),
+    ("entropy, nats a token", "entropy", False, lambda result: result.series("entropy")),
+    ("norm of the gradient", "gradient_norm", True, lambda result: result.series("gradient_norm")),
+    ("k3, nats a token", "k3", True, lambda result: result.series("k3")),
+    ("tokens of a response", "response_tokens", False, lambda result: result.series("response_tokens")),
+)
+
+
+def draw(path: Path, folder: Path = RESULTS) -> None:
+    """Write a PNG: score on held-out problems and five figures over the steps, a line for each arm.
+
+    A line is the median over an arm's runs; what lies between all of them is shaded. A cross is where a run collapsed.
+    """
+    found = {
+        name: [result for seed in SEEDS if (result := read(Run(arm, seed), folder)) is not None]
+        for name, arm in ARMS.items()
+    }
+    found = {name: runs for name, runs in found.items() if runs}
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    first, *others = figure.subplots(2, 3).flat
+    first.set_title("score on held-out problems", fontsize=10)
+    for axes, (title, _, logarithmic, _) in zip(others, _PANELS, strict=True):
+        axes.set_title(title, fontsize=10)
+        if logarithmic:
+            axes.set_yscale("log")
+    for number, (name, runs) in enumerate(found.items()):
+        colour = f"C{number}"
+        steps = sorted(set.intersection(*(set(each.evaluations) for each in runs)))
+        _line(
+            first, steps, [[each.evaluations[step] for step in steps] for each in runs], colour, f"{name} ({len(runs)})"
+        )
+        for axes, (_, _, logarithmic, series) in zip(others, _PANELS, strict=True):
+            lines = [series(each) for each in runs]
+            known = [step for step in range(len(lines[0])) if all(line[step] is not None for line in lines)]
+            # Where there is no mismatch, a logarithm has nothing to show.
+            if logarithmic and any((line[step] or 0) <= 0 for line in lines for step in known):
+                continue
+            _line(axes, [step + 1 for step in known], [[line[step] or 0.0 for step in known] for line in lines], colour)
+        for each in runs:
+            if each.collapse is not None:
+                others[0].plot(each.collapse, window_means(each.series("reward"))[each.collapse - 1], "x", color=colour)
+    for axes in (first, *others):
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=len(found), fontsize=9, frameon=False)
+    write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
+
+
+def _line(axes: Axes, steps: Sequence[int], lines: Sequence[Sequence[float]], colour: str, label: str = "") -> None:
+    at_steps = list(zip(*lines, strict=True))
+    axes.plot(
+        steps, [statistics.median(values) for values in at_steps], color=colour, label=label or None, linewidth=1.4
+    )
+    if len(lines) > 1:
+        axes.fill_between(steps, [min(v) for v in at_steps], [max(v) for v in at_steps], color=colour, alpha=0.15, lw=0)

@@ -1,0 +1,133 @@
+"""The study from its server to its last result, in pieces that may be interrupted anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cpu_engines.sglang.server import serve
+from examples.grpo.settings import same_settings
+from examples.grpo.state import RunFolder
+from examples.multi_turn_replay.job import SERVER_FLAGS, SGLANG_MODELS
+from examples.small_model import CHECKPOINT
+from studies.stability import results
+from studies.stability.protocol import Run
+from studies.stability.schedule import next_piece
+
+CONCURRENCY = 64
+
+console = Console()
+
+
+@contextlib.contextmanager
+def server() -> Iterator[str]:
+    """URL of an SGLang in float32, so that the same weights have no mismatch and all of it is made by the study."""
+    flags = (*SERVER_FLAGS, "--router-capture-store=inline:", "--dtype=float32", "--num-continuous-decode-steps=4")
+    environment = {"OMP_NUM_THREADS": "1", "SGLANG_CPU_ENGINE_BATCHED_DECODE": "1"}
+    with contextlib.ExitStack() as stack:
+        with console.status("starting SGLang (a minute or two)"):
+            started = serve(CHECKPOINT, *flags, model_package=SGLANG_MODELS, environment=environment, timeout_s=600)
+            running = stack.enter_context(started)
+        yield running.url
+
+
+def work(
+    plan: Sequence[Sequence[Run]],
+    *,
+    out: Path,
+    folder: Path = results.RESULTS,
+    minutes: float,
+    url: str | None = None,
+) -> None:
+    """Go on with a plan until it is finished, or no further piece begins in the time.
+
+    Args:
+        plan: blocks of runs, as of `next_piece`.
+        out: folder of the runs that are not finished.
+        folder: of the results.
+        minutes: after which no piece begins.
+        url: of a server like that of `server`, into which nobody else loads weights; None to start one.
+    """
+    end = time.monotonic() + 60 * minutes
+
+    def piece() -> tuple[Run, int] | None:
+        return next_piece(plan, lambda run: steps_done(run, out, folder))
+
+    if piece() is None:
+        console.print("every run has its result")
+        return
+    # One thread: two that spin beside the server's would wait for each other.
+    torch.set_num_threads(1)
+    with contextlib.ExitStack() as stack:
+        url = url or stack.enter_context(server())
+        # Here and not above: Megatron takes tens of seconds, in which a server that does not start has been told of.
+        from examples.multi_turn_replay.trainer_scores import trainer
+        from megatron_router_replay import attach
+
+        model = stack.enter_context(trainer(CHECKPOINT, torch.float32)).train()
+        replay = stack.enter_context(attach(model))
+        initial = {name: value.clone() for name, value in model.state_dict().items() if torch.is_tensor(value)}
+        while time.monotonic() < end and (found := piece()) is not None:
+            run, until = found
+            # A run that goes on loads its own; the model is now as the run before left it.
+            model.load_state_dict(initial, strict=False)
+            _go_on(run, until, model, replay, url, out)
+            if until == run.num_steps:
+                results.write(run, RunFolder(out / run.name).figures(), folder)
+                console.print(f"written: {results.path_of(run, folder)}", soft_wrap=True)
+    if piece() is None:
+        console.print("every run has its result")
+
+
+def _go_on(run: Run, until: int, model: Any, replay: Any, url: str, out: Path) -> None:
+    from examples.grpo.loop import train
+
+    folder = out / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = run.arm.settings(run.seed)
+    same_settings(folder, settings, CHECKPOINT)
+    columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("", total=None)
+        pieces = {
+            "rollout": settings.problems * settings.group_size,
+            "update": 2 * settings.problems * settings.group_size // settings.microbatch,
+        }
+
+        def show(step: int, what: str) -> Any:
+            progress.reset(bar, description=f"{run.name}, step {step}: {what}", total=pieces[what])
+            return lambda *_: progress.advance(bar)
+
+        def log(figures: dict[str, Any]) -> None:
+            said = {name: figures[name] for name in ("reward", "evaluation") if name in figures}
+            console.print(f"{run.name:<12} step {figures['step']:>4} ", said, highlight=False, soft_wrap=True)
+
+        train(
+            model,
+            replay,
+            CHECKPOINT,
+            url,
+            folder,
+            settings,
+            steps=until,
+            concurrency=CONCURRENCY,
+            log=log,
+            show=show,
+            for_rollout=run.arm.rollout,
+            for_evaluation=dict,
+        )
+
+
+def steps_done(run: Run, out: Path, folder: Path = results.RESULTS) -> int:
+    """Steps that a run has behind it: all of them if it has its result, else those in its folder."""
+    if results.read(run, folder) is not None:
+        return run.num_steps
+    lines = RunFolder(out / run.name).figures()
+    return lines[-1]["step"] if lines else 0
