@@ -145,6 +145,11 @@ def measured(benchmark: str, part: str) -> str:
     return getattr(page, part)(json.loads((ROOT / "benchmarks" / "results" / f"{benchmark}.json").read_text()))
 
 
+def studied(part: str) -> str:
+    """What the stability study's page makes of the results that are committed."""
+    return getattr(importlib.import_module("studies.stability.page"), part)()
+
+
 TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "support"): support,
     ("README.md", "figures"): figures,
@@ -153,10 +158,18 @@ TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/transport.md", "conversation"): lambda: measured("transport", "conversation"),
     ("docs/transport.md", "large job"): lambda: measured("transport", "large_job"),
     ("docs/transport.md", "pause"): lambda: measured("pause", "pauses"),
+    ("docs/corrections.md", "bias"): lambda: measured("corrections", "bias"),
+    ("docs/corrections.md", "left"): lambda: measured("corrections", "left"),
+    ("docs/corrections.md", "noise"): lambda: measured("corrections", "noise"),
+    ("docs/corrections.md", "on-policy"): lambda: measured("corrections", "on_policy"),
+    ("docs/corrections.md", "way"): lambda: measured("corrections", "way"),
+    ("docs/corrections.md", "off-policy"): lambda: measured("corrections", "off_policy"),
     ("docs/engine-support.md", "features"): lambda: features("sglang"),
     ("docs/server.md", "refusals"): lambda: reasons("sglang"),
     ("docs/trainer.md", "refusals"): lambda: reasons("megatron"),
     ("docs/install.md", "releases"): releases,
+    ("docs/stability.md", "arms"): lambda: studied("table"),
+    ("docs/stability.md", "evaluations"): lambda: studied("evaluations"),
 }
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from router_replay.mismatch import grpo_loss
-from router_replay.run import find_files, read_run
+from router_replay.run import Dynamics, find_files, read_run
 from tests.docs.examples import ROOT, documents, examples, run
 
 
@@ -21,8 +21,9 @@ def test_examples_run(path, tmp_path, monkeypatch):
 def test_the_step_of_the_reports_page_is_read_back(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = run(ROOT / "docs" / "report.md")
-    (step,) = read_run(find_files([tmp_path / "run"]))
+    step, *others = read_run(find_files([tmp_path / "run"]))
     assert step.step == 12 and int(step.responses.mask.sum()) == 5
+    assert [(each.step, each.dynamics) for each in others] == [(13, found["dynamics"]), (14, Dynamics(evaluation=0.4))]
     assert step.rollout_logprobs.equal(found["rollout_logprobs"])
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 PRODUCT = ("router_replay", "sglang_router_capture", "megatron_router_replay", "router_replay_cli")
 """What goes into the wheel."""
 
-AROUND = ("cpu_engines", "examples", "benchmarks", "tests")
+AROUND = ("cpu_engines", "examples", "benchmarks", "studies", "tests")
 """What stays in the repository."""
 
 

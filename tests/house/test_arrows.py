@@ -23,6 +23,7 @@ PACKAGES: dict[str, set[str]] = {
     "cpu_engines": {"router_replay.masks"},
     "benchmarks": {*PRODUCT, "cpu_engines"},
     "examples": {*PRODUCT, "cpu_engines", "benchmarks.machine"},
+    "studies": {*PRODUCT, "cpu_engines", "examples", "benchmarks.machine", "benchmarks.markdown"},
 }
 
 # Of the parts of router_replay, those that each may import.

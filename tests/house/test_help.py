@@ -1,4 +1,4 @@
-"""Every program of the examples and benchmarks says what it does, before it loads what that takes."""
+"""Every program of the examples, benchmarks and studies says what it does, before it loads what that takes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEAVY = ("torch", "numpy", "transformers", "matplotlib", "sglang", "megatron")
 
 PROGRAMS = sorted(
     module_of(path).removesuffix(".__main__")
-    for path in files_of("examples", "benchmarks")
+    for path in files_of("examples", "benchmarks", "studies")
     if 'if __name__ == "__main__":' in path.read_text()
 )
 
@@ -36,10 +36,12 @@ def test_the_programs_are_found() -> None:
         "benchmarks.mask_codec",
         "benchmarks.pause",
         "benchmarks.replay",
+        "benchmarks.staleness",
         "benchmarks.transport",
         "examples.grpo",
         "examples.multi_turn_replay",
         "examples.small_model.train",
+        "studies.stability",
     ]
 
 

@@ -89,7 +89,7 @@ def test_tests_mirror_the_packages() -> None:
     ]
     assert strangers == []
     tested = {parent for folder in folders for parent in (folder, *folder.parents)}
-    packages = (*PRODUCT, "cpu_engines", "examples", "benchmarks")
+    packages = (*PRODUCT, "cpu_engines", "examples", "benchmarks", "studies")
     assert [package for package in packages if Path("tests", package) not in tested] == []
 
 
