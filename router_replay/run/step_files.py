@@ -170,7 +170,7 @@ def read_tally(path: Path) -> tuple[StepTally | None, bool]:
         found = from_file(
             step, tuple(order), metadata, tallies, routes=routes, moe_layers=moe_layers, dynamics=dynamics
         )
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"{path}: step {step} contradicts itself: {error}") from error
     return found, "rollout_logprobs" in names
 

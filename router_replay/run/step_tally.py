@@ -24,8 +24,8 @@ from router_replay.run.step import RunStep
 from router_replay.run.token_sample import TokenSample
 from router_replay.run.weight_tally import WeightTally
 
-CURVE_TAUS = tuple(1 + float(excess) for excess in np.geomspace(1e-3, 1e4, 141))
-"""Thresholds at which F(tau) is drawn."""
+CURVE_TAUS = tuple(float(f"{1 + excess:.12g}") for excess in np.geomspace(1e-3, 1e4, 141))
+"""Thresholds at which F(tau) is drawn; rounded, so that they are the same by every build of numpy."""
 
 TAUS = tuple(sorted({*DEFAULT_TAUS, *CURVE_TAUS}))
 """Thresholds of which every step's tallies have F(tau)."""

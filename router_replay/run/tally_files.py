@@ -12,13 +12,20 @@ from torch import Tensor
 from router_replay.errors import InputError
 from router_replay.mismatch.figures.tally import SUMS, Tally
 from router_replay.mismatch.figures.weight_sums import WeightSums
-from router_replay.run.step_tally import PassTally, StepTally
+from router_replay.run.corrections import CORRECTIONS
+from router_replay.run.step_tally import TAUS, PassTally, StepTally
 from router_replay.run.token_sample import TokenSample
 from router_replay.run.weight_tally import CELL, HALF, WeightTally
 
 PREFIX = "tally."
 
-_FORM = {"sums": list(SUMS), "cell": CELL, "half": HALF}
+_FORM = {
+    "sums": list(SUMS),
+    "cell": CELL,
+    "half": HALF,
+    "taus": list(TAUS),
+    "corrections": [each.name for each in CORRECTIONS],
+}
 """What the numbers mean; a release that counts something else has its own, and reads tokens in place of these."""
 
 _OF_PASS = ("counts", "sums", "extremes", "weight_sums", "drawn", "largest", "corrections", "cells")
