@@ -45,12 +45,47 @@ def token_logprobs(
         float `[B, S]` in at least float32: place t holds the log-probability of token t. The first token of every
         sequence has none, and holds 0; a padding token's value has no meaning.
     """
-    logits = forward_logits(model, token_ids, cu_seqlens)
+    distributions = _log_distributions(forward_logits(model, token_ids, cu_seqlens), temperature)
+    return _at_their_tokens(_chosen(distributions, token_ids), cu_seqlens)
+
+
+def token_logprobs_and_entropies(
+    model: GPTModel, token_ids: Tensor, cu_seqlens: Tensor | None = None, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The same from one forward pass, and the entropies in nats of the distributions that the tokens are drawn from.
+
+    Returns:
+        Both as of `token_logprobs`.
+    """
+    distributions = _log_distributions(forward_logits(model, token_ids, cu_seqlens), temperature)
+    chosen, entropies = _chosen(distributions, token_ids), _entropies(distributions)
+    return _at_their_tokens(chosen, cu_seqlens), _at_their_tokens(entropies, cu_seqlens)
+
+
+def token_entropies(logits: Tensor, cu_seqlens: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """The entropies of `token_logprobs_and_entropies`, from `forward_logits`."""
+    return _at_their_tokens(_entropies(_log_distributions(logits, temperature)), cu_seqlens)
+
+
+def _log_distributions(logits: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities `[B, S - 1, V]` of every next token, in at least float32."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    chosen = wide[:, :-1].log_softmax(-1).gather(-1, token_ids[:, 1:, None]).squeeze(-1)
-    logprobs = torch.nn.functional.pad(chosen, (1, 0))
+    return wide[:, :-1].log_softmax(-1)
+
+
+def _chosen(distributions: Tensor, token_ids: Tensor) -> Tensor:
+    return distributions.gather(-1, token_ids[:, 1:, None]).squeeze(-1)
+
+
+def _entropies(distributions: Tensor) -> Tensor:
+    return torch.special.entr(distributions.exp()).sum(-1)
+
+
+def _at_their_tokens(of_next: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Values `[B, S - 1]` of next tokens at the places `[B, S]` of these; 0 at the first of every sequence."""
+    values = torch.nn.functional.pad(of_next, (1, 0))
     if cu_seqlens is None:
-        return logprobs
-    first = torch.zeros_like(logprobs, dtype=torch.bool)
+        return values
+    first = torch.zeros_like(values, dtype=torch.bool)
     first[0, cu_seqlens[:-1].long()] = True
-    return logprobs.masked_fill(first, 0.0)
+    return values.masked_fill(first, 0.0)

@@ -8,7 +8,12 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from cpu_engines.megatron.logprobs import forward_logits, token_logprobs
+from cpu_engines.megatron.logprobs import (
+    forward_logits,
+    token_entropies,
+    token_logprobs,
+    token_logprobs_and_entropies,
+)
 from examples.multi_turn_replay.rollout import Conversation
 from router_replay.mismatch import Responses, SamplerTopK, logprobs_at, masked_weight, truncated_weight
 
@@ -37,8 +42,20 @@ def logprobs_with_top_k(model: GPTModel, token_ids: Tensor, top_k: SamplerTopK |
     """Of each token, and of the sampler's top-k in its place, given those before it: `[B, S, 1 + K]`."""
     if top_k is None:
         return token_logprobs(model, token_ids)[..., None]
+    return _of_logits(forward_logits(model, token_ids), token_ids, top_k)
+
+
+def scores_with_top_k(model: GPTModel, token_ids: Tensor, top_k: SamplerTopK | None) -> tuple[Tensor, Tensor]:
+    """The same from one forward pass, and `[B, S]` entropies of the distributions that the tokens are drawn from."""
+    if top_k is None:
+        logprobs, entropies = token_logprobs_and_entropies(model, token_ids)
+        return logprobs[..., None], entropies
+    logits = forward_logits(model, token_ids)
+    return _of_logits(logits, token_ids, top_k), token_entropies(logits)
+
+
+def _of_logits(logits: Tensor, token_ids: Tensor, top_k: SamplerTopK) -> Tensor:
     ids = torch.cat([token_ids[..., None], top_k.token_ids], -1)
     # A place's logits are of the token behind it, and the last one's of none.
     following = torch.nn.functional.pad(ids[:, 1:], (0, 0, 0, 1), value=-1)
-    logprobs = logprobs_at(forward_logits(model, token_ids), following)
-    return torch.nn.functional.pad(logprobs[:, :-1], (0, 0, 1, 0))
+    return torch.nn.functional.pad(logprobs_at(logits, following)[:, :-1], (0, 0, 1, 0))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,22 +15,30 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from examples.grpo.centering import RULES, logprobs_with_top_k, top_k_of
-from examples.grpo.rollouts import evaluate, read_rollouts, roll_out, write_rollouts
+from examples.grpo.centering import RULES, logprobs_with_top_k, scores_with_top_k, top_k_of
+from examples.grpo.engine import Engine
+from examples.grpo.figures import (
+    dynamics_of,
+    packed_responses,
+    packed_values,
+    rollout_figures,
+    run_step,
+    update_figures,
+)
 from examples.grpo.settings import Settings
 from examples.grpo.state import RunFolder
-from examples.grpo.weights import Rendered, export, in_bfloat16, push
+from examples.grpo.weights import Rendered, in_bfloat16
 from examples.multi_turn_replay.rollout import Conversation
 from megatron_router_replay import BatchLayout, Replay
+from router_replay.errors import InputError
+from router_replay.masks.agreement import RouteTally
 from router_replay.mismatch import (
     FilteredResponses,
     LogRatios,
     LossMetrics,
     Responses,
     SamplerTopK,
-    diagnose,
     filter_responses,
     group_relative_advantages,
     grpo_loss,
@@ -40,7 +48,7 @@ from router_replay.mismatch import (
     truncated_importance_weights,
 )
 from router_replay.replay.microbatch import MicrobatchRoutes
-from router_replay.run import RunStep, write_step
+from router_replay.run import Dynamics, RunStep, write_step
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +65,8 @@ class Microbatch:
         top_k: the rollout engine's most probable tokens, where scores are centred.
         old: log-probabilities by the trainer's weights before the step, `[B, T]`.
         old_top_k: the same of `top_k`, `[B, T, K]`.
+        entropies: of the distributions of these weights that the tokens are drawn from, `[B, T]`.
+        own_routes: that the trainer took by itself when `old` was made, `[tokens, L, K]`; None where it replays.
         weights: of the loss, `[B, T]`, or None.
         denominator: of the sum over its conversations: those of the minibatch, over the number of its microbatches,
             since Megatron takes the mean over these.
@@ -71,6 +81,8 @@ class Microbatch:
     top_k: SamplerTopK | None = None
     old_top_k: Tensor | None = None
     old: Tensor | None = None
+    entropies: Tensor | None = None
+    own_routes: Tensor | None = None
     weights: Tensor | None = None
     denominator: float = 1.0
 
@@ -81,44 +93,46 @@ class Updates:
     def __init__(self, model: GPTModel, replay: Replay, optimizer: torch.optim.Optimizer, settings: Settings) -> None:
         self.model, self.replay, self.optimizer, self.settings = model, replay, optimizer, settings
 
-    def step(
-        self, number: int, played: Sequence[Conversation], advance: Callable[[], Any]
-    ) -> tuple[dict, RunStep | None]:
+    def step(self, number: int, played: Sequence[Conversation], advance: Callable[[], Any]) -> tuple[dict, RunStep]:
         """One step on its conversations: figures for the log, and what `r3 report` draws.
 
-        Where filters leave no conversation the weights stay as they are, and there is nothing to draw.
+        Where filters leave no conversation the weights stay as they are.
 
         Args:
             advance: called after every pass over a microbatch.
         """
         filtered = _filtered(played, self.settings)
         if filtered.nothing_left:
-            return self._figures_of_rollout(played, filtered), None
+            return self._told_of_nothing(number, played, filtered)
         kept = [played[each] for each in filtered.kept]
         groups = [each // self.settings.group_size for each in filtered.kept]
         batches = self._scored(self._microbatches(kept, groups), advance)
-        metrics: list[LossMetrics] = []
+        losses: list[LossMetrics] = []
         norms: list[float] = []
+        drift: list[RouteTally] = []
         first = (number - 1) * self.settings.minibatches
         for update, minibatch in enumerate(self._minibatches(batches), start=first):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.learning_rate * min(1.0, (update + 1) / self.settings.warmup)
             self.optimizer.zero_grad()
-            of_minibatch: list[LossMetrics] = self._run(partial(self._training_step, advance), minibatch)
-            # Both raise what was wrong with a pass, while the weights are still those of before.
+            of_minibatch: list[LossMetrics] = self._run(partial(self._training_step, drift, advance), minibatch)
+            # These, and the norm, raise what was wrong with a pass while the weights are still those of before.
             self.replay.check()
             LossMetrics.total(of_minibatch).require()
-            metrics += of_minibatch
+            losses += of_minibatch
             norms.append(float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_gradient)))
+            if not math.isfinite(norms[-1]):
+                raise InputError(
+                    f"the gradient of step {number} has the norm {norms[-1]}, and the weights stay as they were: look"
+                    " at the largest ratios of the steps before it, and lower the rate, mask tokens or clip ratios"
+                )
             self.optimizer.step()
-        ratios = _ratios(kept, batches, groups)
-        figures = self._figures_of_rollout(played, filtered) | self._figures(ratios, metrics, norms)
-        return figures, _run_step(number, ratios)
+        return self._told(number, played, filtered, batches, losses, norms, drift)
 
     def _microbatches(self, played: Sequence[Conversation], groups: Sequence[int]) -> list[Microbatch]:
         """In the order of the conversations, so that each minibatch has whole groups unless filters took some."""
         rewards = torch.tensor([float(each.correct) for each in played])
-        advantages = group_relative_advantages(rewards, _responses(played, groups))
+        advantages = group_relative_advantages(rewards, packed_responses(played, groups))
         made = []
         for first in range(0, len(played), self.settings.microbatch):
             part = slice(first, first + self.settings.microbatch)
@@ -143,34 +157,44 @@ class Updates:
 
     def _scored(self, batches: Sequence[Microbatch], advance: Callable[[], Any]) -> list[Microbatch]:
         """With the log-probabilities of the old policy, by the routes that training will take, and weights."""
-        recorded: list[MicrobatchRoutes | None] = []
+        routes: list[MicrobatchRoutes | None] = []
+        own: list[Tensor | None] = []
 
         def scoring_step(data: Iterator[Microbatch], model: GPTModel) -> tuple[Tensor, Callable]:
             batch = next(data)
             if self.settings.routes == "R2":
                 with self.replay.record(batch.layout) as recorder:
-                    logprobs = logprobs_with_top_k(model, batch.token_ids, batch.top_k)
-                recorded.append(recorder.routes)
+                    logprobs, entropies = scores_with_top_k(model, batch.token_ids, batch.top_k)
+                routes.append(recorder.routes)
+                own.append(None)
             else:
-                with self._routes_of(batch):
-                    logprobs = logprobs_with_top_k(model, batch.token_ids, batch.top_k)
-                recorded.append(batch.routes)
+                (logprobs, entropies), taken = self._observed(batch, scores_with_top_k, model)
+                routes.append(batch.routes)
+                own.append(taken)
             advance()
-            return logprobs, lambda output, non_loss_data: output
+            return torch.cat([logprobs, entropies[..., None]], -1), lambda output, non_loss_data: output
 
         with torch.no_grad():
-            old = self._run(scoring_step, batches, forward_only=True, collect_non_loss_data=True)
+            found = self._run(scoring_step, batches, forward_only=True, collect_non_loss_data=True)
         denominators = [
             sum(len(each.token_ids) for each in minibatch) / len(minibatch)
             for minibatch in self._minibatches(batches)
             for _ in minibatch
         ]
         scored = []
-        for batch, logprobs, routes, denominator in zip(batches, old, recorded, denominators, strict=True):
-            sampled, top_k = logprobs[..., 0], logprobs[..., 1:]
-            weights = self._weights(LogRatios.of(trainer=sampled, rollout=batch.rollout, responses=batch.responses))
+        for number, (batch, scores) in enumerate(zip(batches, found, strict=True)):
+            old = scores[..., 0]
             scored.append(
-                replace(batch, old=sampled, old_top_k=top_k, routes=routes, weights=weights, denominator=denominator)
+                replace(
+                    batch,
+                    old=old,
+                    old_top_k=scores[..., 1:-1],
+                    entropies=scores[..., -1],
+                    routes=routes[number],
+                    own_routes=own[number],
+                    weights=self._weights(LogRatios.of(trainer=old, rollout=batch.rollout, responses=batch.responses)),
+                    denominator=denominators[number],
+                )
             )
         return scored
 
@@ -186,16 +210,25 @@ class Updates:
         return None
 
     def _training_step(
-        self, advance: Callable[[], Any], data: Iterator[Microbatch], model: GPTModel
+        self, drift: list[RouteTally], advance: Callable[[], Any], data: Iterator[Microbatch], model: GPTModel
     ) -> tuple[Tensor, Callable]:
         batch = next(data)
-        with self._routes_of(batch):
-            logprobs = logprobs_with_top_k(model, batch.token_ids, batch.top_k)
+        logprobs, taken = self._observed(batch, logprobs_with_top_k, model)
+        if taken is not None and batch.own_routes is not None:
+            drift.append(RouteTally.of(trainer=taken, rollout=batch.own_routes))
         advance()
         return logprobs, partial(self._loss, batch)
 
-    def _routes_of(self, batch: Microbatch) -> contextlib.AbstractContextManager[Any]:
-        return self.replay.off() if batch.routes is None else self.replay.microbatch(batch.routes)
+    def _observed[Scores](
+        self, batch: Microbatch, score: Callable[[GPTModel, Tensor, SamplerTopK | None], Scores], model: GPTModel
+    ) -> tuple[Scores, Tensor | None]:
+        """A pass by the routes of a microbatch; with the trainer's own, if it takes these."""
+        if batch.routes is not None:
+            with self.replay.microbatch(batch.routes):
+                return score(model, batch.token_ids, batch.top_k), None
+        with self.replay.off(), self.replay.observe() as observed:
+            scores = score(model, batch.token_ids, batch.top_k)
+        return scores, torch.cat(observed.indices(batch.layout))
 
     def _loss(self, batch: Microbatch, logprobs: Tensor) -> tuple[Tensor, LossMetrics]:
         assert batch.old is not None
@@ -224,71 +257,41 @@ class Updates:
             **others,
         )
 
-    def _figures_of_rollout(self, played: Sequence[Conversation], filtered: FilteredResponses) -> dict[str, Any]:
-        groups = torch.tensor([each.correct for each in played]).view(-1, self.settings.group_size)
-        return {
-            "reward": sum(each.correct for each in played) / len(played),
-            # Such groups have no advantages, and a step of nothing else has no gradient.
-            "groups_of_one_reward": float((groups.all(1) | ~groups.any(1)).float().mean()),
-            "response_tokens": sum(sum(each.sampled) for each in played) / len(played),
-            **filtered.flat(),
-        }
-
-    def _figures(self, ratios: LogRatios, metrics: Sequence[LossMetrics], norms: Sequence[float]) -> dict[str, Any]:
-        sampled = ratios.responses.mask
-        return {
-            # Of the rollout's distribution, estimated by its own samples.
-            "entropy": -float(ratios.rollout[sampled].mean()),
-            "gradient_norm": max(norms),
-            **diagnose(ratios).flat(),
-            **LossMetrics.total(metrics).flat(),
-            **self.replay.metrics(),
-        }
-
-
-class Engine:
-    """The rollout engine, as the loop uses it."""
-
-    def __init__(
+    def _told(
         self,
-        url: str,
-        model: GPTModel,
-        checkpoint: Path,
-        run: RunFolder,
-        settings: Settings,
-        for_rollout: Rendered,
-        for_evaluation: Rendered,
-    ) -> None:
-        self._url, self._model, self._checkpoint, self._run, self._settings = url, model, checkpoint, run, settings
-        self._for_rollout, self._for_evaluation = for_rollout, for_evaluation
-        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self._pushed = ""
+        number: int,
+        played: Sequence[Conversation],
+        filtered: FilteredResponses,
+        batches: Sequence[Microbatch],
+        losses: Sequence[LossMetrics],
+        norms: Sequence[float],
+        drift: Sequence[RouteTally],
+    ) -> tuple[dict[str, Any], RunStep]:
+        """What the step says of itself; copies may leave it out."""
+        kept = [played[each] for each in filtered.kept]
 
-    def played(self, step: int, concurrency: int, advance: Callable[[Conversation], Any]) -> list[Conversation]:
-        """A step's conversations by the weights of now; those of a step that was interrupted are there already."""
-        kept = self._run.rollouts(step)
-        if not kept.exists():
-            version = self.push(step - 1, self._for_rollout)
-            write_rollouts(
-                kept, roll_out(self._url, self._settings, step, version, self._tokenizer, advance, concurrency)
-            )
-        return read_rollouts(kept)
+        def packed(name: str) -> Tensor:
+            return packed_values([getattr(batch, name) for batch in batches], kept)
 
-    def evaluated(self, step: int, concurrency: int) -> float:
-        """Share of held-out problems that the weights after a step solve."""
-        self.push(step, self._for_evaluation)
-        return evaluate(self._url, self._settings, self._tokenizer, concurrency)
+        responses = packed_responses(kept, [each // self.settings.group_size for each in filtered.kept])
+        ratios = LogRatios.of(trainer=packed("old"), rollout=packed("rollout"), responses=responses)
+        figures = rollout_figures(played, filtered, self.settings.group_size) | update_figures(
+            ratios,
+            entropies=packed("entropies"),
+            losses=losses,
+            norms=norms,
+            drift=drift,
+            replayed=self.replay.metrics(),
+        )
+        weights = {} if self.settings.correction == "none" else {self.settings.correction: packed("weights")}
+        dynamics = dynamics_of(figures, filtered, num_tokens=int(responses.mask.sum()))
+        return figures, run_step(number, ratios, weights, dynamics)
 
-    def push(self, step: int, rendered: Rendered) -> str:
-        """Have the weights of now, those after a step, in the engine; their version's name."""
-        version = f"{self._run.path.name}-{step}"
-        if rendered is not self._for_rollout:
-            version += "-evaluated"
-        if version != self._pushed:
-            export(self._model, self._checkpoint, self._run.weights, rendered)
-            push(self._url, self._run.weights, version)
-            self._pushed = version
-        return version
+    def _told_of_nothing(
+        self, number: int, played: Sequence[Conversation], filtered: FilteredResponses
+    ) -> tuple[dict[str, Any], RunStep]:
+        figures = rollout_figures(played, filtered, self.settings.group_size)
+        return figures, RunStep.without_tokens(number, dynamics_of(figures, filtered))
 
 
 def train(
@@ -319,6 +322,8 @@ def train(
 
     Raises:
         RolloutError: the server refused something.
+        router_replay.errors.InputError: log-probabilities or a gradient that are not finite; of the step nothing is
+            kept but its conversations.
         router_replay.errors.RouterReplayError: masks and model do not belong together.
     """
     run = RunFolder(folder)
@@ -328,6 +333,7 @@ def train(
     engine = Engine(url, model, checkpoint, run, settings, for_rollout, for_evaluation)
     if done < 0:
         figures: dict[str, Any] = {"evaluation": engine.evaluated(0, concurrency)}
+        write_step(run.steps, RunStep.without_tokens(0, Dynamics(evaluation=figures["evaluation"])))
         run.save(0, model, optimizer, figures)
         log({"step": 0, **figures})
         done = 0
@@ -335,20 +341,17 @@ def train(
         began = time.perf_counter()
         played = engine.played(step, concurrency, show(step, "rollout"))
         rolled_out = time.perf_counter()
-        figures, run_step = updates.step(step, played, show(step, "update"))
+        figures, record = updates.step(step, played, show(step, "update"))
         figures["seconds"] = {"rollout": rolled_out - began, "update": time.perf_counter() - rolled_out}
         if step % settings.evaluate_every == 0:
             figures["evaluation"] = engine.evaluated(step, concurrency)
-        if run_step is not None:
-            write_step(run.steps, run_step)
+        assert record.dynamics is not None
+        dynamics = replace(
+            record.dynamics, evaluation=figures.get("evaluation"), seconds=sum(figures["seconds"].values())
+        )
+        write_step(run.steps, replace(record, dynamics=dynamics))
         run.save(step, model, optimizer, figures)
         log({"step": step, **figures})
-
-
-def _run_step(number: int, ratios: LogRatios) -> RunStep:
-    return RunStep.of(
-        number, rollout_logprobs=ratios.rollout, trainer_logprobs={"old": ratios.trainer}, responses=ratios.responses
-    )
 
 
 def _filtered(played: Sequence[Conversation], settings: Settings) -> FilteredResponses:
@@ -359,23 +362,6 @@ def _filtered(played: Sequence[Conversation], settings: Settings) -> FilteredRes
         flags={reason: flags[reason] for reason in settings.drop if reason in flags},
         one_reward="one-reward" in settings.drop,
     )
-
-
-def _ratios(played: Sequence[Conversation], batches: Sequence[Microbatch], groups: Sequence[int]) -> LogRatios:
-    """Of the old policy over the rollout's, of all conversations of the step."""
-    lengths = [len(each.token_ids) for each in played]
-    rows = [row for batch in batches if batch.old is not None for row in batch.old]
-    return LogRatios.of(
-        trainer=torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)]),
-        rollout=torch.tensor([logprob for each in played for logprob in each.rollout_logprobs]),
-        responses=_responses(played, groups),
-    )
-
-
-def _responses(played: Sequence[Conversation], groups: Sequence[int]) -> Responses:
-    mask = torch.tensor([flag for each in played for flag in each.sampled])
-    bounds = [0, *itertools.accumulate(len(each.token_ids) for each in played)]
-    return Responses.packed(mask, bounds, groups)
 
 
 def _padded(rows: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:

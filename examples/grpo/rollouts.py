@@ -47,20 +47,29 @@ def roll_out(
         top_logprobs=settings.score_centering,
         on_finished=on_finished,
     )
-    found = {name for each in played for _, name in each.masks.weight_versions}
-    if found != {version}:
-        raise RolloutError(
-            f"step {step} is rolled out by the weights {version!r}, and the masks name {sorted(found)}: another trainer"
-            " pushes weights to this server"
-        )
+    _require_version(played, version)
     return played
 
 
-def evaluate(url: str, settings: Settings, tokenizer: PreTrainedTokenizerBase, concurrency: int) -> float:
-    """Share of the held-out problems that the server's weights solve greedily."""
+def evaluate(url: str, settings: Settings, version: str, tokenizer: PreTrainedTokenizerBase, concurrency: int) -> float:
+    """Share of the held-out problems that the server's weights solve greedily.
+
+    Raises:
+        RolloutError: as of `roll_out`.
+    """
     asked = _some("held_out", _EVALUATION_SEED, settings.evaluation_problems, settings)
     played = play(url, asked, tokenizer, concurrency=concurrency, sampling=GREEDY)
+    _require_version(played, version)
     return sum(each.correct for each in played) / len(played)
+
+
+def _require_version(played: Sequence[Conversation], version: str) -> None:
+    found = {name for each in played for _, name in each.masks.weight_versions}
+    if found != {version}:
+        raise RolloutError(
+            f"the server was given the weights {version!r}, and the masks name {sorted(found)}: another trainer pushes"
+            " weights to it"
+        )
 
 
 def write_rollouts(path: Path, conversations: Sequence[Conversation]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from router_replay.files import write_whole
+from router_replay.run.dynamics import number_to_json
 
 
 class RunFolder:
@@ -39,7 +40,9 @@ class RunFolder:
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, figures: dict[str, Any]) -> None:
         """A step is over: its line of figures, and the state after it, in this order."""
         lines = [line for line in self.figures() if line["step"] < step]
-        text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": step, **figures}])
+        text = "".join(
+            json.dumps(_finite(line), allow_nan=False) + "\n" for line in [*lines, {"step": step, **figures}]
+        )
         write_whole(self.path / "figures.jsonl", lambda partial: partial.write_text(text))
         state = {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
         write_whole(self.path / "state.pt", lambda partial: torch.save(state, partial))
@@ -60,3 +63,10 @@ class RunFolder:
         """The lines so far; one of a step whose state was not saved is written anew."""
         path = self.path / "figures.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _finite(value: Any) -> Any:
+    """The same as JSON can hold it: a gradient norm may be infinite."""
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return number_to_json(value) if isinstance(value, float) else value

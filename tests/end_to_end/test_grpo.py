@@ -64,7 +64,10 @@ def test_a_killed_run_goes_on_to_the_same_weights(trained_server: Server, small_
     lines = run.figures()
     assert [line["step"] for line in lines] == [0, 1, 2]
     assert [line["step"] for line in lines if "evaluation" in line] == [0, 2]
-    assert [step.step for step in read_run(find_files([run.steps]))] == [1, 2]
+    steps = list(read_run(find_files([run.steps])))
+    assert [step.step for step in steps] == [0, 1, 2]
+    assert [step.dynamics and step.dynamics.evaluation for step in steps] == [line.get("evaluation") for line in lines]
+    assert [step.dynamics and step.dynamics.reward for step in steps] == [line.get("reward") for line in lines]
     assert not list(run.path.glob("rollouts/*"))
 
     with CpuDevice(), single_process():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from megatron_router_replay import attach
 from router_replay.errors import InputError
 from router_replay.mismatch import group_relative_advantages, grpo_loss
 from router_replay.mismatch.responses import Responses
+from router_replay.run import Dynamics
 from tests.examples.grpo.conversations import own_conversations, with_masks
 from tests.megatron_router_replay.batches import dispatched_maps
 
@@ -242,7 +244,8 @@ def test_a_step_of_which_nothing_is_left_leaves_the_weights(model, tokenizer, tm
         figures, run_step = updates.step(1, [replace(each, correct=True) for each in played], lambda: None)
         after = hf_tensors(model)
         assert all(torch.equal(after[name], before[name]) for name in before)
-        assert run_step is None and figures["reward"] == figures["filter/dropped/one_reward"] == 1.0
+        assert run_step.dynamics.dropped_responses == 8 and not len(run_step.responses.mask)
+        assert figures["reward"] == figures["filter/dropped/one_reward"] == 1.0
         assert figures["filter/kept"] == 0.0 and "gradient_norm" not in figures
         # Fewer microbatches than minibatches: an update for each.
         few = [replace(each, correct=each.correct or number < 4) for number, each in enumerate(played)]
@@ -250,6 +253,70 @@ def test_a_step_of_which_nothing_is_left_leaves_the_weights(model, tokenizer, tm
             2, few, lambda: None
         )
         assert run_step is not None and figures["filter/kept"] == 0.5 and figures["gradient_norm"] > 0
+
+
+def test_the_entropy_is_that_of_the_distributions_that_were_sampled_from(model, tokenizer):
+    with attach(model) as replay:
+        played = own_conversations(model, replay, tokenizer, 8, 4)
+        settings = replace(SETTINGS, routes="own", correction="TIS")
+        with torch.no_grad(), replay.off():
+            logits = [forward_logits(model, torch.tensor([each.token_ids]))[0] for each in played]
+        figures, step = Updates(model, replay, optimizer_of(model), settings).step(1, played, lambda: None)
+    entropies = [
+        torch.distributions.Categorical(logits=of_each[:-1]).entropy()[torch.tensor(each.sampled[1:])]
+        for of_each, each in zip(logits, played, strict=True)
+    ]
+    assert figures["entropy"] == pytest.approx(float(torch.cat(entropies).mean()), rel=1e-5)
+    lengths = [len(each) for each in entropies]
+    assert step.dynamics == Dynamics(
+        num_responses=8,
+        reward=0.5,
+        response_length=sum(lengths) / 8,
+        longest_response=max(lengths),
+        cut_off=0.0,
+        dropped_responses=0,
+        dropped_groups=0,
+        num_tokens=sum(lengths),
+        entropy=figures["entropy"],
+        clipped=figures["loss/clipped_low"] + figures["loss/clipped_high"],
+        dropped=0.0,
+        effective_share=figures["loss/weight_ess"],
+        route_drift=0.0,
+        route_overlap=1.0,
+        gradient_norm=figures["gradient_norm"],
+    )
+    assert figures["loss/weight_ess"] > 0.9
+    assert list(step.weights) == ["TIS"] and len(step.weights["TIS"]) == len(step.responses.mask)
+
+
+def test_routes_drift_with_the_weights(model, tokenizer):
+    settings = replace(SETTINGS, minibatches=2, learning_rate=1e-2)
+    with attach(model, overlap_every=1) as replay:
+        played = own_conversations(model, replay, tokenizer, 8, 4)
+        before = copy.deepcopy(model.state_dict())
+        found = {}
+        for routes in ("own", "R2", "R3"):
+            model.load_state_dict(before)
+            updates = Updates(model, replay, optimizer_of(model), replace(settings, routes=routes))
+            found[routes] = updates.step(1, played, lambda: None)[0]
+    # The first of two minibatches is trained by the weights of the scoring pass, the second by others.
+    assert 0 < found["own"]["route_drift"] < 0.5
+    assert 0.5 < found["own"]["route_overlap"] < 1
+    # Under recorded routes those that the trainer would take by itself are not known.
+    assert not {"route_drift", "route_overlap"} & (found["R2"].keys() | found["R3"].keys())
+
+
+def test_figures_that_are_not_finite_are_json(model, tmp_path: Path):
+    run = RunFolder(tmp_path)
+    run.save(1, model, optimizer_of(model), {"gradient_norm": float("inf"), "seconds": {"update": float("nan")}})
+    run.save(2, model, optimizer_of(model), {"gradient_norm": 1.0})
+    lines = [
+        json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "figures.jsonl").read_text().splitlines()
+    ]
+    assert lines == [
+        {"step": 1, "gradient_norm": "inf", "seconds": {"update": "nan"}},
+        {"step": 2, "gradient_norm": 1.0},
+    ]
 
 
 def test_an_export_is_the_model(model, tmp_path: Path):
