@@ -36,6 +36,7 @@ def test_the_programs_are_found() -> None:
         "benchmarks.mask_codec",
         "benchmarks.pause",
         "benchmarks.replay",
+        "benchmarks.report",
         "benchmarks.staleness",
         "benchmarks.transport",
         "examples.grpo",
