@@ -32,10 +32,17 @@ def run(
 ) -> None:
     """Go on with the study: one server, arms in turns, a result for each run that is finished."""
     # Here and not above: `--help` need not wait for torch.
+    from cpu_engines.sglang.server import ServerDiedError
+    from examples.multi_turn_replay.rollout import RolloutError
+    from router_replay.errors import RouterReplayError
     from studies.stability.protocol import blocks
     from studies.stability.work import work
 
-    work(blocks(), out=out, minutes=minutes, url=server)
+    try:
+        work(blocks(), out=out, minutes=minutes, url=server)
+    except (RolloutError, RouterReplayError, ServerDiedError) as error:
+        Console().print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from error
 
 
 @app.command()

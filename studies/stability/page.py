@@ -23,30 +23,38 @@ def table(folder: Path = RESULTS) -> str:
             "collapsed at step",
             "best score",
             "at step",
+            "last score",
+            "reward, last ten steps",
             "k3, nats: start",
             "end",
             "F(2): start",
             "end",
+            "gradient, largest norm",
+            "clipped",
             "seconds a step",
         ),
-        rule(names=1, figures=9),
+        rule(names=1, figures=13),
     ]
     for arm in ARMS.values():
         found = [result for seed in SEEDS if (result := read(Run(arm, seed), folder)) is not None]
         if not found:
-            lines.append(row(arm.name, "not run", *[""] * 8))
+            lines.append(row(arm.name, "not run", *[""] * 12))
             continue
         lines.append(
             row(
                 arm.name,
                 str(len(found)),
-                ", ".join("none" if each.collapse is None else str(each.collapse) for each in found),
+                ", ".join(_end(each) for each in found),
                 _spread([each.best[0] for each in found], lambda value: f"{value:.3f}"),
                 ", ".join(str(each.best[1]) for each in found),
+                _spread([each.last for each in found], lambda value: f"{value:.3f}"),
+                _spread([_mean(each, "reward", slice(-ENDS, None)) for each in found], lambda value: f"{value:.3f}"),
                 _spread([_mean(each, "k3", slice(ENDS)) for each in found], _scientific),
                 _spread([_mean(each, "k3", slice(-ENDS, None)) for each in found], _scientific),
                 _spread([_mean(each, "f2", slice(ENDS)) for each in found], _scientific),
                 _spread([_mean(each, "f2", slice(-ENDS, None)) for each in found], _scientific),
+                _spread([max(each.series("gradient_norm")) for each in found], lambda value: f"{value:.1f}"),
+                _spread([_clipped(each) for each in found], lambda value: f"{value:.1%}"),
                 _spread([statistics.median(each.series("seconds")) for each in found], lambda value: f"{value:.1f}"),
             )
         )
@@ -63,13 +71,23 @@ def evaluations(folder: Path = RESULTS) -> str:
     lines = [row("arm", *(f"step {step}" for step in steps)), rule(names=1, figures=len(steps))]
     for name, found in runs.items():
         if found:
-            cells = (
-                _spread([each.evaluations[step] for each in found], lambda value: f"{value:.3f}") for step in steps
-            )
-            lines.append(row(name, *cells))
+            scores = ([each.evaluations[step] for each in found if step in each.evaluations] for step in steps)
+            lines.append(row(name, *(_spread(each, lambda value: f"{value:.3f}") if each else "" for each in scores)))
     return "\n".join(
         [*lines, "", f"*{sum(map(len, runs.values()))} of {len(ARMS) * len(SEEDS)} runs of {STEPS} steps.*"]
     )
+
+
+def _end(result: Result) -> str:
+    """Where a run collapsed or failed."""
+    if result.failed is not None:
+        return f"failed at {len(result.steps) + 1}"
+    return "none" if result.collapse is None else str(result.collapse)
+
+
+def _clipped(result: Result) -> float:
+    """Share of tokens, under GSPO of responses, whose gradient clipping stops."""
+    return _mean(result, "clipped_low", slice(None)) + _mean(result, "clipped_high", slice(None))
 
 
 def _mean(result: Result, figure: str, steps: slice) -> float:

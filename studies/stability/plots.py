@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ _PANELS: tuple[tuple[str, str, bool, Callable[[Result], Sequence[float | None]]]
     ("k3, nats a token", "k3", True, lambda result: result.series("k3")),
     ("tokens of a response", "response_tokens", False, lambda result: result.series("response_tokens")),
 )
+
+_SMALLEST = 1e-8
+"""What a logarithmic axis begins with: the control's k3 is rounding, and some steps have no gradient."""
 
 
 def draw(path: Path, folder: Path = RESULTS) -> None:
@@ -48,11 +52,8 @@ def draw(path: Path, folder: Path = RESULTS) -> None:
         )
         for axes, (_, _, logarithmic, series) in zip(others, _PANELS, strict=True):
             lines = [series(each) for each in runs]
-            known = [step for step in range(len(lines[0])) if all(line[step] is not None for line in lines)]
-            # Where there is no mismatch, a logarithm has nothing to show.
-            if logarithmic and any((line[step] or 0) <= 0 for line in lines for step in known):
-                continue
-            _line(axes, [step + 1 for step in known], [[line[step] or 0.0 for step in known] for line in lines], colour)
+            steps = list(range(1, min(map(len, lines)) + 1))
+            _line(axes, steps, [[_shown(line[step - 1], logarithmic) for step in steps] for line in lines], colour)
         for each in runs:
             if each.collapse is not None:
                 others[0].plot(each.collapse, window_means(each.series("reward"))[each.collapse - 1], "x", color=colour)
@@ -62,6 +63,11 @@ def draw(path: Path, folder: Path = RESULTS) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=len(found), fontsize=9, frameon=False)
     write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
+
+
+def _shown(value: float | None, logarithmic: bool) -> float:
+    """NaN, of which nothing is drawn, for what is not known, and where a logarithm would show how far away 0 is."""
+    return math.nan if value is None or (logarithmic and value < _SMALLEST) else value
 
 
 def _line(axes: Axes, steps: Sequence[int], lines: Sequence[Sequence[float]], colour: str, label: str = "") -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import hardware, versions, write_json
+from examples.small_model import CHECKPOINT
 from router_replay.errors import DataError
 from router_replay.run.collapse import find_collapse
-from studies.stability.protocol import Run
+from studies.stability.protocol import REVISION, Run
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -29,8 +31,12 @@ KEPT = {
     "dropped": "loss/dropped",
     "clipped_low": "loss/clipped_low",
     "clipped_high": "loss/clipped_high",
+    "kl_old": "loss/kl_k3",
+    "groups_of_one_reward": "groups_of_one_reward",
 }
 """Figures of a step that a result has, by the loop's names of them."""
+
+_NOT_ALWAYS = {"evaluation"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +48,19 @@ class Result:
         seed: of its problems.
         steps: what is in `KEPT` of each step, from step 1, and its seconds; step 0 has an evaluation alone.
         evaluations: by step, on held-out problems.
+        failed: what ended the run before its last step, if something of its own did, such as a gradient that is not
+            finite.
     """
 
     arm: str
     seed: int
     steps: Sequence[Mapping[str, float]]
     evaluations: Mapping[int, float]
+    failed: str | None = None
 
     def series(self, figure: str) -> list[float]:
         """A figure of `KEPT` over the steps."""
-        return [step[figure] for step in self.steps]
+        return [float(step[figure]) for step in self.steps]
 
     @property
     def collapse(self) -> int | None:
@@ -62,9 +71,13 @@ class Result:
     @property
     def best(self) -> tuple[float, int]:
         """The best evaluation and the first step that had it."""
-        return max((score, -step) for step, score in self.evaluations.items())[0], -max(
-            (score, -step) for step, score in self.evaluations.items()
-        )[1]
+        score, step = max((score, -step) for step, score in self.evaluations.items())
+        return score, -step
+
+    @property
+    def last(self) -> float:
+        """The last evaluation."""
+        return self.evaluations[max(self.evaluations)]
 
 
 def path_of(run: Run, folder: Path = RESULTS) -> Path:
@@ -72,23 +85,27 @@ def path_of(run: Run, folder: Path = RESULTS) -> Path:
     return folder / f"{run.name}.json"
 
 
-def write(run: Run, lines: Sequence[Mapping[str, Any]], folder: Path = RESULTS) -> None:
-    """Make the result of a run from the lines of figures that the loop wrote."""
-    _, *others = lines
+def write(run: Run, lines: Sequence[Mapping[str, Any]], folder: Path = RESULTS, *, failed: str | None = None) -> None:
+    """Make the result of a run from the lines of figures that the loop wrote.
+
+    Args:
+        failed: what ended it before its last step.
+    """
     steps = [
         {
             **{ours: line[theirs] for ours, theirs in KEPT.items() if theirs in line},
             "seconds": sum(line["seconds"].values()),
         }
-        for line in others
+        for line in lines[1:]
     ]
     found = {
         "arm": run.arm.name,
         "seed": run.seed,
-        **_protocol(run),
+        **protocol_of(run),
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
         "versions": versions(),
+        "failed": failed,
         "evaluations": {line["step"]: line["evaluation"] for line in lines if "evaluation" in line},
         "steps": steps,
     }
@@ -97,33 +114,56 @@ def write(run: Run, lines: Sequence[Mapping[str, Any]], folder: Path = RESULTS) 
 
 
 def read(run: Run, folder: Path = RESULTS) -> Result | None:
-    """A run's result, None if it is not finished.
+    """A run's result, None if it has none.
 
     Raises:
-        DataError: what is there was run with other settings, or is not whole.
+        DataError: what is there was run by another protocol, or is not whole.
     """
     path = path_of(run, folder)
     if not path.exists():
         return None
     found = json.loads(path.read_text())
-    for name, wanted in _protocol(run).items():
+    require_protocol(run, found, path)
+    result = Result(
+        arm=found["arm"],
+        seed=found["seed"],
+        steps=found["steps"],
+        evaluations={int(step): score for step, score in found["evaluations"].items()},
+        failed=found["failed"],
+    )
+    every = run.arm.settings(run.seed).evaluate_every
+    wanted = {*range(0, len(result.steps) + 1, every)}
+    whole = len(result.steps) == run.num_steps or (result.failed and len(result.steps) < run.num_steps)
+    if (
+        not whole
+        or set(result.evaluations) != wanted
+        or any(not step.keys() >= KEPT.keys() - _NOT_ALWAYS for step in result.steps)
+    ):
+        raise DataError(
+            f"{path} is not whole ({len(result.steps)} of {run.num_steps} steps, evaluations at"
+            f" {sorted(result.evaluations)}): move it away, and the run is made anew"
+        )
+    return result
+
+
+def protocol_of(run: Run) -> dict[str, Any]:
+    """What a run's result depends on, as JSON has it; the start's weights by their digest."""
+    made = {
+        "settings": dataclasses.asdict(run.arm.settings(run.seed)),
+        "rollout": dataclasses.asdict(run.arm.rollout),
+        "start": dataclasses.asdict(run.arm.start),
+        "checkpoint": hashlib.sha256((CHECKPOINT / "model.safetensors").read_bytes()).hexdigest(),
+        "revision": REVISION,
+        "num_steps": run.num_steps,
+    }
+    return json.loads(json.dumps(made))
+
+
+def require_protocol(run: Run, found: Mapping[str, Any], path: Path) -> None:
+    """Raise DataError unless what a file says of a run's protocol is what it is now."""
+    for name, wanted in protocol_of(run).items():
         if found.get(name) != wanted:
             raise DataError(
                 f"{path} was run with {name} {found.get(name)}, and the protocol says {wanted}: move it away, and the"
                 " run is made anew"
             )
-    return Result(
-        arm=found["arm"],
-        seed=found["seed"],
-        steps=found["steps"],
-        evaluations={int(step): score for step, score in found["evaluations"].items()},
-    )
-
-
-def _protocol(run: Run) -> dict[str, Any]:
-    made = {
-        "settings": dataclasses.asdict(run.arm.settings(run.seed)),
-        "rollout": dataclasses.asdict(run.arm.rollout),
-        "num_steps": run.num_steps,
-    }
-    return json.loads(json.dumps(made))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,11 +13,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.machine import write_json
 from cpu_engines.sglang.server import serve
-from examples.grpo.settings import same_settings
 from examples.grpo.state import RunFolder
 from examples.multi_turn_replay.job import SERVER_FLAGS, SGLANG_MODELS
 from examples.small_model import CHECKPOINT
+from router_replay.errors import InputError
 from studies.stability import results
 from studies.stability.protocol import Run
 from studies.stability.schedule import next_piece
@@ -72,27 +74,32 @@ def work(
         from megatron_router_replay import attach
 
         model = stack.enter_context(trainer(CHECKPOINT, torch.float32)).train()
-        replay = stack.enter_context(attach(model))
+        # No alarm for routes that have little in common: the study makes them so.
+        replay = stack.enter_context(attach(model, overlap_every=None))
         initial = {name: value.clone() for name, value in model.state_dict().items() if torch.is_tensor(value)}
         while time.monotonic() < end and (found := piece()) is not None:
             run, until = found
-            # A run that goes on loads its own; the model is now as the run before left it.
+            # A run that goes on loads its own weights; these are as the run before left them.
             model.load_state_dict(initial, strict=False)
-            _go_on(run, until, model, replay, url, out)
-            if until == run.num_steps:
-                results.write(run, RunFolder(out / run.name).figures(), folder)
+            failed = _go_on(run, until, model, replay, url, out)
+            if until == run.num_steps or failed is not None:
+                results.write(run, RunFolder(out / run.name).figures(), folder, failed=failed)
                 console.print(f"written: {results.path_of(run, folder)}", soft_wrap=True)
     if piece() is None:
         console.print("every run has its result")
 
 
-def _go_on(run: Run, until: int, model: Any, replay: Any, url: str, out: Path) -> None:
+def _go_on(run: Run, until: int, model: Any, replay: Any, url: str, out: Path) -> str | None:
+    """Train a run up to a step; what ended it before, if that was something of its own."""
+    from cpu_engines.megatron.qwen3_moe import hf_tensors
     from examples.grpo.loop import train
 
     folder = out / run.name
-    folder.mkdir(parents=True, exist_ok=True)
     settings = run.arm.settings(run.seed)
-    same_settings(folder, settings, CHECKPOINT)
+    _same_protocol(run, folder)
+    tensors = hf_tensors(model)
+    for name, tensor in run.arm.start(tensors).items():
+        tensors[name].copy_(tensor)
     columns = (TextColumn("{task.description:<36}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("", total=None)
@@ -109,25 +116,44 @@ def _go_on(run: Run, until: int, model: Any, replay: Any, url: str, out: Path) -
             said = {name: figures[name] for name in ("reward", "evaluation") if name in figures}
             console.print(f"{run.name:<12} step {figures['step']:>4} ", said, highlight=False, soft_wrap=True)
 
-        train(
-            model,
-            replay,
-            CHECKPOINT,
-            url,
-            folder,
-            settings,
-            steps=until,
-            concurrency=CONCURRENCY,
-            log=log,
-            show=show,
-            for_rollout=run.arm.rollout,
-            for_evaluation=dict,
-        )
+        try:
+            train(
+                model,
+                replay,
+                CHECKPOINT,
+                url,
+                folder,
+                settings,
+                steps=until,
+                concurrency=CONCURRENCY,
+                log=log,
+                show=show,
+                for_rollout=run.arm.rollout,
+                for_evaluation=dict,
+            )
+        # What a run that falls apart ends with: log-probabilities or gradients that are not finite. The rest is no
+        # result of it, and ends the study until it is mended.
+        except InputError as error:
+            return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _same_protocol(run: Run, folder: Path) -> None:
+    """Write what a run depends on into its folder, or see that a run that goes on has the same."""
+    path = folder / "protocol.json"
+    if path.exists():
+        results.require_protocol(run, json.loads(path.read_text()), path)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(results.protocol_of(run), path)
 
 
 def steps_done(run: Run, out: Path, folder: Path = results.RESULTS) -> int:
-    """Steps that a run has behind it: all of them if it has its result, else those in its folder."""
+    """Steps that a run has behind it: all of them if it has its result, else those in its folder.
+
+    One whose last step is done and has no result still lacks that step, so that the result is written.
+    """
     if results.read(run, folder) is not None:
         return run.num_steps
     lines = RunFolder(out / run.name).figures()
-    return lines[-1]["step"] if lines else 0
+    return min(lines[-1]["step"], run.num_steps - 1) if lines else 0

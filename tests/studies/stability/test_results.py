@@ -8,7 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from router_replay.errors import DataError
-from studies.stability import page, plots, results
+from studies.stability import page, plots, results, work
 from studies.stability.protocol import ARMS, Run
 
 
@@ -27,38 +27,50 @@ def lines_of(rewards: list[float], evaluations: dict[int, float], k3: float) -> 
     return lines
 
 
-RISING = [0.2 + step / 200 for step in range(60)]
-FALLING = [0.4] * 20 + [0.05] * 40
+RISING = [0.2 + step / 200 for step in range(100)]
+FALLING = [0.4] * 20 + [0.05] * 80
+SCORES = {0: 0.4, 20: 0.5, 40: 0.1, 60: 0.0, 80: 0.0, 100: 0.1}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    for seed, k3 in ((0, 1e-3), (1, 3e-3), (2, 2e-3)):
-        lines = lines_of(FALLING, {0: 0.4, 20: 0.5, 40: 0.1, 60: 0.0}, k3)
+    for seed, k3 in ((1, 3e-3), (2, 1e-3), (3, 2e-3)):
+        lines = lines_of(FALLING, SCORES, k3)
         results.write(Run(ARMS["nothing"], seed), lines, tmp_path)
-    results.write(Run(ARMS["control"], 0), lines_of(RISING, {0: 0.4, 20: 0.45, 40: 0.6, 60: 0.6}, 0.0), tmp_path)
+    results.write(
+        Run(ARMS["control"], 1),
+        lines_of(RISING, {0: 0.4, 20: 0.45, 40: 0.6, 60: 0.6, 80: 0.6, 100: 0.5}, 0.0),
+        tmp_path,
+    )
     return tmp_path
 
 
 def test_what_is_written_is_read(folder):
     found = results.read(Run(ARMS["nothing"], 1), folder)
     assert found is not None
-    assert found.series("reward") == FALLING and found.series("k3") == [3e-3] * 60
+    assert found.series("reward") == FALLING and found.series("k3") == [3e-3] * 100
     assert found.series("seconds")[6] == pytest.approx(5.07)
-    assert found.evaluations == {0: 0.4, 20: 0.5, 40: 0.1, 60: 0.0} and found.best == (0.5, 20)
+    assert found.evaluations == SCORES and found.best == (0.5, 20)
     # Of three low ones and two of before the mean is 0.19, below half of 0.4.
     assert found.collapse == 23
-    control = results.read(Run(ARMS["control"], 0), folder)
+    control = results.read(Run(ARMS["control"], 1), folder)
     assert control is not None and control.collapse is None and control.best == (0.6, 40)
-    assert results.read(Run(ARMS["R3"], 0), folder) is None
+    assert results.read(Run(ARMS["R3"], 1), folder) is None
 
 
 @pytest.mark.parametrize(
     ("name", "change"),
-    [("settings", {"learning_rate": 1.0}), ("rollout", {"router_offset": 0.1}), ("num_steps", 7)],
+    [
+        ("settings", {"learning_rate": 1.0}),
+        ("rollout", {"router_offset": 0.1}),
+        ("start", {"router_offset": 0.1}),
+        ("num_steps", 7),
+        ("checkpoint", "0" * 64),
+        ("revision", 0),
+    ],
 )
 def test_a_result_of_another_protocol_is_no_result_of_this_one(folder, name, change):
-    run = Run(ARMS["nothing"], 0)
+    run = Run(ARMS["nothing"], 1)
     path = results.path_of(run, folder)
     found = json.loads(path.read_text())
     found[name] = found[name] | change if isinstance(change, dict) else change
@@ -70,14 +82,9 @@ def test_a_result_of_another_protocol_is_no_result_of_this_one(folder, name, cha
 def test_the_table_has_medians_and_what_lies_between_all_runs(folder):
     rows = [line.strip("| ").split(" | ") for line in page.table(folder).splitlines()]
     of_arm = {cells[0]: cells for cells in rows}
-    assert of_arm["nothing"][1:6] == [
-        "3",
-        "23, 23, 23",
-        "0.500 (0.500 to 0.500)",
-        "20, 20, 20",
-        "2.0e-03 (1.0e-03 to 3.0e-03)",
-    ]
-    assert of_arm["control"][1:6] == ["1", "none", "0.600", "40", "0"]
+    assert of_arm["nothing"][1:5] == ["3", "23, 23, 23", "0.500 (0.500 to 0.500)", "20, 20, 20"]
+    assert of_arm["nothing"][5] == "0.100 (0.100 to 0.100)" and of_arm["nothing"][7] == "2.0e-03 (1.0e-03 to 3.0e-03)"
+    assert of_arm["control"][1:8] == ["1", "none", "0.600", "40", "0.500", "0.672", "0"]
     assert of_arm["R3"][1] == "not run"
     scores = page.evaluations(folder)
     assert "| nothing | 0.400 (0.400 to 0.400) | 0.500 (0.500 to 0.500) |" in scores
@@ -87,3 +94,42 @@ def test_the_table_has_medians_and_what_lies_between_all_runs(folder):
 def test_the_picture_is_drawn_of_what_is_there(folder, tmp_path):
     plots.draw(tmp_path / "stability.png", folder)
     assert imread(tmp_path / "stability.png").std() > 0.01
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda found: found["steps"].pop(),
+        lambda found: found["steps"][3].pop("k3"),
+        lambda found: found["evaluations"].pop("40"),
+    ],
+)
+def test_a_result_that_is_not_whole_is_refused(folder, damage):
+    run = Run(ARMS["nothing"], 1)
+    path = results.path_of(run, folder)
+    found = json.loads(path.read_text())
+    damage(found)
+    path.write_text(json.dumps(found))
+    with pytest.raises(DataError, match="not whole"):
+        results.read(run, folder)
+
+
+def test_a_run_that_failed_is_a_result_of_the_steps_before(folder, tmp_path):
+    run = Run(ARMS["R2"], 1)
+    lines = lines_of(FALLING[:30], {0: 0.4, 20: 0.5}, 1e-3)
+    results.write(run, lines, folder, failed="InputError: the gradient of step 31 has the norm inf")
+    found = results.read(run, folder)
+    assert found is not None and found.failed is not None and len(found.steps) == 30 and found.last == 0.5
+    assert "| R2 | 1 | failed at 31 |" in page.table(folder)
+    assert "| R2 | 0.400 | 0.500 |  |  |  |  |" in page.evaluations(folder)
+    plots.draw(tmp_path / "stability.png", folder)
+
+
+def test_a_run_whose_last_step_is_done_still_comes_to_its_result(tmp_path):
+    run = Run(ARMS["nothing"], 1)
+    (tmp_path / run.name).mkdir()
+    lines = lines_of(FALLING, SCORES, 1e-3)
+    (tmp_path / run.name / "figures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert work.steps_done(run, tmp_path, tmp_path / "results") == 99
+    results.write(run, lines, tmp_path / "results")
+    assert work.steps_done(run, tmp_path, tmp_path / "results") == 100
