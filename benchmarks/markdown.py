@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -15,7 +17,13 @@ def rule(*, names: int, figures: int) -> str:
     return row(*["---"] * names, *["---:"] * figures)
 
 
-def origin(figures: dict[str, Any]) -> str:
-    """Where and when a benchmark's figures were seen."""
-    hardware = figures["hardware"]
-    return f"{figures['date']}, {hardware['cores']} cores of {hardware['cpu']}, SGLang {figures['versions']['sglang']}"
+def spread(values: Sequence[float], form: str) -> str:
+    """The median, and in brackets the lowest and the highest; a single value alone. `form` is one of `str.format`."""
+    middle = form.format(statistics.median(values))
+    return middle if len(values) == 1 else f"{middle} ({form.format(min(values))} to {form.format(max(values))})"
+
+
+def origin(figures: Mapping[str, Any], package: str = "SGLang") -> str:
+    """Where and when a benchmark's figures were seen, and with which release of a package."""
+    hardware, version = figures["hardware"], figures["versions"][package.lower()]
+    return f"{figures['date']}, {hardware['cores']} cores of {hardware['cpu']}, {package} {version}"

@@ -168,6 +168,7 @@ TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/server.md", "refusals"): lambda: reasons("sglang"),
     ("docs/trainer.md", "refusals"): lambda: reasons("megatron"),
     ("docs/install.md", "releases"): releases,
+    ("docs/corrections.md", "staleness"): lambda: measured("staleness", "table"),
     ("docs/stability.md", "arms"): lambda: studied("table"),
     ("docs/stability.md", "evaluations"): lambda: studied("evaluations"),
 }

@@ -25,6 +25,7 @@ from router_replay.mismatch import LogRatios, Responses
 LONG, SHORT, PROMPT, NUM_SHORT = 65536, 127, 27, 500
 TOKENS, VOCABULARY, SMALL_VOCABULARY = 256, 151936, 64
 ROUNDS = 7
+TOP_K = 32
 LIMIT = 0.5
 """Seconds that a function of the packed batch may take."""
 
@@ -92,6 +93,16 @@ def _functions(seed: int) -> dict[str, Callable[[], Any]]:
     logits = [noise(len(mask), SMALL_VOCABULARY) for _ in range(2)]
     ratios = LogRatios.of(trainer=trainer, rollout=rollout, responses=responses)
     weights = mismatch.truncated_importance_weights(ratios)
+    sampler, old = (each.log_softmax(-1) for each in logits)
+    listed = sampler.topk(TOP_K)
+    given = {"token_ids": listed.indices, "logprobs": listed.values, "responses": responses}
+    top_k = mismatch.SamplerTopK.of(**given, vocab_size=SMALL_VOCABULARY)
+    at_top_k = old.gather(-1, listed.indices)
+
+    def centred() -> None:
+        by_rule = {"old": at_top_k, "weigh": mismatch.truncated_weight, "advantages": rewards, "responses": responses}
+        current = (at_top_k - 0.01).requires_grad_()
+        mismatch.score_centering_loss(top_k, current=current, **by_rule).backward()
 
     def backward(loss: Callable[[Tensor], tuple[Tensor, Any]]) -> Callable[[], None]:
         def run() -> None:
@@ -123,6 +134,8 @@ def _functions(seed: int) -> dict[str, Callable[[], Any]]:
         f"exact trust region, {SMALL_VOCABULARY} ids": lambda: mismatch.exact_trust_region_mask(
             trainer_logits=logits[0], rollout_logits=logits[1], responses=responses
         ),
+        f"SamplerTopK.of, {TOP_K} ids": lambda: mismatch.SamplerTopK.of(**given, vocab_size=SMALL_VOCABULARY),
+        f"score centering and its gradient, {TOP_K} ids": centred,
         "off-policy sequence mask": lambda: mismatch.off_policy_sequence_mask(ratios, rewards),
         "group-relative advantages": lambda: mismatch.group_relative_advantages(rewards, responses),
         "optimal token baseline": lambda: mismatch.optimal_token_baseline_advantages(

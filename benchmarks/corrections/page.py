@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from benchmarks.markdown import row, rule
+from benchmarks.markdown import origin, row, rule
 
 _FIGURES = {"k3": "k3", "f_tau_2": "F(2)", "ess_token": "ESS, token", "ess_sequence": "ESS, sequence"}
 _ON_POLICY = ("on-policy, small error", "on-policy", "on-policy, 4 times the rate")
@@ -98,8 +98,8 @@ def _spread(of: Mapping[str, float], form: str) -> str:
 
 
 def _origin(figures: Mapping[str, Any]) -> str:
-    hardware, settings = figures["hardware"], figures["settings"]
+    settings = figures["settings"]
     return (
-        f"{figures['date']}, {hardware['cores']} cores of {hardware['cpu']}, torch {figures['versions']['torch']};"
-        f" {len(settings['seeds'])} seeds, {settings['batches']} batches, {settings['rollouts']} rollouts."
+        f"{origin(figures, 'torch')}; {len(settings['seeds'])} seeds, {settings['batches']} batches,"
+        f" {settings['rollouts']} rollouts."
     )

@@ -8,6 +8,7 @@ the kept one samples. The ratios are those of real updates in contexts, with tai
 from __future__ import annotations
 
 import copy
+import datetime
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from benchmarks.machine import hardware, versions, write_json
+from benchmarks.markdown import spread
 from router_replay.mismatch import (
     LogRatios,
     Responses,
@@ -94,11 +96,43 @@ class Training:
         self.optimizer.step()
 
 
-def measure(seed: int, json_file: Path | None) -> None:
+def measure(seeds: int, first_seed: int, json_file: Path | None) -> None:
     """Print shares of dropped responses for each number of updates and length; write them to `json_file`."""
+    found = [_of_seed(seed) for seed in track(range(first_seed, first_seed + seeds), "seeds", transient=True)]
+    figures = {
+        "date": datetime.date.today().isoformat(),
+        "seeds": seeds,
+        "hardware": hardware(),
+        "versions": versions(),
+        "rows": [
+            {
+                "updates": updates,
+                "length": length,
+                "k3": [of_seed[updates, length]["k3"] for of_seed in found],
+                "f_2": [of_seed[updates, length]["f_2"] for of_seed in found],
+                "dropped": {name: [of_seed[updates, length]["dropped"][name] for of_seed in found] for name in BOUNDS},
+            }
+            for updates in UPDATES
+            for length in LENGTHS
+        ],
+    }
+    table = Table("updates", "tokens", "k3", "F(2)", *BOUNDS, title="dropped responses", title_justify="left")
+    for each in figures["rows"]:
+        shares = (spread(values, "{:.0%}") for values in each["dropped"].values())
+        of_ratios = spread(each["k3"], "{:.2g}"), spread(each["f_2"], "{:.2g}")
+        table.add_row(str(each["updates"]), str(each["length"]), *of_ratios, *shares)
+    console = Console(width=160)
+    console.print(table)
+    console.print(f"{figures['hardware']}\n{figures['versions']}")
+    if json_file is not None:
+        write_json(figures, json_file)
+
+
+def _of_seed(seed: int) -> dict[tuple[int, int], dict[str, Any]]:
+    """Figures by number of updates and length of the responses."""
     torch.manual_seed(seed)
     training = Training(Policy(), torch.Generator().manual_seed(seed))
-    for _ in track(range(WARMUP), "the policy", transient=True):
+    for _ in range(WARMUP):
         training.update()
     rollout = copy.deepcopy(training.policy)
     sampled = {}
@@ -107,8 +141,7 @@ def measure(seed: int, json_file: Path | None) -> None:
         tokens = rollout.sample(first, length, training.generator)
         with torch.no_grad():
             sampled[length] = tokens, rollout.logprobs(tokens)
-    report: dict[str, Any] = {"seed": seed, "hardware": hardware(), "versions": versions(), "rows": []}
-    table = Table("updates", "k3", "F(2)", "tokens", *BOUNDS, title="dropped responses", title_justify="left")
+    found: dict[tuple[int, int], dict[str, Any]] = {}
     done = 0
     for updates in UPDATES:
         for _ in range(updates - done):
@@ -119,18 +152,12 @@ def measure(seed: int, json_file: Path | None) -> None:
             with torch.no_grad():
                 ratios = LogRatios.of(trainer=training.policy.logprobs(tokens), rollout=logprobs, responses=responses)
             seen = diagnose(ratios)
-            dropped = {
-                name: 1 - float(trust_region_mask(ratios, **bounds)[:, 0].float().mean())
-                for name, bounds in BOUNDS.items()
+            found[updates, length] = {
+                "k3": float(seen.k3),
+                "f_2": float(seen.ratio_tails[2.0]),
+                "dropped": {
+                    name: 1 - float(trust_region_mask(ratios, **bounds)[:, 0].float().mean())
+                    for name, bounds in BOUNDS.items()
+                },
             }
-            tail = float(seen.ratio_tails[2.0])
-            report["rows"].append(
-                {"updates": updates, "length": length, "k3": float(seen.k3), "f_2": tail, "dropped": dropped}
-            )
-            shares = [f"{share:.0%}" for share in dropped.values()]
-            table.add_row(str(updates), f"{float(seen.k3):.1e}", f"{tail:.1e}", str(length), *shares)
-    console = Console(width=120)
-    console.print(table)
-    console.print(f"{report['hardware']}\n{report['versions']}")
-    if json_file is not None:
-        write_json(report, json_file)
+    return found
