@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from router_replay.errors import RouterReplayError
+from router_replay.errors import InputError, RouterReplayError
 
 
 def together[Result](local: Callable[[], Result], *groups: dist.ProcessGroup | None) -> Result:
@@ -45,8 +45,17 @@ def of_all[Item](item: Item, *groups: dist.ProcessGroup | None) -> dict[int, Ite
 
     Every rank calls, and waits for the others and for the device. Of two groups that cross it is that of all ranks of
     both, the same on each. Without a group it is that of rank 0.
+
+    Raises:
+        InputError: this rank is not in one of the groups, whose ranks do not wait for it.
     """
     joined = [group for group in groups if group is not None]
+    for group in joined:
+        if dist.get_rank(group) < 0:
+            raise InputError(
+                f"rank {dist.get_rank()} is not in a process group that it was given: pass the group"
+                " that this rank belongs to, or None where it has no others to wait for"
+            )
     found = {dist.get_rank() if joined else 0: item}
     for group in joined:
         found = {rank: each for of_rank in gathered(found, group) for rank, each in of_rank.items()}

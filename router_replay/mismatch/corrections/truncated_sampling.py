@@ -9,8 +9,11 @@ from router_replay.errors import InputError
 from router_replay.mismatch.arguments import require_tensors
 from router_replay.mismatch.segments import Segments
 
-_PLACES = 1 << 21
-"""Places of rows of which copies in float64 are in memory at a time, on the CPU; 32 times as many on a GPU."""
+_PLACES = 800_000
+"""Places of rows of which copies in float64 are in memory at a time, on the CPU; 32 times as many on a GPU.
+
+Copies of many more would be given back to the system, and asked for anew, each time.
+"""
 _HEAD = 256
 """How many of the most probable tokens are ordered at first: more than top-p leaves of most distributions."""
 _BITS = 12
@@ -113,11 +116,12 @@ def kept_token_ids(logits: Tensor, *, top_k: int | None = None, top_p: float | N
     vocab = logits.shape[-1]
     rows = logits.detach().reshape(-1, vocab)
     places = _PLACES * (1 if rows.device.type == "cpu" else 32)
-    blocks = rows.split(max(1, places // max(vocab, 1 << _BITS)))
-    kept = [_kept(block, min(top_k or vocab, vocab), 1.0 if top_p is None else top_p) for block in blocks if len(block)]
+    size, width = max(1, places // max(vocab, 1 << _BITS)), min(top_k or vocab, vocab)
+    kept = [_kept(block, width, 1.0 if top_p is None else top_p) for block in rows.split(size) if len(block)]
     longest = max((block.shape[-1] for block in kept), default=1)
-    filled = [torch.nn.functional.pad(block, (0, longest - block.shape[-1]), value=-1) for block in kept]
-    found = torch.cat(filled) if filled else rows.new_empty((0, longest), dtype=torch.int64)
+    found = torch.full((len(rows), longest), -1, device=rows.device)
+    for block, ids in zip(found.split(size), kept, strict=False):
+        block[:, : ids.shape[-1]] = ids
     return found.view(*logits.shape[:-1], longest)
 
 
@@ -194,6 +198,9 @@ def _nucleus(rows: Tensor, highest: Tensor, top_p: float) -> Tensor:
 
 def _nucleus_in_head(rows: Tensor, highest: Tensor, limit: Tensor) -> Tensor | None:
     """As of `_nucleus`, if it is so small in every row that a few of the largest show it, as it mostly is."""
+    # No weight is above 1.
+    if bool((limit > _HEAD).any()):
+        return None
     values, ids = rows.topk(min(_HEAD, rows.shape[-1]), dim=-1)
     weights = (values.double() - highest.double()).exp()
     kept = weights.cumsum(-1) - weights < limit[:, None]

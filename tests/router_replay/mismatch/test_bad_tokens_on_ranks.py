@@ -141,9 +141,16 @@ def _rank(rank: int) -> dict[str, Any]:
             call(rank)
         except RouterReplayError as error:
             raised[name] = (type(error), str(error))
+    # Both ranks make the group that the second one is not in.
+    first_alone = dist.new_group([0])
+    try:
+        found = together(lambda: rank, first_alone)
+    except RouterReplayError as error:
+        found = str(error)
     dropping = _ratios(rank, _holding(math.nan), bad_responses="drop")
     return {
         "raised": raised,
+        "alone": found,
         "dropped": _measured(dropping, dist.group.WORLD),
         "none bad": _measured(_ratios(rank, _good), dist.group.WORLD),
     }
@@ -160,6 +167,11 @@ def test_both_ranks_raise_the_same(name, ranks):
     assert first is not None and first == second
     kind = RouterReplayError if name == "another kind of error" else InputError
     assert first[0] is kind and first[1].startswith(CASES[name][1]), first[1]
+
+
+def test_a_rank_is_told_of_a_group_that_it_is_not_in(ranks):
+    assert ranks[0]["alone"] == 0
+    assert ranks[1]["alone"].startswith("rank 1 is not in a process group that it was given: pass the group")
 
 
 @pytest.mark.parametrize("name", ["dropped", "none bad"])

@@ -131,20 +131,20 @@ def test_what_is_wrong_is_told():
 
 
 def test_lines_are_the_curves_and_colours_the_runs():
-    runs = [run_of(*COLLAPSING, name="own"), run_of(*[0.5] * 30, name="R3"), run_of(*[0.75] * 6, name="own")]
+    runs = [run_of(*[0.5] * 30, name="R3"), run_of(*COLLAPSING, name="own"), run_of(*[0.75] * 6, name="own")]
     drawn = panels(dynamics_over_steps(runs))
     reward = drawn["reward"].lines
     wanted = [runs[0].curves["reward"], smooth(runs[0].curves["reward"]), runs[1].curves["reward"],
               smooth(runs[1].curves["reward"]), runs[2].curves["reward"]]  # fmt: skip
     assert [dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in reward[:5]] == wanted
-    assert [line.get_color() for line in reward[:5]] == [style.colour(number) for number in (0, 0, 1, 1, 0)]
+    assert [line.get_color() for line in reward[:5]] == [style.colour(number) for number in (0, 0, 1, 1, 1)]
     for axes in drawn.values():
         marks = [line for line in axes.lines if list(line.get_xdata()) == [54, 54]]
-        assert len(marks) == 1 and marks[0].get_color() == style.colour(0)
+        assert len(marks) == 1 and marks[0].get_color() == style.colour(1)
     assert {axes.get_xlim() for axes in drawn.values()} == {(-1.56, 79.56)}
     (legend,) = dynamics_over_steps(runs).legends
-    assert [text.get_text() for text in legend.get_texts()] == ["own (2 runs)", "R3", "collapse"]
-    assert not dynamics_over_steps(runs[1:2]).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["R3", "own (2 runs)", "collapse"]
+    assert not dynamics_over_steps(runs[:1]).legends
 
 
 def test_eight_runs_have_eight_colours():

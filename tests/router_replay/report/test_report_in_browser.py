@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -22,11 +23,12 @@ from examples.multi_turn_replay.replay_report import OWN_ROUTES, REPLAYED
 from examples.multi_turn_replay.rollout import Conversation
 from examples.multi_turn_replay.run_steps import report_steps, write_steps
 from router_replay.masks import RoutingGeometry, RoutingMasks
+from router_replay.report.comparison import write_comparison
 from router_replay.report.page import write_report
 from router_replay.report.summary import RunSummary, summarize
 from router_replay.report.table import rows
-from router_replay.run import find_files, read_run
-from tests.router_replay.report.runs import NAMES, write_run
+from router_replay.run import Dynamics, find_files, read_run, read_tallies, write_step
+from tests.router_replay.report.runs import NAMES, run_step, write_run
 
 GEOMETRY = RoutingGeometry(num_layers=3, moe_layers=(1, 2), num_experts=8, top_k=2)
 ROUTES_PLOT = "route-heat-map"
@@ -174,6 +176,31 @@ def test_every_plot_of_the_demos_page_is_drawn(browser: webdriver.Chrome, tmp_pa
     heads = browser.find_elements(By.CSS_SELECTOR, "#diagnostics thead th")
     assert [head.text for head in heads[1:]] == [OWN_ROUTES, REPLAYED]
     assert browser.find_element(By.CLASS_NAME, "facts").text.startswith("4 steps, 0 to 3; 480 response tokens")
+
+
+def test_how_training_went_is_drawn_for_one_run_and_for_several(browser: webdriver.Chrome, tmp_path: Path):
+    step = run_step(0, names=("old",))
+    for name, rewards in (("own", [0.5] * 20 + [0.0] * 15), ("R3", [0.5] * 35)):
+        for number, reward in enumerate(rewards):
+            said = Dynamics(reward=reward, gradient_norm=1.0 + number % 3, entropy=1.0 - number / 100)
+            write_step(tmp_path / name, replace(step, step=number, dynamics=said))
+    summaries = [(name, summarize(read_tallies(find_files([tmp_path / name])))) for name in ("own", "R3")]
+    write_report(summaries[0][1], tmp_path / "one.html")
+    _open(browser, tmp_path / "one.html")
+    figures = browser.find_elements(By.TAG_NAME, "figure")
+    assert tuple(figure.get_attribute("id") for figure in figures) == ("dynamics", *PLOTS)
+    _assert_drawn(figures[0])
+    assert "The reward collapses at step 22" in browser.find_element(By.CLASS_NAME, "warnings").text
+    write_comparison(summaries, tmp_path / "two.html", title="Two runs")
+    _open(browser, tmp_path / "two.html")
+    (figure,) = browser.find_elements(By.TAG_NAME, "figure")
+    _assert_drawn(figure)
+    rows_of = browser.find_elements(By.CSS_SELECTOR, "#dynamics-table tbody tr")
+    assert [row.text.split()[0] for row in rows_of] == ["own", "R3"]
+    assert [row.text.endswith(end) for row, end in zip(rows_of, ("step 22", "none"), strict=True)] == [True, True]
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#diagnostics tbody tr")) > 20
+    _resize(browser, 400)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
 
 
 @pytest.mark.parametrize("width", [400, 800, 1600])
