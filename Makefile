@@ -1,15 +1,16 @@
 .DEFAULT_GOAL := help
 # The tests that start SGLang's servers.
 SERVER_TESTS := tests/sglang_router_capture tests/cpu_engines/sglang tests/end_to_end tests/soak
-# Those for which Megatron-Core, Ray, a browser or a long compilation is needed; every other folder of tests/ is quick.
+# Those for which Megatron-Core, Ray, a browser or a long compilation is needed, or that train or measure; every other
+# folder of tests/ is quick.
 SLOW_TESTS := tests/megatron_router_replay tests/cpu_engines/megatron tests/contract tests/docs/test_tables.py \
 	tests/router_replay/report/test_report_in_browser.py tests/router_replay/masks/stores \
-	tests/router_replay/masks/test_header.py tests/benchmarks/test_transport.py tests/examples/grpo
+	tests/router_replay/masks/test_header.py tests/benchmarks tests/examples/grpo tests/examples/small_model
 # Servers of several processes on two cores: each of them takes minutes to start.
 RANKS_TESTS := tests/sglang_router_capture/test_parallel.py
 # Those of SERVER_TESTS that begin when one of the other two is done, so that two cores have enough to do until the end.
 LATE_TESTS := tests/sglang_router_capture/test_launchers.py tests/sglang_router_capture/test_sglang_format.py \
-	tests/sglang_router_capture/test_start.py tests/soak
+	tests/sglang_router_capture/test_start.py
 QUICK_PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -q -p no:cacheprovider
 
 .PHONY: help setup demo train quick quick-checks quick-masks quick-others test test-servers test-slow test-late ranks contract megatron-0.17 sglang-0.5.20 stock soak kernels wheel lock

@@ -36,6 +36,9 @@ HICACHE_FLAGS = (
     "--hicache-mem-layout=layer_first",
 )
 
+# Attention of a whole decode batch at a time, for servers that play for hours; `stand_ins` supplies it.
+BATCHED_DECODE = {"SGLANG_CPU_ENGINE_BATCHED_DECODE": "1"}
+
 # Two ranks share a machine without NUMA nodes of their own: each is bound to a core by hand.
 TWO_RANKS = {"SGLANG_CPU_OMP_THREADS_BIND": "0|1"}
 

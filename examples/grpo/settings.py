@@ -42,7 +42,7 @@ class Settings:
         minibatches: optimizer steps on a step's conversations.
         microbatch: conversations in one forward pass.
         learning_rate: after the warm-up.
-        warmup: optimizer steps in which the rate rises.
+        warmup: optimizer steps in which the rate rises; a step counts as its minibatches, whatever filters leave of it.
         clip_gradient: largest norm of a gradient.
         evaluate_every: steps between evaluations on held-out problems; there is one before the first step, too.
         evaluation_problems: held-out problems, the same each time, which are answered greedily.

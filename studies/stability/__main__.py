@@ -3,6 +3,7 @@
     python -m studies.stability run                  # goes on where it stands, until every run has its result
     python -m studies.stability run --minutes 60     # for an hour: no further piece of ten steps begins after it
     python -m studies.stability status
+    python -m studies.stability picture              # docs/stability.png, from the results that are there
 
 docs/stability.md has the design and what was seen.
 """
@@ -55,6 +56,17 @@ def status(out: Out = DEFAULT_OUT) -> None:
     for each in (each for block in blocks() for each in block):
         table.add_row(each.name, f"{steps_done(each, out)} of {each.num_steps}")
     Console().print(table)
+
+
+@app.command()
+def picture(
+    to: Annotated[Path, typer.Option(help="The PNG that is written.")] = Path("docs/stability.png"),
+) -> None:
+    """Draw how training went in each arm that has a result."""
+    from studies.stability.plots import draw
+
+    draw(to)
+    Console().print(f"written: {to}", soft_wrap=True)
 
 
 if __name__ == "__main__":

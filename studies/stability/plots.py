@@ -12,15 +12,15 @@ from matplotlib.figure import Figure
 
 from router_replay.files import write_whole
 from router_replay.run.collapse import window_means
-from studies.stability.protocol import ARMS, SEEDS, Run
-from studies.stability.results import RESULTS, Result, read
+from studies.stability.protocol import ARMS
+from studies.stability.results import RESULTS, Result, finished
 
-_PANELS: tuple[tuple[str, str, bool, Callable[[Result], Sequence[float | None]]], ...] = (
-    ("reward, mean of five steps", "reward", False, lambda result: window_means(result.series("reward"))),
-    ("entropy, nats a token", "entropy", False, lambda result: result.series("entropy")),
-    ("norm of the gradient", "gradient_norm", True, lambda result: result.series("gradient_norm")),
-    ("k3, nats a token", "k3", True, lambda result: result.series("k3")),
-    ("tokens of a response", "response_tokens", False, lambda result: result.series("response_tokens")),
+_PANELS: tuple[tuple[str, bool, Callable[[Result], Sequence[float | None]]], ...] = (
+    ("reward, mean of five steps", False, lambda result: window_means(result.series("reward"))),
+    ("entropy, nats a token", False, lambda result: result.series("entropy")),
+    ("norm of the gradient", True, lambda result: result.series("gradient_norm")),
+    ("k3, nats a token", True, lambda result: result.series("k3")),
+    ("tokens of a response", False, lambda result: result.series("response_tokens")),
 )
 
 _SMALLEST = 1e-8
@@ -32,15 +32,12 @@ def draw(path: Path, folder: Path = RESULTS) -> None:
 
     A line is the median over an arm's runs; what lies between all of them is shaded. A cross is where a run collapsed.
     """
-    found = {
-        name: [result for seed in SEEDS if (result := read(Run(arm, seed), folder)) is not None]
-        for name, arm in ARMS.items()
-    }
+    found = {name: [each for each in finished(arm, folder) if each.steps] for name, arm in ARMS.items()}
     found = {name: runs for name, runs in found.items() if runs}
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     first, *others = figure.subplots(2, 3).flat
     first.set_title("score on held-out problems", fontsize=10)
-    for axes, (title, _, logarithmic, _) in zip(others, _PANELS, strict=True):
+    for axes, (title, logarithmic, _) in zip(others, _PANELS, strict=True):
         axes.set_title(title, fontsize=10)
         if logarithmic:
             axes.set_yscale("log")
@@ -50,7 +47,7 @@ def draw(path: Path, folder: Path = RESULTS) -> None:
         _line(
             first, steps, [[each.evaluations[step] for step in steps] for each in runs], colour, f"{name} ({len(runs)})"
         )
-        for axes, (_, _, logarithmic, series) in zip(others, _PANELS, strict=True):
+        for axes, (_, logarithmic, series) in zip(others, _PANELS, strict=True):
             lines = [series(each) for each in runs]
             steps = list(range(1, min(map(len, lines)) + 1))
             _line(axes, steps, [[_shown(line[step - 1], logarithmic) for step in steps] for line in lines], colour)
@@ -61,7 +58,7 @@ def draw(path: Path, folder: Path = RESULTS) -> None:
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=len(found), fontsize=9, frameon=False)
+    figure.legend(loc="outside lower center", ncols=max(len(found), 1), fontsize=9, frameon=False)
     write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
 
 

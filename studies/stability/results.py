@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -14,13 +15,12 @@ from benchmarks.machine import hardware, versions, write_json
 from examples.small_model import CHECKPOINT
 from router_replay.errors import DataError
 from router_replay.run.collapse import find_collapse
-from studies.stability.protocol import REVISION, Run
+from studies.stability.protocol import REVISION, SEEDS, Arm, Run
 
 RESULTS = Path(__file__).parent / "results"
 
 KEPT = {
     "reward": "reward",
-    "evaluation": "evaluation",
     "entropy": "entropy",
     "gradient_norm": "gradient_norm",
     "response_tokens": "response_tokens",
@@ -36,24 +36,18 @@ KEPT = {
 }
 """Figures of a step that a result has, by the loop's names of them."""
 
-_NOT_ALWAYS = {"evaluation"}
-
 
 @dataclasses.dataclass(frozen=True)
 class Result:
     """A finished run.
 
     Attributes:
-        arm: its name.
-        seed: of its problems.
         steps: what is in `KEPT` of each step, from step 1, and its seconds; step 0 has an evaluation alone.
         evaluations: by step, on held-out problems.
         failed: what ended the run before its last step, if something of its own did, such as a gradient that is not
             finite.
     """
 
-    arm: str
-    seed: int
     steps: Sequence[Mapping[str, float]]
     evaluations: Mapping[int, float]
     failed: str | None = None
@@ -122,28 +116,36 @@ def read(run: Run, folder: Path = RESULTS) -> Result | None:
     path = path_of(run, folder)
     if not path.exists():
         return None
-    found = json.loads(path.read_text())
-    require_protocol(run, found, path)
-    result = Result(
-        arm=found["arm"],
-        seed=found["seed"],
-        steps=found["steps"],
-        evaluations={int(step): score for step, score in found["evaluations"].items()},
-        failed=found["failed"],
-    )
-    every = run.arm.settings(run.seed).evaluate_every
-    wanted = {*range(0, len(result.steps) + 1, every)}
-    whole = len(result.steps) == run.num_steps or (result.failed and len(result.steps) < run.num_steps)
+    try:
+        found = json.loads(path.read_text())
+        require_protocol(run, found, path)
+        result = Result(
+            steps=found["steps"],
+            evaluations={int(step): score for step, score in found["evaluations"].items()},
+            failed=found["failed"],
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path} is no result ({error!r}): move it away, and the run is made anew") from error
+    steps = len(result.steps)
+    whole = steps < run.num_steps if result.failed else steps == run.num_steps
+    evaluated = [*range(0, steps + 1, run.arm.settings(run.seed).evaluate_every)]
     if (
         not whole
-        or set(result.evaluations) != wanted
-        or any(not step.keys() >= KEPT.keys() - _NOT_ALWAYS for step in result.steps)
+        or sorted(result.evaluations) != evaluated
+        or any(not KEPT.keys() <= step.keys() for step in result.steps)
     ):
         raise DataError(
-            f"{path} is not whole ({len(result.steps)} of {run.num_steps} steps, evaluations at"
-            f" {sorted(result.evaluations)}): move it away, and the run is made anew"
+            f"{path} is not whole ({steps} of {run.num_steps} steps, evaluations at {sorted(result.evaluations)}):"
+            " move it away, and the run is made anew"
         )
     return result
+
+
+def finished(arm: Arm, folder: Path = RESULTS) -> list[Result]:
+    """The results that an arm has, by seed."""
+    return [result for seed in SEEDS if (result := read(Run(arm, seed), folder)) is not None]
 
 
 def protocol_of(run: Run) -> dict[str, Any]:
@@ -152,11 +154,16 @@ def protocol_of(run: Run) -> dict[str, Any]:
         "settings": dataclasses.asdict(run.arm.settings(run.seed)),
         "rollout": dataclasses.asdict(run.arm.rollout),
         "start": dataclasses.asdict(run.arm.start),
-        "checkpoint": hashlib.sha256((CHECKPOINT / "model.safetensors").read_bytes()).hexdigest(),
+        "checkpoint": _digest(),
         "revision": REVISION,
         "num_steps": run.num_steps,
     }
     return json.loads(json.dumps(made))
+
+
+@functools.cache
+def _digest() -> str:
+    return hashlib.sha256((CHECKPOINT / "model.safetensors").read_bytes()).hexdigest()
 
 
 def require_protocol(run: Run, found: Mapping[str, Any], path: Path) -> None:

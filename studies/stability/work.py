@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.machine import write_json
-from cpu_engines.sglang.server import serve
+from cpu_engines.sglang.server import BATCHED_DECODE, serve
 from examples.grpo.state import RunFolder
 from examples.multi_turn_replay.job import SERVER_FLAGS, SGLANG_MODELS
 from examples.small_model import CHECKPOINT
@@ -32,7 +32,7 @@ console = Console()
 def server() -> Iterator[str]:
     """URL of an SGLang in float32, so that the same weights have no mismatch and all of it is made by the study."""
     flags = (*SERVER_FLAGS, "--router-capture-store=inline:", "--dtype=float32", "--num-continuous-decode-steps=4")
-    environment = {"OMP_NUM_THREADS": "1", "SGLANG_CPU_ENGINE_BATCHED_DECODE": "1"}
+    environment = {"OMP_NUM_THREADS": "1", **BATCHED_DECODE}
     with contextlib.ExitStack() as stack:
         with console.status("starting SGLang (a minute or two)"):
             started = serve(CHECKPOINT, *flags, model_package=SGLANG_MODELS, environment=environment, timeout_s=600)
@@ -134,6 +134,9 @@ def _go_on(run: Run, until: int, model: Any, replay: Any, url: str, out: Path) -
         # What a run that falls apart ends with: log-probabilities or gradients that are not finite. The rest is no
         # result of it, and ends the study until it is mended.
         except InputError as error:
+            # Before its first step nothing of it was seen: the fault is in what it was given.
+            if not RunFolder(folder).figures():
+                raise
             return f"{type(error).__name__}: {error}"
     return None
 

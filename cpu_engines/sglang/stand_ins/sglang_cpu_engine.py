@@ -1,8 +1,8 @@
 """An SGLang plugin that supplies on the CPU the leaf kernels of the hierarchical cache, and what several ranks lack.
 
 Found by its metadata, since this folder is on the server's path. It does nothing unless the server was started with
-`--enable-hierarchical-cache`, with more than one rank, or with `BATCHED_DECODE` in its environment: other servers need
-none of this.
+`--enable-hierarchical-cache`, with more than one rank, or with `_DECODE_VARIABLE` in its environment: other servers
+need none of this.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ HICACHE_FLAG = "--enable-hierarchical-cache"
 RANK_FLAGS = ("--tp-size", "--dp-size", "--pp-size")
 _HICACHE_VARIABLE = "SGLANG_CPU_ENGINE_HICACHE"
 _RANKS_VARIABLE = "SGLANG_CPU_ENGINE_RANKS"
-BATCHED_DECODE = "SGLANG_CPU_ENGINE_BATCHED_DECODE"
-"""Environment variable that is 1 for a server that decodes many requests at a time, as long runs do."""
+_DECODE_VARIABLE = "SGLANG_CPU_ENGINE_BATCHED_DECODE"
 
 
 class _Event:
@@ -103,7 +102,7 @@ def load() -> None:
             # Child processes do not see the command line.
             os.environ[variable] = "1"
             supply()
-    if os.environ.get(BATCHED_DECODE) == "1":
+    if os.environ.get(_DECODE_VARIABLE) == "1":
         import batched_decode
 
         batched_decode.supply()

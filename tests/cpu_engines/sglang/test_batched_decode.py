@@ -5,19 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpu_engines.sglang.server import STAND_INS
+from cpu_engines.sglang.server import BATCHED_DECODE, STAND_INS
 
 
 @pytest.fixture
 def both(monkeypatch):
     monkeypatch.syspath_prepend(str(STAND_INS))
-    import batched_decode
+    import sglang_cpu_engine
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
     one_by_one = TorchNativeAttnBackend._run_sdpa_forward_decode
     # Put back when the test is over.
     monkeypatch.setattr(TorchNativeAttnBackend, "_run_sdpa_forward_decode", one_by_one)
-    batched_decode.supply()
+    sglang_cpu_engine.load()
+    assert TorchNativeAttnBackend._run_sdpa_forward_decode is one_by_one
+    for name, value in BATCHED_DECODE.items():
+        monkeypatch.setenv(name, value)
+    sglang_cpu_engine.load()
     assert TorchNativeAttnBackend._run_sdpa_forward_decode is not one_by_one
     return one_by_one, TorchNativeAttnBackend._run_sdpa_forward_decode
 

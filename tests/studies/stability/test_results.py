@@ -19,8 +19,6 @@ def lines_of(rewards: list[float], evaluations: dict[int, float], k3: float) -> 
         {"step": step, **figures, "reward": reward, "seconds": {"rollout": 5.0, "update": step / 100}}
         for step, reward in enumerate(rewards, start=1)
     ]
-    for line in made:
-        line.pop("evaluation")
     lines = [{"step": 0}, *made]
     for step, score in evaluations.items():
         lines[step]["evaluation"] = score
@@ -83,9 +81,9 @@ def test_the_table_has_medians_and_what_lies_between_all_runs(folder):
     rows = [line.strip("| ").split(" | ") for line in page.table(folder).splitlines()]
     of_arm = {cells[0]: cells for cells in rows}
     assert of_arm["nothing"][1:5] == ["3", "23, 23, 23", "0.500 (0.500 to 0.500)", "20, 20, 20"]
-    assert of_arm["nothing"][5] == "0.100 (0.100 to 0.100)" and of_arm["nothing"][7] == "2.0e-03 (1.0e-03 to 3.0e-03)"
+    assert of_arm["nothing"][5] == "0.100 (0.100 to 0.100)" and of_arm["nothing"][7] == "0.002 (0.001 to 0.003)"
     assert of_arm["control"][1:8] == ["1", "none", "0.600", "40", "0.500", "0.672", "0"]
-    assert of_arm["R3"][1] == "not run"
+    assert of_arm["R3"][1:3] == ["0", "not run"]
     scores = page.evaluations(folder)
     assert "| nothing | 0.400 (0.400 to 0.400) | 0.500 (0.500 to 0.500) |" in scores
     assert f"*4 of {3 * len(ARMS)} runs" in scores
@@ -103,6 +101,7 @@ def test_the_picture_is_drawn_of_what_is_there(folder, tmp_path):
         lambda found: found["steps"][3].pop("k3"),
         lambda found: found["evaluations"].pop("40"),
     ],
+    ids=["a step", "a figure", "an evaluation"],
 )
 def test_a_result_that_is_not_whole_is_refused(folder, damage):
     run = Run(ARMS["nothing"], 1)
@@ -133,3 +132,17 @@ def test_a_run_whose_last_step_is_done_still_comes_to_its_result(tmp_path):
     assert work.steps_done(run, tmp_path, tmp_path / "results") == 99
     results.write(run, lines, tmp_path / "results")
     assert work.steps_done(run, tmp_path, tmp_path / "results") == 100
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"settings": '])
+def test_what_is_no_result_is_refused(folder, text):
+    run = Run(ARMS["nothing"], 1)
+    results.path_of(run, folder).write_text(text)
+    with pytest.raises(DataError, match="move it away"):
+        results.read(run, folder)
+
+
+def test_a_run_that_failed_in_its_first_step_is_named_and_nothing_more(folder, tmp_path):
+    results.write(Run(ARMS["R2"], 1), lines_of([], {0: 0.4}, 1e-3), folder, failed="InputError: NaN")
+    assert "| R2 | 1 | failed at 1 |  |" in page.table(folder)
+    plots.draw(tmp_path / "stability.png", folder)
