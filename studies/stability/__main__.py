@@ -31,7 +31,10 @@ def run(
         str | None, typer.Option(help="URL of a running SGLang in float32 with --enable-router-capture.")
     ] = None,
 ) -> None:
-    """Go on with the study: one server, arms in turns, a result for each run that is finished."""
+    """Go on with the study: one server, arms in turns, a result for each run that is finished.
+
+    Several of these commands may run at once; they share the runs.
+    """
     # Here and not above: `--help` need not wait for torch.
     from cpu_engines.sglang.server import ServerDiedError
     from examples.multi_turn_replay.rollout import RolloutError

@@ -21,7 +21,7 @@ from examples.small_model import CHECKPOINT
 from router_replay.errors import InputError
 from studies.stability import results
 from studies.stability.protocol import Run
-from studies.stability.schedule import next_piece
+from studies.stability.schedule import claimed, pieces
 
 CONCURRENCY = 64
 
@@ -50,8 +50,10 @@ def work(
 ) -> None:
     """Go on with a plan until it is finished, or no further piece begins in the time.
 
+    Several processes may do so at once, each with a server of its own: they share the runs.
+
     Args:
-        plan: blocks of runs, as of `next_piece`.
+        plan: blocks of runs, as of `pieces`.
         out: folder of the runs that are not finished.
         folder: of the results.
         minutes: after which no piece begins.
@@ -59,10 +61,10 @@ def work(
     """
     end = time.monotonic() + 60 * minutes
 
-    def piece() -> tuple[Run, int] | None:
-        return next_piece(plan, lambda run: steps_done(run, out, folder))
+    def unfinished() -> Iterator[tuple[Run, int]]:
+        return pieces(plan, lambda run: steps_done(run, out, folder))
 
-    if piece() is None:
+    if next(unfinished(), None) is None:
         console.print("every run has its result")
         return
     # One thread: two that spin beside the server's would wait for each other.
@@ -77,16 +79,21 @@ def work(
         # No alarm for routes that have little in common: the study makes them so.
         replay = stack.enter_context(attach(model, overlap_every=None))
         initial = {name: value.clone() for name, value in model.state_dict().items() if torch.is_tensor(value)}
-        while time.monotonic() < end and (found := piece()) is not None:
-            run, until = found
-            # A run that goes on loads its own weights; these are as the run before left them.
-            model.load_state_dict(initial, strict=False)
-            failed = _go_on(run, until, model, replay, url, out)
-            if until == run.num_steps or failed is not None:
-                results.write(run, RunFolder(out / run.name).figures(), folder, failed=failed)
-                console.print(f"written: {results.path_of(run, folder)}", soft_wrap=True)
-    if piece() is None:
+        while time.monotonic() < end:
+            with claimed(unfinished(), out) as found:
+                if found is None:
+                    break
+                run, until = found
+                # A run that goes on loads its own weights; these are as the run before left them.
+                model.load_state_dict(initial, strict=False)
+                failed = _go_on(run, until, model, replay, url, out)
+                if until == run.num_steps or failed is not None:
+                    results.write(run, RunFolder(out / run.name).figures(), folder, failed=failed)
+                    console.print(f"written: {results.path_of(run, folder)}", soft_wrap=True)
+    if next(unfinished(), None) is None:
         console.print("every run has its result")
+    elif time.monotonic() < end:
+        console.print("the runs that have no result yet are other processes'")
 
 
 def _go_on(run: Run, until: int, model: Any, replay: Any, url: str, out: Path) -> str | None:
