@@ -171,6 +171,7 @@ TABLES: dict[tuple[str, str], Callable[[], str]] = {
     ("docs/corrections.md", "staleness"): lambda: measured("staleness", "table"),
     ("docs/stability.md", "arms"): lambda: studied("table"),
     ("docs/stability.md", "evaluations"): lambda: studied("evaluations"),
+    ("docs/stability.md", "beside"): lambda: studied("beside"),
 }
 
 if __name__ == "__main__":

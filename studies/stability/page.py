@@ -13,6 +13,18 @@ from studies.stability.results import RESULTS, Result, finished
 ENDS = 10
 """Steps that "at the start" and "at the end" are means over."""
 
+PUBLISHED = (
+    ("nothing", "GRPO, one update a step", "62.23", "60"),
+    ("TIS", "GRPO + TIS, one update a step", "66.24", "105"),
+    ("R3", "GRPO + R3, one update a step", "71.83", "none"),
+    ("R3+TIS", "GRPO + R3 + TIS, one update a step", "1.69 below R3", ""),
+    ("R3", "GRPO + R3, several", "68.05", ""),
+    ("GSPO", "GSPO, several", "66.76", ""),
+    ("GSPO+R3", "GSPO + R3, several", "69.00", ""),
+)
+"""Arms, and what arXiv 2510.11370 has of them on Qwen3-30B-A3B after supervised fine-tuning: runs, scores in percent of
+five mathematical benchmarks, and steps of collapse, where it gives one."""
+
 _SCORE, _SMALL = "{:.3f}", "{:.2g}"
 
 
@@ -78,6 +90,21 @@ def evaluations(folder: Path = RESULTS) -> str:
     return "\n".join(
         [*lines, "", f"*{sum(map(len, runs.values()))} of {len(ARMS) * len(SEEDS)} runs of {STEPS} steps.*"]
     )
+
+
+def beside(folder: Path = RESULTS) -> str:
+    """What was published of the same arms, beside what was seen here."""
+    lines = [
+        row("arm", "there", "score there", "collapsed there at step", "best score here", "last", "collapsed here"),
+        rule(names=2, figures=5),
+    ]
+    for arm, there, score, collapsed in PUBLISHED:
+        found = finished(ARMS[arm], folder)
+        known = [each for each in found if each.steps]
+        best = spread([each.best[0] for each in known], _SCORE) if known else ""
+        last = spread([each.last for each in known], _SCORE) if known else ""
+        lines.append(row(arm, there, score, collapsed, best, last, _ends(found)))
+    return "\n".join(lines)
 
 
 def _ends(found: Sequence[Result]) -> str:

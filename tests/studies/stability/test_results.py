@@ -89,6 +89,21 @@ def test_the_table_has_medians_and_what_lies_between_all_runs(folder):
     assert f"*4 of {3 * len(ARMS)} runs" in scores
 
 
+def test_what_was_published_stands_beside_what_was_seen(folder):
+    rows = [line.strip("| ").split(" | ") for line in page.beside(folder).splitlines()]
+    assert rows[2] == [
+        "nothing",
+        "GRPO, one update a step",
+        "62.23",
+        "60",
+        "0.500 (0.500 to 0.500)",
+        "0.100 (0.100 to 0.100)",
+        "23, 23, 23",
+    ]
+    assert {cells[0] for cells in rows[2:]} <= ARMS.keys()
+    assert all(cells[-1] == "not run" for cells in rows[3:])
+
+
 def test_the_picture_is_drawn_of_what_is_there(folder, tmp_path):
     plots.draw(tmp_path / "stability.png", folder)
     assert imread(tmp_path / "stability.png").std() > 0.01
