@@ -1,9 +1,10 @@
 .DEFAULT_GOAL := help
 # The tests that start SGLang's servers.
 SERVER_TESTS := tests/sglang_router_capture tests/cpu_engines/sglang tests/end_to_end tests/soak
-# Those for which Megatron-Core, Ray, a browser or a long compilation is needed, or that train or measure; every other
-# folder of tests/ is quick.
-SLOW_TESTS := tests/megatron_router_replay tests/cpu_engines/megatron tests/contract tests/docs/test_tables.py \
+# Those for which Megatron-Core, models of transformers, Ray, a browser or a long compilation is needed, or that train
+# or measure; every other folder of tests/ is quick.
+SLOW_TESTS := tests/megatron_router_replay tests/hf_router_replay tests/cpu_engines/megatron tests/contract \
+	tests/docs/test_tables.py \
 	tests/router_replay/report/test_report_in_browser.py tests/router_replay/masks/stores \
 	tests/router_replay/masks/test_header.py tests/benchmarks tests/examples/grpo tests/examples/small_model
 # Servers of several processes on two cores: each of them takes minutes to start.
@@ -60,7 +61,7 @@ test-late:
 ranks: setup  ## SGLang's server with two ranks: tensor, data and pipeline parallelism, attention data parallelism.
 	OMP_NUM_THREADS=1 .venv/bin/pytest $(RANKS_TESTS)
 
-contract: setup  ## Hold the ledgers against other releases of SGLang and Megatron-Core (downloads their wheels).
+contract: setup  ## Hold the ledgers against other releases of the engines (downloads their wheels).
 	.venv/bin/python scripts/contract.py
 
 megatron-0.17: setup  ## The trainer's tests with Megatron-Core 0.17.1, in an environment of its own.

@@ -17,8 +17,9 @@ from megatron_router_replay.model_groups import ModelGroups
 from megatron_router_replay.replay import Replay
 from megatron_router_replay.router_settings import RouterSettings
 from router_replay.errors import CallOrderError, InputError
-from router_replay.masks.arguments import as_integer, require_type
+from router_replay.masks.arguments import require_type
 from router_replay.masks.geometry import RoutingGeometry
+from router_replay.replay.attached import require_overlap_every
 from router_replay.replay.shards import ContextOrder
 from router_replay.upstream import require
 
@@ -56,8 +57,7 @@ def attach(
     chunks = _chunks(model_chunks)
     if geometry is not None:
         require_type("geometry", geometry, RoutingGeometry)
-    if overlap_every is not None and as_integer("overlap_every", overlap_every) < 1:
-        raise InputError(f"overlap_every is {overlap_every}, but must be a number of passes, or None for never")
+    require_overlap_every(overlap_every)
     found, routers = live_layers(chunks, geometry)
     for layer, router in ((layer, router) for of_chunk in routers for layer, router in of_chunk.items()):
         if isinstance(router.router_replay, LayerReplay):

@@ -1,17 +1,9 @@
-"""The token ids that a model is called with, compared with those of what is bound."""
+"""Where a model's token ids are seen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-
-from router_replay.errors import PairingError
-
-Compare = Callable[[Tensor], None]
+from torch import nn
 
 
 def first_embeddings(chunk: nn.Module) -> list[LanguageModelEmbedding]:
@@ -22,22 +14,3 @@ def first_embeddings(chunk: nn.Module) -> list[LanguageModelEmbedding]:
     models = [module for module in chunk.modules() if getattr(module, "pre_process", False)]
     embeddings = [getattr(model, "embedding", None) for model in models]
     return [each for each in embeddings if isinstance(each, LanguageModelEmbedding)]
-
-
-def watch(embedding: nn.Module, seen: Compare) -> RemovableHandle:
-    """Call `seen` with the token ids, `int64 [B, S]`, of every call of an embedding."""
-
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen(args[0] if args else kwargs["input_ids"])
-
-    return embedding.register_forward_pre_hook(look, with_kwargs=True)
-
-
-def require_same_shape(called_with: Tensor, expected: Tensor) -> None:
-    """Raise PairingError where a model is called with ids of another shape than the layout's."""
-    if called_with.shape != expected.shape:
-        raise PairingError(
-            f"the model is called with token ids of shape {list(called_with.shape)}, the layout of this microbatch has"
-            f" {list(expected.shape)} on this rank: a padded batch [B, S] takes BatchLayout.padded, a packed one [1, T]"
-            " BatchLayout.packed"
-        )

@@ -8,14 +8,14 @@ import torch
 from megatron.core.transformer.moe.moe_utils import group_limited_topk
 from torch import Tensor
 
-from router_replay.errors import CallOrderError
-from router_replay.replay.binding import Native, Replays, current
+from router_replay.replay.binding import Native, Replays
 from router_replay.replay.choice import compare_with_own, replayed_experts
+from router_replay.replay.routed_layer import RoutedLayer
 
 TopK = Callable[[Tensor, int, int | None, int | None], tuple[Tensor, Tensor]]
 
 
-class LayerReplay:
+class LayerReplay(RoutedLayer):
     """Replays one decoder layer.
 
     Only the choice is replaced: gates come from the trainer's own scores at the chosen experts, so that for
@@ -23,15 +23,13 @@ class LayerReplay:
     (arXiv 2510.11370, equation of routing replay).
 
     Attributes:
-        layer: 0-based decoder layer of the rollout's geometry.
         layer_number: Megatron's 1-based number, which `TopKRouter.set_layer_number` keeps up to date.
     """
 
     def __init__(self, replay: Replays, layer: int, layer_number: int, index_dtype: torch.dtype) -> None:
         """Answer for the router of `layer`, with experts of `index_dtype`."""
-        self.layer = layer
+        super().__init__(replay, layer)
         self.layer_number: int | None = layer_number
-        self._replay = replay
         self._index_dtype = index_dtype
 
     def get_replay_topk(
@@ -52,13 +50,7 @@ class LayerReplay:
             CallOrderError: neither masks nor native routing were asked for, or a second pass inside of one block.
             PairingError: another number of places than the layout's.
         """
-        state = current()
-        binding = state.bindings.get(self._replay)
-        if binding is None:
-            raise CallOrderError(
-                f"decoder layer {self.layer} is attached to a replay, but this forward pass has no masks: wrap the call"
-                " of the model in replay.microbatch(masks, layout), or in replay.off() for native routing"
-            )
+        state, binding = self.bound()
         if isinstance(binding, Native) or binding.routes is None:
             probs, experts = default_compute_topk(scores, topk, num_groups, group_topk)
         else:
@@ -68,16 +60,10 @@ class LayerReplay:
 
             experts = replayed_experts(binding.routes, state, self.layer, self, scores, native)
             if not state.recomputing:
-                compare_with_own(binding, self.layer, scores, experts, native)
+                compare_with_own(binding, self.layer, experts, lambda at: native(scores.detach().index_select(0, at)))
             experts = experts.to(self._index_dtype)
             probs = scores.gather(1, experts)
-        if not state.recomputing:
-            if not isinstance(binding, Native):
-                binding.ask(self.layer)
-                if binding.recorder is not None:
-                    binding.recorder.record(self.layer, experts)
-            if self._replay.observer is not None:
-                self._replay.observer.record(self.layer, experts)
+        self.note(state, binding, experts)
         return probs, experts
 
 

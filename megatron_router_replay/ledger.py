@@ -65,7 +65,7 @@ _ROUTING = (
     Seam(
         "models.common.embeddings.language_model_embedding.LanguageModelEmbedding.forward",
         ("input_ids",),
-        "hooked by input_ids.watch",
+        "hooked by replay.Replay",
         "it is called with the model's token ids, which are compared with those of the layout",
         _LIVE,
     ),
@@ -124,7 +124,7 @@ _ROUTING = (
     Seam(
         "tensor_parallel.random.CheckpointFunction.forward",
         ("ctx", "run_function"),
-        "wrapped by recompute.CheckpointPatch",
+        "wrapped by recompute.checkpoint_patches",
         "its run_function is wrapped, so that a recompute sees the masks of its own forward pass",
         _CHECKPOINT,
     ),
@@ -426,14 +426,14 @@ TRANSFORMER_ENGINE_LEDGER = Ledger(
         Seam(
             "_CheckpointFunction.forward",
             ("ctx", "run_function"),
-            "wrapped by recompute.CheckpointPatch",
+            "wrapped by recompute.checkpoint_patches",
             "its run_function is what a recompute of fp8 and fp4 layers calls",
             _QUANTISED,
         ),
         Seam(
             "get_activation_recompute_contexts",
             (),
-            "wrapped by recompute.CheckpointPatch",
+            "wrapped by recompute.checkpoint_patches",
             "its checkpoint that is not reentrant asks there for the contexts of a forward pass and of its recompute",
             _QUANTISED,
         ),

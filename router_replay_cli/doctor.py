@@ -29,7 +29,7 @@ def doctor(
 ) -> None:
     """Say what is installed here, whether it fits, and what a server with these flags would be refused for.
 
-    Versions; every name of SGLang and Megatron-Core that this package stands on, held against what is installed; the
+    Versions; every name of the engines that this package stands on, held against what is installed; the
     kernels of this process. With flags of an SGLang server: whether it would capture, what it would be refused for, and
     what capture would cost, by SGLang's own parser and without starting anything. One engine is enough.
 
@@ -89,12 +89,22 @@ def _print_ledgers(console: Console) -> bool:
 
 
 def _ledgers() -> list[Ledger]:
-    from megatron_router_replay.ledger import AVERAGES_LEDGER, TRANSFORMER_ENGINE_LEDGER
-    from megatron_router_replay.ledger import LEDGER as REPLAY_LEDGER
     from router_replay.replay.torch_checkpoint import TORCH_LEDGER
+    from router_replay.upstream import Installed
     from sglang_router_capture.ledger import LEDGER as CAPTURE_LEDGER
 
-    return [CAPTURE_LEDGER, REPLAY_LEDGER, AVERAGES_LEDGER, TRANSFORMER_ENGINE_LEDGER, TORCH_LEDGER]
+    ledgers = [CAPTURE_LEDGER]
+    # A trainer's end cannot be imported without its engine, of which the versions say that it is not there.
+    if Installed("megatron-core").release is not None:
+        from megatron_router_replay.ledger import AVERAGES_LEDGER, TRANSFORMER_ENGINE_LEDGER
+        from megatron_router_replay.ledger import LEDGER as MEGATRON_LEDGER
+
+        ledgers += [MEGATRON_LEDGER, AVERAGES_LEDGER, TRANSFORMER_ENGINE_LEDGER]
+    if Installed("transformers").release is not None:
+        from hf_router_replay.ledger import LEDGER as HF_LEDGER
+
+        ledgers.append(HF_LEDGER)
+    return [*ledgers, TORCH_LEDGER]
 
 
 def _print_kernels(console: Console) -> bool:

@@ -1,4 +1,4 @@
-"""Hold the ledgers against the releases of SGLang and Megatron-Core that the package names, read from their wheels.
+"""Hold the ledgers against the releases of the engines that the package names, read from their wheels.
 
     python scripts/contract.py [--folder build/contract]
 
@@ -18,6 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from hf_router_replay.ledger import LEDGER as HF_LEDGER
 from megatron_router_replay.ledger import AVERAGES_LEDGER
 from megatron_router_replay.ledger import LEDGER as REPLAY_LEDGER
 from megatron_router_replay.refusals import SETTINGS as REPLAY_SETTINGS
@@ -46,6 +47,7 @@ class Contract:
 CONTRACTS = (
     Contract((CAPTURE_LEDGER,), SETTINGS),
     Contract((REPLAY_LEDGER, AVERAGES_LEDGER), REPLAY_SETTINGS, refused=("0.16.1",)),
+    Contract((HF_LEDGER,), (), refused=("5.10.4",)),
 )
 
 

@@ -23,7 +23,12 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.markdown import row, rule  # noqa: E402
 
 TAUS = ("1.01", "1.1")
-ENDS = {"sglang": "SGLang, the rollout", "megatron": "Megatron-Core, the trainer", "models": "models"}
+ENDS = {
+    "sglang": "SGLang, the rollout",
+    "megatron": "Megatron-Core, the trainer",
+    "hf": "Hugging Face, the trainer",
+    "models": "models",
+}
 
 
 def main() -> None:
@@ -65,7 +70,7 @@ def support() -> str:
 
 
 def refusals(end: str) -> Sequence:
-    """Rows of an end's own table of refusals; models have none."""
+    """Rows of an end's own table of settings that it refuses; not every end has one."""
     if end == "sglang":
         from sglang_router_capture.refusals import SETTINGS
 
@@ -108,6 +113,7 @@ def reasons(end: str) -> str:
 
 def releases() -> str:
     """Which releases of the engines are tested, and which only checked."""
+    from hf_router_replay.ledger import LEDGER as HF
     from megatron_router_replay.ledger import LEDGER as MEGATRON
     from sglang_router_capture.ledger import LEDGER as SGLANG
 
@@ -116,7 +122,7 @@ def releases() -> str:
         row("", "tests of the engine ran with", "names and parameters checked against", "extra"),
         rule(names=4, figures=0),
     ]
-    for ledger, extra in ((SGLANG, "sglang"), (MEGATRON, "megatron")):
+    for ledger, extra in ((SGLANG, "sglang"), (MEGATRON, "megatron"), (HF, "hf")):
         checked = ", ".join(ledger.checked) or "no other"
         lines.append(row(ledger.title, ", ".join(ledger.tested), checked, f"`{extras[extra][0]}`"))
     return "\n".join(lines)

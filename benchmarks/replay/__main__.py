@@ -3,8 +3,9 @@
     python -m benchmarks.replay [--json FILE]
 
 Megatron-Core's own layers on the CPU, each with its own top-k, with its own RouterReplay, and with this package's
-replay. Native runs twice under two names: what these differ by is the noise of the run. A CPU's top-k is far dearer
-than a GPU's beside everything else, so a GPU gains less: look at the number of operators, which is the same on both.
+replay; and the step of a model of Hugging Face, natively and with replay. Native runs twice under two names: what these
+differ by is the noise of the run. A CPU's top-k is far dearer than a GPU's beside everything else, so a GPU gains less:
+look at the number of operators, which is the same on both.
 """
 
 from __future__ import annotations

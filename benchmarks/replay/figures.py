@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.interleaved import Seconds, all_seconds, median_of
 from benchmarks.machine import hardware, versions, write_json
-from benchmarks.replay import binding
+from benchmarks.replay import binding, hugging_face
 from benchmarks.replay.models import VOCABULARY, build
 from benchmarks.replay.variants import AGAIN, NATIVE, ORDER, OURS, WITH_NATIVE, Work, num_operators, variants
 from benchmarks.shown import aims_table, median_and_error, table
@@ -73,7 +73,23 @@ def times_of(shape: str, kind: str, tokens: int, hidden: int, rounds: int) -> di
     with variants(made, works(hidden, token_ids)[kind], layout) as runs:
         times = all_seconds(runs, rounds)
         operators = {name: num_operators(run) for name, run in runs.items()}
-    return {name: _summary(times[name], times[NATIVE]) | {"operators": operators[name]} for name in ORDER}
+    return _summaries(times, operators)
+
+
+def hugging_face_times(tokens: int, hidden: int, rounds: int) -> dict[str, dict[str, float]]:
+    """The same of a training step of a model of Hugging Face, which has no replay of its own to compare with."""
+    generator = torch.Generator().manual_seed(3)
+    token_ids = torch.randint(0, VOCABULARY, (NUM_SEQUENCES, tokens // NUM_SEQUENCES), generator=generator)
+    with hugging_face.variants(hidden, token_ids) as runs:
+        times = all_seconds(runs, rounds)
+        operators = {name: num_operators(run) for name, run in runs.items()}
+    return _summaries(times, operators)
+
+
+def _summaries(times: dict[str, list[Seconds]], operators: dict[str, int]) -> dict[str, dict[str, float]]:
+    return {
+        name: _summary(times[name], times[NATIVE]) | {"operators": operators[name]} for name in ORDER if name in times
+    }
 
 
 def _summary(times: list[Seconds], native: list[Seconds]) -> dict[str, float]:
@@ -128,6 +144,10 @@ def measure(
                 sizes = f"{layers} layer(s), {places:,} places, hidden size {hidden}, {number} rounds"
                 console.print(_times_table(f"{title}: {sizes}", times[title]))
         binds, held = binding.host_times(bind_tokens, rounds)
+    title = "Qwen3-MoE of Hugging Face, step"
+    times[title] = hugging_face_times(layer_tokens, hidden, max(rounds // 2, 1))
+    sizes = f"{hugging_face.NUM_LAYERS} layer(s), {layer_tokens:,} places, hidden size {hidden}"
+    console.print(_times_table(f"{title}: {sizes}, {max(rounds // 2, 1)} rounds", times[title]))
     console.print(_bind_table(f"Host time of a bind, {bind_tokens:,} tokens of {binding.MODEL}", binds))
     console.print({"bytes per token on the device": {name: round(size, 1) for name, size in held.items()}})
     aims = targets(times, binds)

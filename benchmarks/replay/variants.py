@@ -45,7 +45,7 @@ def variants(build: Callable[..., GPTModel], work: Work, layout: BatchLayout) ->
         with replay.record(layout) as recorder:
             work(ours, contextlib.nullcontext)
         masks = join_parts([recorder.part()])
-        whole, holed = replay.place(masks, layout), replay.place(_with_holes(masks), layout)
+        whole, holed = replay.place(masks, layout), replay.place(with_holes(masks), layout)
         targets = [whole.experts(layer).long() for layer in replay.layers]
         yield {
             # No model runs twice in a row, which would find its weights in the cache.
@@ -68,8 +68,8 @@ def _stock(targets: list[Tensor]) -> Iterator[None]:
     RouterReplay.clear_global_router_replay_action()
 
 
-def _with_holes(masks: list[RoutingMasks]) -> list[RoutingMasks]:
-    """One row of a hundred is not valid, one of each sequence at least."""
+def with_holes(masks: list[RoutingMasks]) -> list[RoutingMasks]:
+    """The same masks, of which one row of a hundred is not valid, one of each sequence at least."""
     generator = torch.Generator().manual_seed(1)
     holed = []
     for one in masks:

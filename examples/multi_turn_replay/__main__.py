@@ -1,11 +1,11 @@
-"""Multi-turn rollout in SGLang, log-probabilities in Megatron-Core, with and without routing replay.
+"""Multi-turn rollout in SGLang, log-probabilities in a trainer, with and without routing replay.
 
     python -m examples.multi_turn_replay
 
 Plays conversations with a calculator over HTTP, so that every turn but the first finds its prefix in the KV cache;
 gets each finished conversation's routing masks; computes the log-probabilities of the sampled tokens in Megatron's
-GPTModel with its own routes and with the recorded ones; prints a table and writes `demo.json`, `mismatch.png`,
-the files of a run in `mismatch/` and the page about them, `report.html`.
+GPTModel, or in a model of Hugging Face, with its own routes and with the recorded ones; prints a table and writes
+`demo.json`, `mismatch.png`, the files of a run in `mismatch/` and the page about them, `report.html`.
 
 The server runs on the GPU where there is one, else on the CPU. The trainer's passes always run on the CPU.
 """
@@ -32,12 +32,15 @@ def main(
     group_size: Annotated[int, typer.Option(min=1, help="Conversations about each problem: a prompt's group.")] = 4,
     concurrency: Annotated[int, typer.Option(min=1, help="Conversations at a time.")] = 16,
     seed: Annotated[int, typer.Option(help="Chooses the problems, and seeds the server started here.")] = 0,
+    trainer: Annotated[
+        Literal["megatron", "hf"], typer.Option(help="Megatron-Core, or Hugging Face's transformers.")
+    ] = "megatron",
     trainer_dtype: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Of the trainer's weights.")
     ] = "float32",
     out: Annotated[Path, typer.Option(help="Folder of the files that are written.")] = Path("report"),
 ) -> None:
-    """Play conversations in SGLang, and compare Megatron's log-probabilities with and without routing replay."""
+    """Play conversations in SGLang, and compare a trainer's log-probabilities with and without routing replay."""
     # Here and not above: `--help` need not wait for torch and transformers.
     from examples.multi_turn_replay.job import run
 
@@ -49,6 +52,7 @@ def main(
         group_size=group_size,
         concurrency=concurrency,
         seed=seed,
+        trainer=trainer,
         trainer_dtype=trainer_dtype,
         out=out,
     )

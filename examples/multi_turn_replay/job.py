@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib
 import os
 import time
 import warnings
@@ -25,6 +26,8 @@ from examples.qwen3_moe import SGLANG_MODELS
 from router_replay.errors import RouterReplayError
 
 SERVER_FLAGS = ("--enable-router-capture", "--skip-tokenizer-init", "--max-total-tokens=65536")
+
+_TRAINERS = {"megatron": "trainer_scores", "hf": "hf_scores"}
 
 console = Console()
 
@@ -64,23 +67,22 @@ def roll_out(
         )
 
 
-def train_side(model: Path, conversations: list[Conversation], dtype: torch.dtype) -> Any:
-    """`examples.multi_turn_replay.trainer_scores.Scores` of the conversations, with a progress bar per pass."""
+def train_side(model: Path, conversations: list[Conversation], dtype: torch.dtype, trainer: str = "megatron") -> Any:
+    """`examples.multi_turn_replay.scores.Scores` of the conversations, with a progress bar per pass."""
     with (
-        console.status("loading Megatron-Core and the checkpoint"),
+        console.status("loading the trainer and the checkpoint"),
         # Advice about speed on GPUs, and about classes that go in later versions.
         warnings.catch_warnings(action="ignore", category=UserWarning),
         contextlib.ExitStack() as stack,
     ):
         # Here and not above: it takes tens of seconds, which neither --help nor the rollout needs to wait for.
-        from examples.multi_turn_replay.trainer_scores import score, trainer
-
-        gpt_model = stack.enter_context(trainer(model, dtype))
+        scores = importlib.import_module(f"examples.multi_turn_replay.{_TRAINERS[trainer]}")
+        live_model = stack.enter_context(scores.trainer(model, dtype))
         loaded = stack.pop_all()
     with loaded, _progress() as progress:
         names = {"native": "trainer, own routes", "replay": "trainer, routes replayed"}
         bars = {which: progress.add_task(names[which], total=len(conversations)) for which in names}
-        return score(gpt_model, conversations, on_batch=lambda which, done: progress.advance(bars[which], done))
+        return scores.score(live_model, conversations, on_batch=lambda which, done: progress.advance(bars[which], done))
 
 
 def run(
@@ -92,6 +94,7 @@ def run(
     group_size: int,
     concurrency: int,
     seed: int,
+    trainer: str,
     trainer_dtype: str,
     out: Path,
 ) -> None:
@@ -109,7 +112,7 @@ def run(
             played = roll_out(url, model, conversations, seed, concurrency, group_size=group_size)
             seconds["rollout"] = _lap(begin)
         begin = time.perf_counter()
-        scores = train_side(model, played, getattr(torch, trainer_dtype))
+        scores = train_side(model, played, getattr(torch, trainer_dtype), trainer)
         seconds["trainer"] = _lap(begin)
     except (RolloutError, RouterReplayError, ServerDiedError) as error:
         console.print(f"{type(error).__name__}: {error}", style="red", markup=False, highlight=False)
@@ -127,6 +130,7 @@ def run(
         **summarize(played, comparison),
         "date": datetime.date.today().isoformat(),
         "seed": seed,
+        "trainer": trainer,
         "trainer_dtype": trainer_dtype,
         "seconds": seconds,
         "hardware": hardware(),

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from router_replay.errors import CallOrderError, PairingError
 from router_replay.replay.layout import BatchLayout, require_layout
+from router_replay.replay.shards import Shards
 
 
 class ObservedRoutes:
@@ -16,8 +17,10 @@ class ObservedRoutes:
         layers: 0-based decoder layers that are recorded, ascending: the routed ones of the model chunks here.
     """
 
-    def __init__(self, layers: tuple[int, ...]) -> None:
+    def __init__(self, layers: tuple[int, ...], *, batch_first: bool = False) -> None:
+        """Make ready for one pass, whose routers see places in the order of `batch_first` of `Shards`."""
         self.layers = layers
+        self._order = Shards(batch_first=batch_first)
         self._experts: dict[int, Tensor] = {}
 
     def record(self, layer: int, experts: Tensor) -> None:
@@ -38,6 +41,7 @@ class ObservedRoutes:
             PairingError: the pass had another number of places than the layout.
         """
         require_layout(layout)
+        layout = self._order.routed(layout)
         missing = [layer for layer in self.layers if layer not in self._experts]
         if missing:
             raise CallOrderError(

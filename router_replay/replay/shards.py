@@ -25,12 +25,17 @@ class Shards:
     Context parallelism cuts the batch before the model is called, sequence parallelism what the model was called with,
     into equal runs of the sequence dimension. Without sequence parallelism a tensor-parallel rank sees every place.
 
+    Layouts of padded batches have their places step by step, as Megatron flattens `[S, B, H]`: place = s * B + b. A
+    trainer that flattens `[B, S, H]` sees them sequence by sequence, place = b * S + s.
+
     Attributes:
         context_size: ranks that share a sequence.
         context_rank: this one among them.
         context_order: how they share it.
         sequence_size: ranks of sequence parallelism, which is tensor parallelism's size where it is on.
         sequence_rank: this one among them.
+        batch_first: whether the routers see a padded batch sequence by sequence. Of places that are some of a batch
+            already, whose layout says nothing of the model's call, the order is left as it is.
 
     Raises:
         InputError: a rank that its size does not have, or an order that is none.
@@ -41,6 +46,7 @@ class Shards:
     context_order: ContextOrder = "zigzag"
     sequence_size: int = 1
     sequence_rank: int = 0
+    batch_first: bool = False
 
     def __post_init__(self) -> None:
         for kind in ("context", "sequence"):
@@ -85,19 +91,24 @@ class Shards:
             InputError: a layout that was cut already, or sizes that do not divide.
         """
         called = self.called(layout)
-        if self.sequence_size == 1:
-            return called
         if called.called_shape is None:
-            raise _cut_already(layout, f"sequence parallelism over {self.sequence_size} ranks")
+            if self.sequence_size > 1:
+                raise _cut_already(layout, f"sequence parallelism over {self.sequence_size} ranks")
+            return called
         batch, steps = called.called_shape
+        # Of one sequence both orders are the same.
+        if self.sequence_size == 1 and (batch == 1 or not self.batch_first):
+            return called
         if steps % self.sequence_size:
             raise InputError(
                 f"a model that is called with {steps} places of the sequence dimension cannot share them among"
                 f" {self.sequence_size} ranks of sequence parallelism: pad {_what(layout)} to a multiple of"
                 f" {self._multiple}"
             )
-        size = steps // self.sequence_size * batch
-        return called.at(slice(size * self.sequence_rank, size * (self.sequence_rank + 1)))
+        size = steps // self.sequence_size
+        own = torch.arange(size * self.sequence_rank, size * (self.sequence_rank + 1))
+        places = own[:, None] * batch + torch.arange(batch)
+        return called.at((places.T if self.batch_first else places).flatten())
 
     def _context_steps(self, bounds: Tensor) -> Tensor:
         """Steps of the sequence dimension on this rank, `int64`, ascending."""

@@ -19,7 +19,8 @@ def test_replay_benchmark_prints_and_writes_its_figures(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     figures = json.loads(file.read_text())
     assert {"date", "hardware", "versions", "settings"} <= figures.keys()
-    assert figures["times"].keys() == {f"DeepSeek-V3, {kind}" for kind in ("routers", "MoE layer", "step")}
+    titles = {f"DeepSeek-V3, {kind}" for kind in ("routers", "MoE layer", "step")}
+    assert figures["times"].keys() == titles | {"Qwen3-MoE of Hugging Face, step"}
     routers = figures["times"]["DeepSeek-V3, routers"]
     operators = {name: taken["operators"] for name, taken in routers.items()}
     # One more than stock's for each of 8 layers: stock's routes lie there unpacked.

@@ -1,4 +1,4 @@
-"""Both ends' ledgers: whole, readable, and in step with the code, the tests and the package's extras."""
+"""The ends' ledgers: whole, readable, and in step with the code, the tests and the package's extras."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from hf_router_replay import ledger as hf
 from megatron_router_replay import ledger as megatron
 from megatron_router_replay.refusals import SETTINGS as REPLAY_SETTINGS
 from router_replay.replay.torch_checkpoint import TORCH_LEDGER
@@ -22,7 +23,7 @@ from sglang_router_capture import ledger as sglang
 from sglang_router_capture.refusals import SETTINGS
 
 REPOSITORY = Path(__file__).parents[2]
-LEDGERS = (sglang.LEDGER, megatron.LEDGER, megatron.AVERAGES_LEDGER)
+LEDGERS = (sglang.LEDGER, megatron.LEDGER, megatron.AVERAGES_LEDGER, hf.LEDGER)
 # Of what no extra brings: torch itself, and what Megatron-Core can do without.
 OTHERS = (TORCH_LEDGER, megatron.TRANSFORMER_ENGINE_LEDGER)
 ROWS = [(ledger, row) for ledger in (*LEDGERS, *OTHERS) for row in (*ledger.seams, *ledger.attributes)]
@@ -32,6 +33,7 @@ ENDS = {
     "sglang": "sglang_router_capture",
     "megatron-core": "megatron_router_replay",
     "transformer-engine": "megatron_router_replay",
+    "transformers": "hf_router_replay",
     "torch": "router_replay/replay",
 }
 # A clause of its own has a finite verb; "our flags on the command line" or "to a slot" has none.
@@ -163,7 +165,8 @@ def _upstream_imports(package: str, upstream: str) -> Iterator[tuple[str, str]]:
     ("package", "upstream", "ledgers"),
     [
         ("sglang_router_capture", "sglang", LEDGERS[:1]),
-        ("megatron_router_replay", "megatron", LEDGERS[1:]),
+        ("megatron_router_replay", "megatron", LEDGERS[1:3]),
+        ("hf_router_replay", "transformers", LEDGERS[3:]),
     ],
 )
 def test_every_import_has_its_row(package: str, upstream: str, ledgers: tuple[Ledger, ...]) -> None:
@@ -176,13 +179,14 @@ def test_every_import_has_its_row(package: str, upstream: str, ledgers: tuple[Le
 
 def test_no_upstream_is_imported_by_what_knows_no_engine() -> None:
     for package in ("router_replay", "router_replay_cli"):
-        assert [*_upstream_imports(package, "sglang"), *_upstream_imports(package, "megatron")] == []
+        for upstream in ("sglang", "megatron", "transformers"):
+            assert [*_upstream_imports(package, upstream)] == []
 
 
 @pytest.mark.parametrize("ledger", LEDGERS, ids=lambda ledger: ledger.subject)
 def test_extras_accept_what_is_tested_or_checked_and_nothing_older(ledger: Ledger) -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    extra = {"sglang": "sglang", "megatron-core": "megatron"}[ledger.distribution]
+    extra = {"sglang": "sglang", "megatron-core": "megatron", "transformers": "hf"}[ledger.distribution]
     (requirement,) = [Requirement(text) for text in project["optional-dependencies"][extra]]
     assert requirement.name == ledger.distribution
     releases = [*ledger.checked, *ledger.tested]

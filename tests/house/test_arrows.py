@@ -19,7 +19,8 @@ PACKAGES: dict[str, set[str]] = {
     "router_replay": set(),
     "sglang_router_capture": {"router_replay"},
     "megatron_router_replay": {"router_replay"},
-    "router_replay_cli": {"router_replay", "sglang_router_capture", "megatron_router_replay"},
+    "hf_router_replay": {"router_replay"},
+    "router_replay_cli": {"router_replay", "sglang_router_capture", "megatron_router_replay", "hf_router_replay"},
     "cpu_engines": {"router_replay.masks"},
     "benchmarks": {*PRODUCT, "cpu_engines"},
     "examples": {*PRODUCT, "cpu_engines", "benchmarks.machine"},
@@ -44,12 +45,13 @@ ENGINES = {"sglang", "megatron", "transformers", "ray", "vllm", "verl"}
 LIBRARIES: dict[str, set[str]] = {
     "sglang": {"sglang_router_capture"},
     "megatron": {"megatron_router_replay"},
+    "transformers": {"hf_router_replay"},
     "matplotlib": {"router_replay.report"},
     "typer": {"router_replay_cli"},
     "rich": {"router_replay_cli"},
     "fsspec": {"router_replay.masks.stores"},
     "ray": {"router_replay.masks.stores.ray"},
-} | {engine: set() for engine in ENGINES - {"sglang", "megatron", "ray"}}
+} | {engine: set() for engine in ENGINES - {"sglang", "megatron", "transformers", "ray"}}
 
 
 def _within(module: str, packages: Iterable[str]) -> bool:

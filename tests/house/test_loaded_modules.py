@@ -17,7 +17,7 @@ ENGINES = {"sglang", "megatron", "transformers", "ray"}
 DRAWING = {"matplotlib"}
 TERMINAL = {"typer", "rich"}
 PARTS = {"masks", "upstream", "replay", "mismatch", "run", "report"}
-ENDS = {"sglang_router_capture", "megatron_router_replay", "router_replay_cli"}
+ENDS = {"sglang_router_capture", "megatron_router_replay", "hf_router_replay", "router_replay_cli"}
 
 _WALK = """
 import importlib, json, pkgutil, sys

@@ -8,7 +8,14 @@ from pathlib import Path
 from tests.house.repository import ROOT, files_of, imports_of
 
 # Importing one of these imports an engine.
-WITH_AN_ENGINE = ("sglang", "megatron", "megatron_router_replay", "cpu_engines.megatron", "selenium")
+WITH_AN_ENGINE = (
+    "sglang",
+    "megatron",
+    "megatron_router_replay",
+    "hf_router_replay",
+    "cpu_engines.megatron",
+    "selenium",
+)
 
 
 def engine_tests() -> list[Path]:

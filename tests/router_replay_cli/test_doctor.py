@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from typer.testing import CliRunner, Result
 
 from router_replay.masks.codecs.ops import MISSING_KERNELS
-from router_replay.upstream import Ledger, Seam
+from router_replay.upstream import Installed, Ledger, Seam
 from router_replay_cli import doctor as doctor_file
 from router_replay_cli import main as cli
 
@@ -56,3 +58,12 @@ def test_flags_of_a_server_need_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
     result = _run("--model-path", "x", "--device=cpu")
     assert result.exit_code == 1
     assert "SGLang is not installed here" in result.output
+
+
+def test_ends_whose_engine_is_not_there_are_not_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would refuse to be; importing anything of them is an error here."""
+    for name in ("megatron_router_replay", "hf_router_replay"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(Installed, "release", None)
+    distributions = {ledger.distribution for ledger in doctor_file._ledgers()}
+    assert distributions == {"sglang", "torch"}

@@ -10,7 +10,7 @@ from router_replay.errors import PairingError
 from router_replay.masks import RoutingMasks
 from router_replay.replay import BatchLayout, MicrobatchRoutes, place
 from router_replay.replay.binding import Frame, State
-from router_replay.replay.choice import replayed_experts
+from router_replay.replay.choice import in_own_order, replayed_experts, replayed_or_own
 from tests.router_replay.replay.batches import GEOMETRY, padded, recorded
 
 CPU = torch.device("cpu")
@@ -84,3 +84,18 @@ def test_another_number_of_places(routes, scores):
     message = "decoder layer 3 got 11 places, the layout of this microbatch has 12 on this rank: build the"
     with pytest.raises(PairingError, match=message):
         replayed_experts(routes, State(), 3, "router", scores[:-1], worst_first)
+
+
+def test_own_experts_by_place_are_taken_as_they_stand(routes, scores):
+    own = worst_first(scores)
+    experts = replayed_or_own(routes, State(), 3, "router", own, lambda places: own.index_select(0, places))
+    native, placed = set(routes.native_places.tolist()), routes.experts(3)
+    assert native
+    for at in range(routes.num_places):
+        assert experts[at].tolist() == (own if at in native else placed)[at].tolist()
+
+
+def test_columns_are_the_trainers_own_where_the_experts_are():
+    experts = torch.tensor([[0, 1, 2], [0, 1, 3], [4, 5, 6], [0, 1, 2]])
+    own = torch.tensor([[2, 0, 1], [3, 1, 2], [4, 5, 6], [0, 2, 1]])
+    assert in_own_order(experts, own).tolist() == [[2, 0, 1], [0, 1, 3], [4, 5, 6], [0, 2, 1]]

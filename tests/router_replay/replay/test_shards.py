@@ -235,3 +235,30 @@ def test_sizes_that_do_not_divide(shards, layout, message):
 def test_ranks_that_are_not_there(given_as, message):
     with pytest.raises(InputError, match=message):
         Shards(**given_as)
+
+
+@EXAMPLES
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=5), st.sampled_from(["right", "left"]))
+def test_trainers_that_flatten_sequence_by_sequence(lengths, side):
+    width = max(max(lengths), 1)
+    ids = torch.arange(1, len(lengths) * width + 1).view(len(lengths), width)
+    layout = BatchLayout.padded(ids, lengths, side=side)
+    expected = []
+    for row, length in zip(ids.tolist(), lengths, strict=True):
+        row = row[:length] if side == "right" else row[width - length :]
+        padding = [-1] * (width - length)
+        expected += row + padding if side == "right" else padding + row
+    shards = Shards(batch_first=True)
+    # Layouts take the first `length` columns' ids, or the last ones.
+    assert ids_of(shards.routed(layout)) == expected
+    assert shards.called(layout).called_ids().flatten().tolist() == expected
+
+
+def test_sequence_by_sequence_under_both_cuts():
+    ids = torch.arange(1, 33).view(2, 16)
+    layout = BatchLayout.padded(ids, [16, 16])
+    shards = Shards(2, 1, "contiguous", sequence_size=2, sequence_rank=1, batch_first=True)
+    assert ids_of(shards.routed(layout)) == [13, 14, 15, 16, 29, 30, 31, 32]
+    # Places that were taken by hand are in the routers' order already.
+    part = layout.at([3, 1, 2])
+    assert ids_of(Shards(batch_first=True).routed(part)) == ids_of(part)

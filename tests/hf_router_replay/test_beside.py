@@ -1,0 +1,113 @@
+"""What replay leaves as it is beside the choice of experts, and what it must not do there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from hf_router_replay import attach
+from router_replay.errors import CallOrderError
+from tests.hf_router_replay.small_models import (
+    FAMILIES,
+    NUM_EXPERTS,
+    TOP_K,
+    attention_mask,
+    batch_of,
+    blocks,
+    build,
+    computed_experts,
+    logits_of,
+    router_of,
+    router_outputs,
+    wrong_rows,
+)
+from tests.no_waiting import RefuseWaiting
+
+
+@pytest.mark.parametrize("codec", ["bitset", "ordered"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_routers_never_wait_for_the_device(family, codec):
+    model, batch = build(family), batch_of(family, codec=codec)
+    hidden = torch.randn(36, 32, generator=torch.Generator().manual_seed(32))
+    with attach(model) as replay:
+        placed, found = replay.place(batch.masks, batch.layout), {}
+        with replay.microbatch(placed), RefuseWaiting():
+            for layer, block in blocks(model).items():
+                found[layer] = router_of(block)(hidden)[2]
+    for layer, experts in found.items():
+        recorded = dict(batch.recorded(layer))
+        assert {place: set(experts[place].tolist()) for place in recorded} == recorded
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_the_load_balancing_loss_counts_the_trainers_own_choice(family):
+    """It makes its own top-k of the logits; those of the first MoE layer are not even reached by replay."""
+    model, batch = build(family, output_router_logits=True), batch_of(family)
+    inputs = {"input_ids": batch.token_ids, "attention_mask": attention_mask(batch), "use_cache": False}
+    stock = model(**inputs)
+    with (
+        attach(model, overlap_every=None) as replay,
+        computed_experts(model) as seen,
+        replay.microbatch(batch.masks, batch.layout),
+    ):
+        replayed = model(**inputs)
+    assert wrong_rows(seen, batch) == 0
+    assert torch.equal(replayed.router_logits[0], stock.router_logits[0])
+    native = load_balancing_loss_func(replayed.router_logits, NUM_EXPERTS, TOP_K, attention_mask(batch))
+    assert torch.equal(replayed.aux_loss, native)
+
+
+def test_outputs_that_transformers_captures():
+    family = "qwen3_moe"
+    model, batch = build(family), batch_of(family)
+    with attach(model, overlap_every=None) as replay, replay.microbatch(batch.masks, batch.layout):
+        plain = logits_of(model, batch)
+    with attach(model, overlap_every=None) as replay, replay.microbatch(batch.masks, batch.layout):
+        output = model(
+            input_ids=batch.token_ids, attention_mask=attention_mask(batch), use_cache=False,
+            output_router_logits=True, output_hidden_states=True,
+        )  # fmt: skip
+    assert torch.equal(output.logits, plain)
+    assert [each.shape for each in output.router_logits] == [(36, NUM_EXPERTS)] * 2
+
+
+def test_generation_is_native_where_replay_is_off():
+    family = "qwen3_moe"
+    model, batch = build(family), batch_of(family)
+    ids = batch.token_ids[:1, :6]
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    with attach(model) as replay, replay.off():
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
+
+
+def test_layers_that_are_compiled_after_attach():
+    """Their code is cut where the router's hook is, which runs as it stands."""
+    family = "qwen3_moe"
+    model, batch, other = build(family), batch_of(family), batch_of(family, 2)
+    with attach(model, overlap_every=None) as replay:
+        expected = []
+        for each in (other, batch):
+            with replay.microbatch(each.masks, each.layout):
+                expected.append(logits_of(model, each))
+        for block in blocks(model).values():
+            block.compile(backend="eager")
+        for each, eager in zip((other, batch), expected, strict=True):
+            with replay.microbatch(each.masks, each.layout), router_outputs(model) as outputs:
+                logits = logits_of(model, each)
+            assert wrong_rows({layer: [seen[0][2]] for layer, seen in outputs.items()}, each) == 0
+            assert torch.equal(logits, eager)
+        with pytest.raises(CallOrderError, match="has no masks"):
+            logits_of(model, batch)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_models(family):
+    model, batch = build(family, dtype=torch.bfloat16), batch_of(family)
+    with (
+        attach(model, overlap_every=None) as replay,
+        computed_experts(model) as seen,
+        replay.microbatch(batch.masks, batch.layout),
+    ):
+        assert logits_of(model, batch).dtype == torch.bfloat16
+    assert wrong_rows(seen, batch) == 0
