@@ -6,7 +6,8 @@ SERVER_TESTS := tests/sglang_router_capture tests/cpu_engines/sglang tests/end_t
 SLOW_TESTS := tests/megatron_router_replay tests/hf_router_replay tests/cpu_engines/megatron tests/contract \
 	tests/docs/test_tables.py \
 	tests/router_replay/report/test_report_in_browser.py tests/router_replay/masks/stores \
-	tests/router_replay/masks/test_header.py tests/benchmarks tests/examples/grpo tests/examples/small_model
+	tests/router_replay/masks/test_header.py tests/benchmarks tests/examples/grpo tests/examples/small_model \
+	tests/router_replay_adapters
 # Servers of several processes on two cores: each of them takes minutes to start.
 RANKS_TESTS := tests/sglang_router_capture/test_parallel.py
 # Those of SERVER_TESTS that begin when one of the other two is done, so that two cores have enough to do until the end.
@@ -61,7 +62,7 @@ test-late:
 ranks: setup  ## SGLang's server with two ranks: tensor, data and pipeline parallelism, attention data parallelism.
 	OMP_NUM_THREADS=1 .venv/bin/pytest $(RANKS_TESTS)
 
-contract: setup  ## Hold the ledgers against other releases of the engines (downloads their wheels).
+contract: setup  ## Hold the ledgers against other releases of engines and stacks (downloads their wheels).
 	.venv/bin/python scripts/contract.py
 
 megatron-0.17: setup  ## The trainer's tests with Megatron-Core 0.17.1, in an environment of its own.

@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from router_replay_adapters.stacks import FORMAT, STACKS
+from router_replay_cli.ledgers import print_ledger
+from router_replay_cli.running_server import print_running_server
+from router_replay_cli.stack import print_stack
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -22,9 +27,22 @@ def doctor(
     flags: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Flags of an SGLang server, as they would follow `python -m sglang.launch_server`.",
+            help="Flags of an SGLang server, as they would follow `python -m sglang.launch_server`; with --stack the"
+            " arguments of that stack's command.",
             show_default=False,
         ),
+    ] = None,
+    stack: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Say what there is of a stack, and what it has to be told: {', '.join(STACKS)}.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(help="Say which capturer a running server has.", metavar="URL", show_default=False),
     ] = None,
 ) -> None:
     """Say what is installed here, whether it fits, and what a server with these flags would be refused for.
@@ -33,18 +51,28 @@ def doctor(
     kernels of this process. With flags of an SGLang server: whether it would capture, what it would be refused for, and
     what capture would cost, by SGLang's own parser and without starting anything. One engine is enough.
 
+    With --stack: what is installed of that stack, whether its names fit this package's adapter, and which variables and
+    arguments it lacks, by this environment and by the arguments of its command, if they follow. With --server: what a
+    server that runs says of its capturer.
+
     The exit status is 1 where something does not fit.
     """
     from rich.console import Console
 
+    if stack is not None and stack not in STACKS:
+        raise typer.BadParameter(f"{stack!r} is none of {', '.join(STACKS)}", param_hint="--stack")
     # A terminal wraps by itself, and messages that are cut in two cannot be searched for.
     console = Console(highlight=False, soft_wrap=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _print_versions(console)
         fits = [_print_ledgers(console), _print_kernels(console)]
-        if flags:
+        if stack is not None:
+            fits.append(print_stack(console, STACKS[stack], flags or []))
+        elif flags:
             fits.append(_print_server(console, flags))
+        if server is not None:
+            fits.append(print_running_server(console, server, FORMAT if stack is not None else None))
     if not all(fits):
         raise typer.Exit(1)
 
@@ -62,30 +90,9 @@ def _print_versions(console: Console) -> None:
 
 
 def _print_ledgers(console: Console) -> bool:
-    from router_replay.upstream import Installed, check
-
     console.print("\nNames that this package stands on", style="bold")
-    fits = True
-    for ledger in _ledgers():
-        title = f"{ledger.title}, {ledger.subject}"
-        reader = Installed(ledger.distribution)
-        if reader.release is None:
-            console.print(f"  {title}: {ledger.distribution} is not installed", style="dim")
-            continue
-        with console.status(f"  {title}: importing"):
-            problems = check(ledger, reader)
-        num_names = sum(bool(seam.paths(reader.release)) for seam in ledger.seams)
-        if not problems:
-            console.print(f"  [green]fits[/] {title}: {num_names} names of {reader.release} ({ledger.releases})")
-            continue
-        fits = False
-        console.print(
-            f"  [red]does not fit[/] {title}: {len(problems)} of {num_names} names of {reader.release}"
-            f" ({ledger.releases})"
-        )
-        for problem in problems:
-            console.print(f"    {problem}", markup=False)
-    return fits
+    fits = [print_ledger(console, ledger) for ledger in _ledgers()]
+    return all(fits)
 
 
 def _ledgers() -> list[Ledger]:

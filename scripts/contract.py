@@ -1,4 +1,4 @@
-"""Hold the ledgers against the releases of the engines that the package names, read from their wheels.
+"""Hold the ledgers against the releases of engines and stacks that the package names, read from their wheels.
 
     python scripts/contract.py [--folder build/contract]
 
@@ -23,6 +23,7 @@ from megatron_router_replay.ledger import AVERAGES_LEDGER
 from megatron_router_replay.ledger import LEDGER as REPLAY_LEDGER
 from megatron_router_replay.refusals import SETTINGS as REPLAY_SETTINGS
 from router_replay.upstream import Ledger, Refusal, Source, check, check_settings
+from router_replay_adapters.miles import LEDGER as MILES_LEDGER
 from sglang_router_capture.ledger import LEDGER as CAPTURE_LEDGER
 from sglang_router_capture.refusals import SETTINGS
 
@@ -48,6 +49,7 @@ CONTRACTS = (
     Contract((CAPTURE_LEDGER,), SETTINGS),
     Contract((REPLAY_LEDGER, AVERAGES_LEDGER), REPLAY_SETTINGS, refused=("0.16.1",)),
     Contract((HF_LEDGER,), (), refused=("5.10.4",)),
+    Contract((MILES_LEDGER,), ()),
 )
 
 

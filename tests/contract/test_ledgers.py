@@ -19,13 +19,15 @@ from megatron_router_replay import ledger as megatron
 from megatron_router_replay.refusals import SETTINGS as REPLAY_SETTINGS
 from router_replay.replay.torch_checkpoint import TORCH_LEDGER
 from router_replay.upstream import Attribute, Found, Ledger, Refusal, Seam, check, check_settings, message, require
+from router_replay_adapters.miles import LEDGER as MILES_LEDGER
+from router_replay_adapters.slime import LEDGER as SLIME_LEDGER
 from sglang_router_capture import ledger as sglang
 from sglang_router_capture.refusals import SETTINGS
 
 REPOSITORY = Path(__file__).parents[2]
 LEDGERS = (sglang.LEDGER, megatron.LEDGER, megatron.AVERAGES_LEDGER, hf.LEDGER)
-# Of what no extra brings: torch itself, and what Megatron-Core can do without.
-OTHERS = (TORCH_LEDGER, megatron.TRANSFORMER_ENGINE_LEDGER)
+# Of what no extra brings: torch itself, what Megatron-Core can do without, and stacks.
+OTHERS = (TORCH_LEDGER, megatron.TRANSFORMER_ENGINE_LEDGER, MILES_LEDGER, SLIME_LEDGER)
 ROWS = [(ledger, row) for ledger in (*LEDGERS, *OTHERS) for row in (*ledger.seams, *ledger.attributes)]
 REFUSALS = [(sglang.LEDGER, row) for row in SETTINGS]
 REFUSALS += [(megatron.LEDGER, row) for row in REPLAY_SETTINGS]
@@ -35,6 +37,8 @@ ENDS = {
     "transformer-engine": "megatron_router_replay",
     "transformers": "hf_router_replay",
     "torch": "router_replay/replay",
+    "miles-rl": "router_replay_adapters",
+    "slime": "router_replay_adapters",
 }
 # A clause of its own has a finite verb; "our flags on the command line" or "to a slot" has none.
 FINITE = (
@@ -175,6 +179,14 @@ def test_every_import_has_its_row(package: str, upstream: str, ledgers: tuple[Le
     assert imports
     without = [(where, name) for where, name in imports if not any(f"{path}.".startswith(f"{name}.") for path in paths)]
     assert without == []
+
+
+@pytest.mark.parametrize(("stack", "ledger"), [("miles", MILES_LEDGER), ("slime", SLIME_LEDGER)])
+def test_every_import_of_a_stack_has_its_row(stack: str, ledger: Ledger) -> None:
+    imports = [name for _, name in _upstream_imports("router_replay_adapters", stack)]
+    paths = [ledger.prefix + place.path for seam in ledger.seams for place in seam.places]
+    assert imports
+    assert [name for name in imports if not any(f"{path}.".startswith(f"{name}.") for path in paths)] == []
 
 
 def test_no_upstream_is_imported_by_what_knows_no_engine() -> None:

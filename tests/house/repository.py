@@ -10,7 +10,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-PRODUCT = ("router_replay", "sglang_router_capture", "megatron_router_replay", "hf_router_replay", "router_replay_cli")
+PRODUCT = (
+    "router_replay",
+    "sglang_router_capture",
+    "megatron_router_replay",
+    "hf_router_replay",
+    "router_replay_adapters",
+    "router_replay_cli",
+)
 """What goes into the wheel."""
 
 AROUND = ("cpu_engines", "examples", "benchmarks", "studies", "tests")

@@ -20,7 +20,14 @@ PACKAGES: dict[str, set[str]] = {
     "sglang_router_capture": {"router_replay"},
     "megatron_router_replay": {"router_replay"},
     "hf_router_replay": {"router_replay"},
-    "router_replay_cli": {"router_replay", "sglang_router_capture", "megatron_router_replay", "hf_router_replay"},
+    "router_replay_adapters": {"router_replay", "sglang_router_capture", "megatron_router_replay"},
+    "router_replay_cli": {
+        "router_replay",
+        "sglang_router_capture",
+        "megatron_router_replay",
+        "hf_router_replay",
+        "router_replay_adapters",
+    },
     "cpu_engines": {"router_replay.masks"},
     "benchmarks": {*PRODUCT, "cpu_engines"},
     "examples": {*PRODUCT, "cpu_engines", "benchmarks.machine"},
@@ -40,7 +47,7 @@ PARTS: dict[str, set[str]] = {
     "report": _BELOW_ALL | {"masks", "upstream", "replay", "mismatch", "run"},
 }
 
-ENGINES = {"sglang", "megatron", "transformers", "ray", "vllm", "verl"}
+ENGINES = {"sglang", "megatron", "transformers", "ray", "vllm", "verl", "miles", "slime"}
 # Of libraries that not everybody has, who may import them.
 LIBRARIES: dict[str, set[str]] = {
     "sglang": {"sglang_router_capture"},
@@ -51,7 +58,12 @@ LIBRARIES: dict[str, set[str]] = {
     "rich": {"router_replay_cli"},
     "fsspec": {"router_replay.masks.stores"},
     "ray": {"router_replay.masks.stores.ray"},
-} | {engine: set() for engine in ENGINES - {"sglang", "megatron", "transformers", "ray"}}
+    "miles": {"router_replay_adapters.miles"},
+    "slime": {"router_replay_adapters.slime"},
+    # A stack is known to its own adapter.
+    "verl": {"router_replay_adapters.verl"},
+    "wrapt": {"router_replay_adapters.on_import"},
+} | {engine: set() for engine in ENGINES - {"sglang", "megatron", "transformers", "ray", "miles", "slime", "verl"}}
 
 
 def _within(module: str, packages: Iterable[str]) -> bool:

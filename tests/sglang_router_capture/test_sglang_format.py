@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 from cpu_engines.sglang.server import Server
 from router_replay.masks import RoutingGeometry, get_codec, masks_from_sglang
+from router_replay_cli.running_server import print_running_server
 from sglang_router_capture import hooks
 from sglang_router_capture.sglang_format import packed, unpacked
 from tests.sglang_router_capture.requests import generate, prompt, upstream_routes
+from tests.stack_packages import importable, miles
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -58,6 +63,37 @@ def test_bytes_are_upstreams(sglang_format_server: Server, stock: list[dict]) ->
         for answer, start in ((stock[3], 0), (stock[4], 5))
     )
     assert torch.equal(whole[5:].rows, delta.rows) and delta.start == 5
+
+
+def test_r3_doctor_knows_a_server_whose_capture_is_not_ours(stock_server: Server) -> None:
+    told = io.StringIO()
+    assert not print_running_server(Console(file=told, soft_wrap=True, highlight=False), stock_server.url, None)
+    assert "not ours: it has no /router_capture/status" in told.getvalue()
+
+
+def test_miles_reads_them(sglang_format_server: Server) -> None:
+    """Two turns by miles' own client, the second of which goes on from the first."""
+    settings = SimpleNamespace(num_layers=6, moe_router_topk=4, sglang_speculative_algorithm=None)
+    with importable("miles", miles()):
+        from miles.rollout.generate_utils.generate_endpoint_utils import update_sample_from_response
+        from miles.utils.types import Sample
+
+        sample = Sample(prompt="")
+        asked = prompt(71, 40)
+        for added in ([], prompt(72, 12)):
+            asked = asked + added
+            # Text comes from a tokenizer, which one of the servers does without.
+            answer = {"text": "", **generate(sglang_format_server, asked, 9, return_logprob=True)}
+            sample.tokens = list(asked)
+            asyncio.run(update_sample_from_response(settings, sample, {"input_ids": asked}, answer))
+            asked = asked + answer["output_ids"]
+            assert sample.tokens == asked
+            found = torch.from_numpy(sample.rollout_routed_experts.copy())
+            assert found.shape == (len(asked) - 1, 6, 4)
+            assert torch.equal(found, upstream_routes(answer, num_layers=6, top_k=4))
+    geometry = RoutingGeometry(num_layers=6, moe_layers=(1, 2, 3, 4, 5), num_experts=32, top_k=4)
+    masks = masks_from_sglang(answer["meta_info"], asked, geometry)
+    assert masks.valid.all() and torch.equal(masks.indices(), found[:, 1:].sort(-1).values)
 
 
 GEOMETRY = RoutingGeometry(num_layers=4, moe_layers=(1, 3), num_experts=128, top_k=8)

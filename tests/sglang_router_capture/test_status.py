@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import urllib.request
 from types import SimpleNamespace
@@ -12,9 +13,11 @@ import pytest
 import torch
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from rich.console import Console
 
 from cpu_engines.sglang.server import Server
 from router_replay import __version__
+from router_replay_cli.running_server import print_running_server
 from sglang_router_capture import http, status
 from sglang_router_capture.counts import RowCounts
 from tests.sglang_router_capture.requests import generate, masks_of, prompt
@@ -99,6 +102,15 @@ def test_page_counts_what_an_answer_had(capture_server: Server) -> None:
     assert after["rows"]["returned_unrecorded"] == after["rows"]["returned_without_routes"] == 0
     assert after["tables"]["device"]["bytes"] == before["tables"]["device"]["bytes"]
     assert after["tables"]["device"]["slots"] >= 2048
+
+
+def test_r3_doctor_reads_it(capture_server: Server) -> None:
+    told = io.StringIO()
+    console = Console(file=told, soft_wrap=True, highlight=False)
+    assert print_running_server(console, capture_server.url, None)
+    assert "captures scheduler 0: Recorder, format masks, codec rank, " in told.getvalue()
+    assert not print_running_server(console, capture_server.url, "sglang")
+    assert "another format scheduler 0: Recorder, format masks" in told.getvalue()
 
 
 def test_server_info_has_it_too(capture_server: Server) -> None:

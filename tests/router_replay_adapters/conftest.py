@@ -1,0 +1,44 @@
+"""Stacks as they are imported here, and Megatron on a machine without a GPU."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from cpu_engines.megatron import CpuDevice, single_process
+from tests.stack_packages import checkout, importable, miles
+
+STAND_INS = Path(__file__).parent / "stand_ins"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def megatron() -> Iterator[None]:
+    """Process groups and CUDA stand-ins."""
+    with CpuDevice(), single_process():
+        yield
+
+
+@pytest.fixture(scope="module")
+def miles_replay_base() -> Iterator[ModuleType]:
+    """`miles.utils.replay_base` of miles itself."""
+    with importable("miles", miles()):
+        yield importlib.import_module("miles.utils.replay_base")
+
+
+@pytest.fixture(scope="module")
+def slime_routing_replay() -> Iterator[ModuleType]:
+    """`slime.utils.routing_replay` of a given checkout; the stand-in where there is none."""
+    with importable("slime", checkout("slime") or STAND_INS):
+        yield importlib.import_module("slime.utils.routing_replay")
+
+
+@pytest.fixture
+def pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queues of stacks record into pinned memory, of which there is none without a GPU: here into any."""
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, pin_memory=False, **kwargs: empty_like(*args, **kwargs))

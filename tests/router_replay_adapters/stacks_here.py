@@ -1,0 +1,109 @@
+"""Two stacks by what a test does with them: their own queues and functions, around a router of stock Megatron-Core."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, Protocol
+
+import pytest
+import torch
+from torch import Tensor
+
+from router_replay.upstream import Patch
+from tests.router_replay_adapters.routers import TopK
+
+
+class StackHere(Protocol):
+    """A stack in this process.
+
+    Attributes:
+        name: of `STACKS`.
+        patch: what its adapter's `init` applies.
+    """
+
+    name: str
+    patch: Patch
+
+    def topk(self, default_compute_topk: TopK) -> TopK:
+        """What its Megatron makes of a router's own top-k."""
+
+    def register(self, router: torch.nn.Module) -> None:
+        """Give a router a queue, as its Megatron does when it makes one."""
+
+    def record(self, experts: Tensor) -> None:
+        """Put experts `int [rows, K]` into the queue of the last router."""
+
+    def set_stage(self, stage: str) -> None:
+        """Say what routers do with their queues."""
+
+    def switch_off(self) -> None:
+        """Leave routers without replay, whatever the stage is."""
+
+    def clear(self) -> None:
+        """What it does at the end of a step."""
+
+
+class Miles:
+    """The stack miles, by its module `miles.utils.replay_base`."""
+
+    name = "miles"
+
+    def __init__(self, module: ModuleType, patch: Patch) -> None:
+        self.module = module
+        self.patch = patch
+        self.manager: Any = module.routing_replay_manager
+        self.manager.replays = []
+        self.manager.current = None
+        self.manager.enabled = True
+
+    def topk(self, default_compute_topk: TopK) -> TopK:
+        return self.manager.get_topk_fn(default_compute_topk, return_probs=True)
+
+    def register(self, router: torch.nn.Module) -> None:
+        self.manager.register_to_module(router, "routing_replay")
+
+    def record(self, experts: Tensor) -> None:
+        self.manager.replays[-1].record(experts)
+
+    def set_stage(self, stage: str) -> None:
+        self.manager.stage = stage
+
+    def switch_off(self) -> None:
+        self.manager.enabled = False
+
+    def clear(self) -> None:
+        self.manager.clear_all()
+
+
+class Slime:
+    """The stack slime, by its module `slime.utils.routing_replay`."""
+
+    name = "slime"
+
+    def __init__(self, module: ModuleType, patch: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.module = module
+        self.patch = patch
+        self._monkeypatch = monkeypatch
+        monkeypatch.setenv("ENABLE_ROUTING_REPLAY", "1")
+        module.RoutingReplay.all_routing_replays.clear()
+        if hasattr(module, "accelerator"):
+            monkeypatch.setattr(module.accelerator, "current_device", lambda: torch.device("cpu"))
+
+    def topk(self, default_compute_topk: TopK) -> TopK:
+        # Looked up in every call, as its Megatron does.
+        return self.module.get_routing_replay_compute_topk(default_compute_topk)
+
+    def register(self, router: torch.nn.Module) -> None:
+        self.module.register_routing_replay(router)
+
+    def record(self, experts: Tensor) -> None:
+        self.module.RoutingReplay.all_routing_replays[-1].record(experts)
+
+    def set_stage(self, stage: str) -> None:
+        self._monkeypatch.setenv("ROUTING_REPLAY_STAGE", stage)
+
+    def switch_off(self) -> None:
+        self._monkeypatch.setenv("ENABLE_ROUTING_REPLAY", "0")
+
+    def clear(self) -> None:
+        self.module.RoutingReplay.clear_all()

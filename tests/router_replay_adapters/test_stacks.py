@@ -1,0 +1,77 @@
+"""The table of stacks: its names exist, and it knows what is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import pkgutil
+
+import pytest
+
+from router_replay.errors import InputError
+from router_replay.upstream import Ledger
+from router_replay_adapters.stacks import STACKS, Stack
+
+ON = {"SGLANG_ROUTER_CAPTURE": "1", "SGLANG_ROUTER_CAPTURE_FORMAT": "sglang"}
+
+
+@pytest.mark.parametrize("stack", STACKS.values(), ids=STACKS)
+def test_a_stack_has_an_adapter_or_says_why_not(stack: Stack) -> None:
+    if stack.adapter is None:
+        assert stack.remark and not stack.ledgers and not stack.arguments
+        return
+    assert stack.ledgers and all(name.startswith(stack.adapter) for name in stack.ledgers)
+    if importlib.util.find_spec(stack.adapter) is not None:
+        assert all(isinstance(pkgutil.resolve_name(name), Ledger) for name in stack.ledgers)
+
+
+def test_the_path_of_the_flag_leads_to_the_adapters_init() -> None:
+    for name in ("miles", "slime"):
+        flag, path = STACKS[name].arguments[1].split()
+        module, _, function = path.rpartition(".")
+        assert flag == "--custom-megatron-init-path"
+        assert module == STACKS[name].adapter == f"router_replay_adapters.{name}" and function == "init"
+
+
+@pytest.mark.parametrize(
+    ("environ", "to_set"),
+    [
+        ({}, ["SGLANG_ROUTER_CAPTURE", "SGLANG_ROUTER_CAPTURE_FORMAT"]),
+        ({"SGLANG_ROUTER_CAPTURE": "0", "SGLANG_ROUTER_CAPTURE_FORMAT": "sglang"}, ["SGLANG_ROUTER_CAPTURE"]),
+        ({"SGLANG_ROUTER_CAPTURE": "true"}, ["SGLANG_ROUTER_CAPTURE_FORMAT"]),
+        ({**ON, "SGLANG_ROUTER_CAPTURE_FORMAT": "masks"}, ["SGLANG_ROUTER_CAPTURE_FORMAT"]),
+        (ON, []),
+    ],
+)
+def test_variables_that_are_missing(environ: dict[str, str], to_set: list[str]) -> None:
+    assert list(STACKS["miles"].variables_to_set(environ)) == to_set
+
+
+def test_one_of_several_modules_of_verls_variable_is_enough() -> None:
+    name = "VERL_USE_EXTERNAL_MODULES"
+    assert list(STACKS["verl"].variables_to_set({**ON, name: "mine,router_replay_adapters.verl"})) == []
+    assert list(STACKS["verl"].variables_to_set({**ON, name: "router_replay_adapters.verlmine"})) == [name]
+
+
+def test_a_format_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(InputError, match="format 'sgl' is unknown"):
+        STACKS["slime"].variables_to_set({**ON, "SGLANG_ROUTER_CAPTURE_FORMAT": "sgl"})
+
+
+@pytest.mark.parametrize(
+    ("given", "to_give"),
+    [
+        ([], [0, 1]),
+        (["--use-rollout-routing-replay"], [1]),
+        (["--custom-megatron-init-path", "router_replay_adapters.miles.init"], [0]),
+        (["--custom-megatron-init-path=router_replay_adapters.miles.init", "--use-rollout-routing-replay"], []),
+        (["--custom-megatron-init-path", "mine.init", "router_replay_adapters.miles.init"], [0, 1]),
+    ],
+)
+def test_arguments_that_are_missing(given: list[str], to_give: list[int]) -> None:
+    stack = STACKS["miles"]
+    assert stack.arguments_to_give(given) == [stack.arguments[index] for index in to_give]
+
+
+def test_hydras_plus_is_no_part_of_a_name() -> None:
+    stack = STACKS["verl"]
+    assert stack.arguments_to_give([f"+{stack.arguments[0]}", f"++{stack.arguments[1]}"]) == []

@@ -1,0 +1,256 @@
+"""Rows that nobody recorded, in the stacks' own replay on Megatron's own router, with the adapters and without."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from torch.utils.checkpoint import checkpoint
+
+from router_replay.errors import DataError, PairingError
+from router_replay_adapters import miles as miles_adapter
+from router_replay_adapters import slime as slime_adapter
+from router_replay_adapters.native_rows import FORWARD, RECOMPUTE
+from tests.router_replay_adapters.routers import (
+    KNOWN,
+    NUM_EXPERTS,
+    RECORDED,
+    TOP_K,
+    UNKNOWN,
+    experts_of,
+    hidden_states,
+    own_experts,
+    own_topk,
+    router,
+)
+from tests.router_replay_adapters.stacks_here import Miles, Slime, StackHere
+
+SCORES = {
+    "softmax": {},
+    "softmax before top-k": {"moe_router_pre_softmax": True},
+    "sigmoid, expert bias": {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+    # Its top-k takes no part of the rows, only all of them.
+    "groups": {"moe_router_num_groups": 4, "moe_router_group_topk": 2},
+}
+
+
+@pytest.fixture(params=["miles", "slime"])
+def stack(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, pinned_memory: None) -> Iterator[StackHere]:
+    """Each of the stacks, with an empty queue for each router."""
+    if request.param == "miles":
+        made: StackHere = Miles(request.getfixturevalue("miles_replay_base"), miles_adapter.PATCH)
+    else:
+        made = Slime(request.getfixturevalue("slime_routing_replay"), slime_adapter.PATCH, monkeypatch)
+    made.set_stage("fallthrough")
+    yield made
+    made.clear()
+
+
+@pytest.fixture
+def adapted(stack: StackHere) -> Iterator[StackHere]:
+    """Each of the stacks with its adapter."""
+    with stack.patch:
+        yield stack
+
+
+def _router(stack: StackHere, **settings: object) -> TopKRouter:
+    made = router(stack.topk, **settings)
+    stack.register(made)
+    return made
+
+
+def _expected(own: list[set[int]]) -> list[set[int]]:
+    recorded = RECORDED.tolist()
+    return [own[row] if row in UNKNOWN else set(recorded[row]) for row in range(len(recorded))]
+
+
+def test_without_the_adapter_unknown_rows_go_wrong(stack: StackHere) -> None:
+    made, states = _router(stack), hidden_states(len(RECORDED))
+    stack.record(RECORDED)
+    stack.set_stage(FORWARD)
+    if stack.name == "slime":
+        with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+            made(states)
+        return
+    experts = experts_of(made(states)[1])
+    own = own_experts(made, states)
+    # Releases count through all of these rows, or anew in each.
+    counted = [set(range(TOP_K * index, TOP_K * (index + 1))) for index in range(len(UNKNOWN))]
+    invented = [experts[row] for row in UNKNOWN]
+    assert invented in (counted, counted[:1] * len(UNKNOWN))
+    assert all(own[row] != chosen for row, chosen in zip(UNKNOWN, invented, strict=True))
+    assert [experts[row] for row in KNOWN] == [set(RECORDED[row].tolist()) for row in KNOWN]
+
+
+@pytest.mark.parametrize("settings", SCORES.values(), ids=SCORES)
+def test_unknown_rows_are_native_and_known_ones_replayed(adapted: StackHere, settings: dict[str, object]) -> None:
+    made, states = _router(adapted, **settings), hidden_states(len(RECORDED))
+    if made.expert_bias is not None:
+        made.expert_bias.copy_(torch.linspace(-2, 2, NUM_EXPERTS))
+    own = experts_of(made(states)[1])
+    assert all(own[row] != set(RECORDED[row].tolist()) for row in KNOWN)
+    adapted.record(RECORDED)
+    adapted.set_stage(FORWARD)
+    probs, routing_map = made(states)
+    assert experts_of(routing_map) == _expected(own)
+    assert torch.equal(probs != 0, routing_map)
+
+
+def test_a_recompute_takes_the_experts_of_its_forward_pass(adapted: StackHere) -> None:
+    """Two microbatches whose passes overlap, and weights that would choose otherwise in between."""
+    made = _router(adapted)
+    inputs = [hidden_states(len(RECORDED)), hidden_states(len(RECORDED)).detach().flip(0).requires_grad_()]
+    own = [own_experts(made, states) for states in inputs]
+    for _ in inputs:
+        adapted.record(RECORDED)
+    chosen: list[list[set[int]]] = []
+    made.register_forward_hook(lambda module, args, output: chosen.append(experts_of(output[1])))
+    adapted.set_stage(FORWARD)
+    # The pass of old log-probabilities comes first, by other weights.
+    with torch.no_grad():
+        made.weight.neg_()
+        for states in inputs:
+            made(states)
+        made.weight.neg_()
+    _rewind(adapted)
+    outputs = [checkpoint(made, states, use_reentrant=True)[0] for states in inputs]
+    adapted.set_stage(RECOMPUTE)
+    with torch.no_grad():
+        made.weight.neg_()
+    assert own_experts(made, inputs[0]) != own[0]
+    for output in outputs:
+        output.square().sum().backward()
+    others, forward, recompute = chosen[:2], chosen[2:4], chosen[4:]
+    assert forward == [_expected(each) for each in own]
+    assert recompute == forward
+    assert all(before[row] != now[row] for before, now in zip(others, forward, strict=True) for row in UNKNOWN)
+
+
+def _rewind(stack: StackHere) -> None:
+    if isinstance(stack, Miles):
+        stack.manager.clear_all_forward()
+    else:
+        for queue in stack.module.RoutingReplay.all_routing_replays:
+            queue.forward_index = 0
+
+
+def test_a_recompute_whose_forward_pass_nobody_saw_chooses_itself(adapted: StackHere) -> None:
+    made, states = _router(adapted), hidden_states(len(RECORDED))
+    adapted.record(RECORDED)
+    adapted.set_stage(RECOMPUTE)
+    assert experts_of(made(states)[1]) == _expected(own_experts(made, states))
+
+
+def test_gradients_are_those_of_the_same_experts_recorded(adapted: StackHere) -> None:
+    gradients = []
+    experts = RECORDED.clone()
+    for whole in (False, True):
+        made, states = _router(adapted), hidden_states(len(RECORDED))
+        if whole:
+            experts[list(UNKNOWN)] = own_topk(made, states)[list(UNKNOWN)].int()
+        adapted.record(experts)
+        adapted.set_stage(FORWARD)
+        probs, _ = made(states)
+        (probs * torch.arange(NUM_EXPERTS)).square().sum().backward()
+        gradients.append((probs.detach(), made.weight.grad, states.grad))
+    for found, expected in zip(*gradients, strict=True):
+        assert torch.equal(found, expected)
+    assert (gradients[0][2][list(UNKNOWN)] != 0).any(-1).all()
+
+
+def test_routes_of_the_stacks_own_pass_are_recorded_and_replayed(adapted: StackHere) -> None:
+    made, states = _router(adapted), hidden_states(len(RECORDED))
+    own = own_experts(made, states)
+    for stage in ("fallthrough", "record"):
+        adapted.set_stage(stage)
+        assert experts_of(made(states)[1]) == own
+    with torch.no_grad():
+        made.weight.neg_()
+    adapted.set_stage(FORWARD)
+    assert experts_of(made(states)[1]) == own
+
+
+def test_a_row_that_is_known_in_part_is_refused(adapted: StackHere) -> None:
+    made, states = _router(adapted), hidden_states(len(RECORDED))
+    experts = RECORDED.clone()
+    experts[2, 3] = -1
+    adapted.record(experts)
+    adapted.set_stage(FORWARD)
+    with pytest.raises(DataError, match=r"row 2 of a microbatch with experts \[5, 1, 15, -1\]"):
+        made(states)
+
+
+@pytest.mark.parametrize("strange", [NUM_EXPERTS, -2])
+def test_an_expert_that_the_router_does_not_have_is_refused(adapted: StackHere, strange: int) -> None:
+    made, states = _router(adapted), hidden_states(len(RECORDED))
+    experts = RECORDED.clone()
+    experts[4, 0] = strange
+    adapted.record(experts)
+    adapted.set_stage(FORWARD)
+    with pytest.raises(PairingError, match=rf"row 4 .* \[{strange}, 8, 11, 4\], and the router has experts 0 to 15"):
+        made(states)
+
+
+@pytest.mark.parametrize("more", [1, -3])
+def test_rows_of_another_microbatch_are_refused_by_the_stack(adapted: StackHere, more: int) -> None:
+    made = _router(adapted)
+    adapted.record(RECORDED)
+    adapted.set_stage(FORWARD)
+    with pytest.raises((AssertionError, ValueError)):
+        made(hidden_states(len(RECORDED) + more))
+
+
+def test_replay_that_is_off_looks_at_no_row(adapted: StackHere) -> None:
+    made, states = _router(adapted), hidden_states(len(RECORDED))
+    adapted.record(torch.where(RECORDED == 5, -1, RECORDED))
+    adapted.set_stage(FORWARD)
+    adapted.switch_off()
+    assert experts_of(made(states)[1]) == own_experts(made, states)
+    assert made.routing_replay.forward_index == 0
+
+
+def test_a_queue_that_is_empty_is_the_stacks_to_tell(adapted: StackHere) -> None:
+    made = _router(adapted)
+    adapted.set_stage(FORWARD)
+    with pytest.raises(IndexError):
+        made(hidden_states(3))
+
+
+def test_routes_that_never_arrive_are_told(adapted: StackHere, caplog: pytest.LogCaptureFixture) -> None:
+    made, states = _router(adapted), hidden_states(5)
+    for rows in (torch.full((5, TOP_K), -1), torch.full((5, TOP_K), -1)):
+        adapted.record(rows.int())
+    adapted.set_stage(FORWARD)
+    with caplog.at_level(logging.WARNING):
+        experts = [experts_of(made(states)[1]) for _ in range(2)]
+    assert experts == [own_experts(made, states)] * 2
+    # Once, and not for every layer of every microbatch.
+    (record,) = [each for each in caplog.records if each.name == "router_replay_adapters.native_rows"]
+    assert "none of the 5 rows of a microbatch has routes" in record.getMessage()
+    assert f"r3 doctor --stack {adapted.name} --server URL" in record.getMessage()
+
+
+def test_the_queue_stays_the_routers_own(adapted: StackHere) -> None:
+    made, states = _router(adapted), hidden_states(len(RECORDED))
+    adapted.record(RECORDED)
+    adapted.set_stage(FORWARD)
+    made(states)
+    current = adapted.manager.current if isinstance(adapted, Miles) else adapted.module.ROUTING_REPLAY
+    assert current is made.routing_replay
+    assert current.forward_index == 1
+
+
+def test_choices_go_with_the_queue(adapted: StackHere) -> None:
+    made, states = _router(adapted), hidden_states(len(RECORDED))
+    adapted.record(RECORDED)
+    adapted.set_stage(FORWARD)
+    made(states)
+    recorded = weakref.ref(made.routing_replay.top_indices_list[0])
+    adapted.clear()
+    gc.collect()
+    assert recorded() is None
