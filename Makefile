@@ -4,10 +4,11 @@ SERVER_TESTS := tests/sglang_router_capture tests/cpu_engines/sglang tests/end_t
 # Those for which Megatron-Core, models of transformers, Ray, a browser or a long compilation is needed, or that train
 # or measure; every other folder of tests/ is quick.
 SLOW_TESTS := tests/megatron_router_replay tests/hf_router_replay tests/cpu_engines/megatron tests/contract \
-	tests/docs/test_tables.py \
-	tests/router_replay/report/test_report_in_browser.py tests/router_replay/masks/stores \
+	tests/docs/test_tables.py tests/router_replay/report/test_report_in_browser.py tests/router_replay/masks/stores \
 	tests/router_replay/masks/test_header.py tests/benchmarks tests/examples/grpo tests/examples/small_model \
 	tests/router_replay_adapters
+# verl's own functions, which import more than `requirements.lock` has.
+VERL_TESTS := tests/router_replay_adapters/verl tests/end_to_end/test_verl.py
 # Servers of several processes on two cores: each of them takes minutes to start.
 RANKS_TESTS := tests/sglang_router_capture/test_parallel.py
 # Those of SERVER_TESTS that begin when one of the other two is done, so that two cores have enough to do until the end.
@@ -15,7 +16,7 @@ LATE_TESTS := tests/sglang_router_capture/test_launchers.py tests/sglang_router_
 	tests/sglang_router_capture/test_start.py
 QUICK_PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -q -p no:cacheprovider
 
-.PHONY: help setup demo train quick quick-checks quick-masks quick-others test test-servers test-slow test-late ranks contract megatron-0.17 sglang-0.5.20 stock soak kernels wheel lock
+.PHONY: help setup demo train quick quick-checks quick-masks quick-others test test-servers test-slow test-late ranks contract megatron-0.17 sglang-0.5.20 verl stock soak kernels wheel lock
 
 help:  ## Show the targets.
 	@sed -nE 's/^([a-z0-9.-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -50,11 +51,11 @@ test: quick  ## Lint, types and tests: those of `quick`, then those with an engi
 
 # One thread each: two that spin on two cores starve each other, and much of a server's start is one process's imports.
 test-servers:
-	OMP_NUM_THREADS=1 .venv/bin/pytest --durations=25 $(addprefix --ignore=,$(RANKS_TESTS) $(LATE_TESTS)) \
+	OMP_NUM_THREADS=1 .venv/bin/pytest --durations=25 $(addprefix --ignore=,$(RANKS_TESTS) $(LATE_TESTS) $(VERL_TESTS)) \
 		$(filter-out $(LATE_TESTS),$(SERVER_TESTS))
 
 test-slow:
-	OMP_NUM_THREADS=1 .venv/bin/pytest --durations=25 $(SLOW_TESTS)
+	OMP_NUM_THREADS=1 .venv/bin/pytest --durations=25 $(addprefix --ignore=,$(VERL_TESTS)) $(SLOW_TESTS)
 
 test-late:
 	OMP_NUM_THREADS=1 .venv/bin/pytest --durations=25 $(LATE_TESTS)
@@ -70,6 +71,9 @@ megatron-0.17: setup  ## The trainer's tests with Megatron-Core 0.17.1, in an en
 
 sglang-0.5.20: setup  ## The engine's tests with SGLang 0.5.20, in an environment of its own (some 10 GB).
 	bash scripts/other_sglang.sh 0.5.20
+
+verl: setup  ## The adapter to verl in verl's own functions, beside what these import (downloads some packages).
+	bash scripts/verl.sh $(VERL_TESTS)
 
 stock: setup  ## Megatron's own RouterReplay beside this package's replay, in the same steps; writes docs/stock-replay.md.
 	.venv/bin/python -W ignore scripts/stock_replay.py --write

@@ -1,1 +1,4 @@
-"""Adapters for stacks that record by SGLang and replay by themselves; each is imported by the stack that it is for."""
+"""Adapters to the training stacks: what makes each of them carry and replay our routes as they are meant.
+
+A stack is known to its own file or folder alone, and imported by nobody but itself.
+"""

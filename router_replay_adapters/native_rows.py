@@ -33,18 +33,22 @@ OwnTopK = Callable[[Tensor], Tensor]
 _SECONDS_BETWEEN_WARNINGS = 600.0
 
 
-class Queue(Protocol):
-    """What a stack keeps for one router."""
-
-    forward_index: int
-    backward_index: int
-    top_indices_list: list[Any]
+class Popped(Protocol):
+    """What a router takes recorded experts from."""
 
     def pop_forward(self) -> Tensor:
         """Experts `int [T, K]` of the next forward pass, on the device."""
 
     def pop_backward(self) -> Tensor:
         """Experts `int [T, K]` of the next recompute, on the device."""
+
+
+class Queue(Popped, Protocol):
+    """What a stack keeps for one router."""
+
+    forward_index: int
+    backward_index: int
+    top_indices_list: list[Any]
 
 
 @dataclass(eq=False)
@@ -62,7 +66,7 @@ class _Native:
 class _Filled:
     """A queue whose next recorded tensor has the router's own experts where it has none; it stands in for one call."""
 
-    queue: Queue
+    queue: Popped
     native: _Native
 
     def pop_forward(self) -> Tensor:
@@ -88,7 +92,7 @@ class NativeRows:
         self._native: WeakIdKeyDictionary = WeakTensorKeyDictionary()
         self._warned_at = -_SECONDS_BETWEEN_WARNINGS
 
-    def filled(self, queue: Queue, stage: str, scores: Tensor, topk: int, own_topk: OwnTopK) -> Queue:
+    def filled(self, queue: Queue, stage: str, scores: Tensor, topk: int, own_topk: OwnTopK) -> Popped:
         """What a router takes its experts from in this call: its queue, or one that has own experts in unknown rows.
 
         A forward pass chooses anew. A recompute takes the choice of its forward pass, which another one could miss at

@@ -27,6 +27,7 @@ ENDS = {
     "sglang": "SGLang, the rollout",
     "megatron": "Megatron-Core, the trainer",
     "hf": "Hugging Face, the trainer",
+    "stacks": "training stacks, by adapters",
     "models": "models",
 }
 
@@ -59,7 +60,7 @@ def filled(path: str) -> str:
 
 
 def support() -> str:
-    """The matrix of the README: a row for each end, and one for models."""
+    """The matrix of the README: a row for each end, one for stacks, and one for models."""
     known = tomllib.loads((ROOT / "docs" / "support.toml").read_text())
     lines = [row("", "tested", "refused", "untested"), rule(names=4, figures=0)]
     for end, title in ENDS.items():

@@ -21,13 +21,15 @@ from router_replay.replay.torch_checkpoint import TORCH_LEDGER
 from router_replay.upstream import Attribute, Found, Ledger, Refusal, Seam, check, check_settings, message, require
 from router_replay_adapters.miles import LEDGER as MILES_LEDGER
 from router_replay_adapters.slime import LEDGER as SLIME_LEDGER
+from router_replay_adapters.verl import ledger as verl
 from sglang_router_capture import ledger as sglang
 from sglang_router_capture.refusals import SETTINGS
 
 REPOSITORY = Path(__file__).parents[2]
 LEDGERS = (sglang.LEDGER, megatron.LEDGER, megatron.AVERAGES_LEDGER, hf.LEDGER)
-# Of what no extra brings: torch itself, what Megatron-Core can do without, and stacks.
-OTHERS = (TORCH_LEDGER, megatron.TRANSFORMER_ENGINE_LEDGER, MILES_LEDGER, SLIME_LEDGER)
+# Of what no extra brings: torch itself, what Megatron-Core can do without, and stacks,
+# which pin other engines.
+OTHERS = (TORCH_LEDGER, megatron.TRANSFORMER_ENGINE_LEDGER, MILES_LEDGER, SLIME_LEDGER, verl.LEDGER)
 ROWS = [(ledger, row) for ledger in (*LEDGERS, *OTHERS) for row in (*ledger.seams, *ledger.attributes)]
 REFUSALS = [(sglang.LEDGER, row) for row in SETTINGS]
 REFUSALS += [(megatron.LEDGER, row) for row in REPLAY_SETTINGS]
@@ -39,6 +41,7 @@ ENDS = {
     "torch": "router_replay/replay",
     "miles-rl": "router_replay_adapters",
     "slime": "router_replay_adapters",
+    "verl": "router_replay_adapters/verl",
 }
 # A clause of its own has a finite verb; "our flags on the command line" or "to a slot" has none.
 FINITE = (
@@ -171,6 +174,7 @@ def _upstream_imports(package: str, upstream: str) -> Iterator[tuple[str, str]]:
         ("sglang_router_capture", "sglang", LEDGERS[:1]),
         ("megatron_router_replay", "megatron", LEDGERS[1:3]),
         ("hf_router_replay", "transformers", LEDGERS[3:]),
+        ("router_replay_adapters/verl", "verl", (verl.LEDGER,)),
     ],
 )
 def test_every_import_has_its_row(package: str, upstream: str, ledgers: tuple[Ledger, ...]) -> None:

@@ -149,7 +149,7 @@ def test_every_part_has_a_place_in_the_plan() -> None:
 def test_packages_import_along_the_arrows() -> None:
     _assert_none(
         broken_packages(_imports(*PACKAGES)),
-        "router_replay imports no end, an end imports router_replay alone, and no product what is around it",
+        "router_replay imports no end, an end router_replay alone, nobody an adapter, and no product what is around it",
     )
 
 

@@ -1,0 +1,56 @@
+"""Rows that verl adds to routes are unknown: where its agent loop and its padding samples put zeros, there is -1.
+
+Zeros are expert 0, K times: the trainer would send the token to that one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from router_replay_adapters.verl.unknown import UNKNOWN
+
+
+def around_as_dict(original: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
+    """Of `AgentLoopOutput.as_dict`: `routed_experts` has a row for every token, `int16 [prompt + response, L, K]`."""
+
+    @wraps(original)
+    def as_dict(output: Any) -> dict[str, Any]:
+        result = original(output)
+        if output.routed_experts is not None:
+            result["routed_experts"][len(output.routed_experts) :] = UNKNOWN
+        return result
+
+    return as_dict
+
+
+def around_agent_loop_postprocess(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Of `AgentLoopWorker._agent_loop_postprocess`: `int16 [1, padded prompt + padded response, L, K]`."""
+
+    @wraps(original)
+    async def _agent_loop_postprocess(worker: Any, output: Any, *args: Any, **others: Any) -> Any:
+        padded = await original(worker, output, *args, **others)
+        if output.routed_experts is not None:
+            # Prompts are padded on the left.
+            start = padded.prompt_ids.shape[1] - len(output.prompt_ids)
+            added = torch.ones(padded.routed_experts.shape[1], dtype=torch.bool)
+            added[start : start + len(output.routed_experts)] = False
+            padded.routed_experts[:, added] = UNKNOWN
+        return padded
+
+    return _agent_loop_postprocess
+
+
+def around_build_padding_routed_experts(original: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+    """Of `build_padding_routed_experts`: the routes of a sample that fills up a batch, `int16 [tokens, L, K]`."""
+
+    @wraps(original)
+    def build_padding_routed_experts(source_routed_experts: Any, seq_len: int) -> Tensor | None:
+        routes = original(source_routed_experts, seq_len)
+        return None if routes is None else routes.fill_(UNKNOWN)
+
+    return build_padding_routed_experts

@@ -1,0 +1,44 @@
+"""Ranks whose Megatron verl may patch, since nobody else uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.megatron_router_replay.parallel.pool import RankPool
+
+
+@pytest.fixture(scope="module", autouse=True)
+def megatron() -> None:
+    """No Megatron in the tests' own process: ranks have it."""
+
+
+@pytest.fixture(scope="session")
+def patched() -> Iterator[dict[int, RankPool]]:
+    """Pools of 1 and 2 ranks."""
+    pools = {size: RankPool(size) for size in (1, 2)}
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture(scope="session")
+def unpatched() -> Iterator[RankPool]:
+    """One rank that verl leaves alone."""
+    pool = RankPool(1)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def engines() -> Iterator[dict[int, RankPool]]:
+    """Pools of 1 and 2 ranks with verl's engine, whose own replay is off: it leaves Megatron alone."""
+    from tests.router_replay_adapters.verl.engine_pass import load
+
+    pools = {size: RankPool(size) for size in (1, 2)}
+    for pool in pools.values():
+        pool.run(load, timeout=300)
+    yield pools
+    for pool in pools.values():
+        pool.close()

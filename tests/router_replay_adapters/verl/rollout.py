@@ -1,0 +1,52 @@
+"""verl's server and agent loop without a cluster: the real methods, on objects that have what these read."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import AsyncGenerator, Callable
+from types import SimpleNamespace
+from typing import Any
+
+Answer = dict[str, Any]
+
+
+class TokenizerManager:
+    """Answers each request by a function of it, as SGLang's does: by a generator that yields once."""
+
+    def __init__(self, answer: Callable[[Any], Answer]) -> None:
+        self.answer = answer
+
+    async def generate_request(self, request: Any, raw_request: Any) -> AsyncGenerator[Answer, None]:
+        yield self.answer(request)
+
+
+def sglang_server(hf_config: Any, answer: Callable[[Any], Answer], **config: Any) -> SimpleNamespace:
+    """What `SGLangHttpServer.generate` reads of its object; `config` are fields of its rollout configuration."""
+    defaults = {
+        "enable_rollout_routing_replay": True,
+        "skip_tokenizer_init": True,
+        "max_model_len": 512,
+        "prompt_length": 256,
+        "response_length": 256,
+        "mtp": None,
+    }
+    return SimpleNamespace(
+        config=SimpleNamespace(**{**defaults, **config}),
+        model_config=SimpleNamespace(hf_config=hf_config),
+        tokenizer_manager=TokenizerManager(answer),
+        lora_as_adapter=False,
+        replica_rank=0,
+        global_steps=7,
+        _disaggregation_role="null",
+        _pd_decode_peers=[],
+    )
+
+
+def generate(server: SimpleNamespace, prompt_ids: list[int], *, stock: bool = False, **sampling: Any) -> Any:
+    """A TokenOutput of `SGLangHttpServer.generate`; `stock`: without the adapter."""
+    from verl.workers.rollout.sglang_rollout.async_sglang_server import SGLangHttpServer
+
+    method = SGLangHttpServer.generate
+    method = inspect.unwrap(method) if stock else method
+    return asyncio.run(method(server, prompt_ids=prompt_ids, sampling_params=sampling, request_id="r"))

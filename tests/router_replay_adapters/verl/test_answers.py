@@ -1,0 +1,129 @@
+"""Answers in SGLang's format through verl's `SGLangHttpServer.generate`."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from router_replay.errors import DataError, PairingError
+from tests.router_replay_adapters.verl.rollout import generate, sglang_server
+
+# isort: split
+import cpu_engines.megatron  # noqa: F401 (before anything that may import Megatron)
+
+# isort: split
+import router_replay_adapters.verl  # noqa: F401
+
+HF_CONFIG = {"num_hidden_layers": 3, "num_experts": 8, "num_experts_per_tok": 2, "mlp_only_layers": [0]}
+PROMPT, OUTPUT = [5, 6, 7, 8], [9, 10, 11]
+ROWS = len(PROMPT) + len(OUTPUT) - 1
+
+
+def routes() -> np.ndarray:
+    """Of the whole model, dense layer 0 in zeros; row 2 is not known."""
+    values = np.random.default_rng(0).permuted(np.tile(np.arange(8, dtype=np.int32), (ROWS, 3, 1)), axis=-1)[..., :2]
+    values[2] = -1
+    values[:, 0] = 0
+    return values
+
+
+def answer(given: np.ndarray | None, output: list[int] = OUTPUT, finish: str = "length") -> dict[str, Any]:
+    meta_info: dict[str, Any] = {"finish_reason": {"type": finish}}
+    if given is not None:
+        meta_info["routed_experts"] = base64.b64encode(given.tobytes()).decode()
+    return {"output_ids": output, "meta_info": meta_info}
+
+
+@pytest.mark.parametrize("skip_tokenizer_init", [True, False])
+def test_routes_reach_verl(skip_tokenizer_init: bool) -> None:
+    server = sglang_server(HF_CONFIG, lambda request: answer(routes()), skip_tokenizer_init=skip_tokenizer_init)
+    output = generate(server, PROMPT)
+    assert output.token_ids == OUTPUT and output.stop_reason == "length" and output.extra_fields["global_steps"] == 7
+    assert isinstance(output.routed_experts, np.ndarray) and output.routed_experts.dtype == np.int32
+    np.testing.assert_array_equal(output.routed_experts, routes())
+
+
+def test_the_request_asks_for_routes() -> None:
+    asked: list[Any] = []
+
+    def take(request: Any) -> dict[str, Any]:
+        asked.append(request)
+        return answer(routes())
+
+    generate(sglang_server(HF_CONFIG, take), PROMPT, max_tokens=3)
+    assert asked[0].return_routed_experts and asked[0].sampling_params["max_new_tokens"] == 3
+
+
+def test_without_routing_replay_nothing_is_looked_at() -> None:
+    server = sglang_server(HF_CONFIG, lambda request: answer(None), enable_rollout_routing_replay=False)
+    assert generate(server, PROMPT).routed_experts is None
+
+
+def test_an_aborted_answer_without_routes_is_unknown_as_a_whole() -> None:
+    """Parts of a rollout are put end to end by verl, so that a missing one would move all that follow."""
+    server = sglang_server(HF_CONFIG, lambda request: answer(None, finish="abort"))
+    found = generate(server, PROMPT).routed_experts
+    assert found.shape == (ROWS, 3, 2) and (found == -1).all()
+    server = sglang_server(HF_CONFIG, lambda request: answer(None, output=[], finish="abort"))
+    found = generate(server, PROMPT).routed_experts
+    assert found.shape == (len(PROMPT) - 1, 3, 2) and (found == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        (answer(None), DataError, "no routed_experts: start verl's servers with enable_rollout_routing_replay"),
+        (answer(routes()[:-1]), PairingError, r"120 bytes of routes, but 4 tokens of a prompt and 3 sampled ones"),
+        (answer(np.zeros((ROWS, 3, 4), np.int32)), PairingError, r"in 3 decoder layers of top-2 are int32 \[6, 3, 2\]"),
+        ({**answer(None), "meta_info": {"routed_experts": "é"}}, DataError, "is not base64 text"),
+        ({**answer(None), "meta_info": {"routed_experts": [1]}}, DataError, "routed_experts that are a list"),
+        ({**answer(None), "meta_info": {"routing_masks": [{}]}}, DataError, "captures in format 'masks': unset SGLANG"),
+    ],
+    ids=["none", "too few rows", "another top-k", "no base64", "another type", "masks"],
+)
+def test_answers_that_verl_would_take_for_something_else(given: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        generate(sglang_server(HF_CONFIG, lambda request: given), PROMPT)
+
+
+def test_a_configuration_with_a_text_part() -> None:
+    server = sglang_server({"text_config": HF_CONFIG}, lambda request: answer(routes()))
+    np.testing.assert_array_equal(generate(server, PROMPT).routed_experts, routes())
+
+
+def test_settings_and_answers_are_left_as_they_are() -> None:
+    given = answer(routes())
+    server = sglang_server(HF_CONFIG, lambda request: given, skip_tokenizer_init=False)
+    before = vars(server).copy()
+    generate(server, PROMPT)
+    assert vars(server) == before and server.config.skip_tokenizer_init is False
+    assert isinstance(given["meta_info"]["routed_experts"], str)
+
+
+@pytest.mark.parametrize(
+    ("skip_tokenizer_init", "error", "words"),
+    [
+        (True, AttributeError, "'str' object has no attribute 'numpy'"),
+        (False, ModuleNotFoundError, "routed_experts_cap"),
+    ],
+)
+def test_without_the_adapter_answers_are_not_decoded(
+    skip_tokenizer_init: bool, error: type[Exception], words: str
+) -> None:
+    server = sglang_server(HF_CONFIG, lambda request: answer(routes()), skip_tokenizer_init=skip_tokenizer_init)
+    server.model_config.hf_config = type("Config", (), HF_CONFIG)()
+    with pytest.raises(error, match=words):
+        generate(server, PROMPT, stock=True)
+
+
+def test_what_verl_makes_of_them_is_a_tensor() -> None:
+    """The branch that takes the answer as it is calls `numpy` on it."""
+    from router_replay.masks import RoutingGeometry
+    from router_replay_adapters.verl.answers import routes_of
+
+    found = routes_of(answer(routes()), len(PROMPT), RoutingGeometry.from_hf_config(HF_CONFIG))
+    assert isinstance(found, torch.Tensor) and found.dtype == torch.int32

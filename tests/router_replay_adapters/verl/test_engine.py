@@ -1,0 +1,86 @@
+"""Masks in a batch of verl, replayed by `megatron_router_replay` in verl's own `forward_step`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.megatron_router_replay.parallel.cases import Case
+from tests.megatron_router_replay.parallel.comparison import TOLERANCE
+from tests.megatron_router_replay.parallel.data import LOSS_SCALE, places
+from tests.megatron_router_replay.parallel.pool import RankPool
+from tests.router_replay_adapters.verl.engine_pass import PACKED, engine_step, refusal
+from tests.router_replay_adapters.verl.passes import microbatches, our_step
+
+ONE_RANK = Case(packed=True)
+CASES = (
+    ONE_RANK,
+    Case(packed=True, dense=(0, 2), recompute="full"),
+    Case(packed=True, tp=2, recompute="full"),
+    Case(packed=True, pp=2, dense=(1,), recompute="full"),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_masks_are_replayed_in_verls_engine(case: Case, engines: dict[int, RankPool]) -> None:
+    ranks = engines[case.world_size].run(engine_step, case)
+    batches, replayed = microbatches(case), 0
+    for rank in ranks:
+        assert not rank.recomputed_otherwise
+        for (layer, index), maps in rank.maps.items():
+            known = dict(batches[index].recorded(case.moe_layers.index(layer)))
+            for row, place in enumerate(places(case, batches[index], rank.cp_rank, rank.tp_rank).tolist()):
+                if place in known:
+                    assert maps[row].nonzero().flatten().tolist() == known[place]
+                    replayed += 1
+    valid = sum(int(masks.valid.sum()) for each in batches for masks in each.masks)
+    assert replayed == valid * len(case.moe_layers)
+
+
+def test_losses_and_experts_are_those_of_our_own_loop(engines: dict[int, RankPool]) -> None:
+    (found,), (expected,) = engines[1].run(engine_step, ONE_RANK), engines[1].run(our_step, ONE_RANK)
+    assert found.maps.keys() == expected.maps.keys()
+    for key, maps in found.maps.items():
+        read = microbatches(ONE_RANK)[key[1]].is_read()
+        assert torch.equal(maps[read], expected.maps[key][read])
+    for index, loss in expected.losses.items():
+        assert abs(float(found.losses[index] * LOSS_SCALE - loss)) <= TOLERANCE * abs(float(loss))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("of the next microbatch",), "masks were recorded for a sequence whose first"),
+        (("none",), "a batch of the policy has none under 'routing_masks'"),
+        (("as recorded", None, PACKED, True), "share fewer than 44% of their 2 experts with the trainer's own choice"),
+        (
+            ("as recorded", {"enable_routing_replay": True}),
+            "not with verl's own replay: set megatron.router_replay.mode",
+        ),
+        (("as recorded", {"use_remove_padding": False}), "not with padded batches: set model.use_remove_padding=True"),
+        (("as recorded", {"dynamic_context_parallel": True}), "not with dynamic context parallelism"),
+    ],
+    ids=["other masks", "no masks", "unrelated masks", "verl's replay", "padded", "dynamic"],
+)
+def test_what_could_be_wrong_is_refused(
+    engines: dict[int, RankPool], arguments: tuple[object, ...], words: str
+) -> None:
+    (told,) = engines[1].run(refusal, ONE_RANK, *arguments)
+    assert words in told
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment"),
+    [({}, {"SGLANG_ROUTER_CAPTURE": "1", "SGLANG_ROUTER_CAPTURE_FORMAT": "sglang"}), ({"forward_only": True}, None)],
+    ids=["not asked for", "reference model"],
+)
+def test_engines_that_are_left_alone(engines: dict[int, RankPool], settings: dict, environment: dict | None) -> None:
+    """Their routers choose by themselves: few experts are those of the masks, which are random."""
+    given = ("as recorded", settings) if environment is None else ("as recorded", settings, environment)
+    (found,) = engines[1].run(engine_step, ONE_RANK, *given)
+    batches, same, all_known = microbatches(ONE_RANK), 0, 0
+    for (layer, index), maps in found.maps.items():
+        for place, experts in batches[index].recorded(ONE_RANK.moe_layers.index(layer)):
+            same += maps[place].nonzero().flatten().tolist() == experts
+            all_known += 1
+    assert same < all_known / 4
