@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from wrapt import when_imported
 
+from router_replay.errors import SeamError
 from router_replay.upstream import Ledger, Patch, require
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -15,7 +17,7 @@ Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 def wrap_on_import(ledger: Ledger, module: str, wraps: Mapping[str, Wrap], told: Callable[[str], None]) -> None:
     """Check a module against its ledger and wrap names of it, right behind its import; now where that is over.
 
-    Whoever imports the module gets what the check raises. It loads nothing earlier than it would be loaded.
+    Whoever imports the module gets what the check raises, each time. It loads nothing earlier than it would be loaded.
 
     Args:
         ledger: of names of that module and of no other, since a check imports the modules of all of its names.
@@ -30,7 +32,13 @@ def wrap_on_import(ledger: Ledger, module: str, wraps: Mapping[str, Wrap], told:
 
     @when_imported(module)
     def imported(_: object) -> None:
-        require(ledger)
+        try:
+            require(ledger)
+        except SeamError:
+            # wrapt forgets a hook when it calls it: whoever tried again would get the module as it is.
+            sys.modules.pop(module, None)
+            when_imported(module)(imported)
+            raise
         for patch in patches:
             patch.apply()
         told(module)

@@ -16,7 +16,7 @@ from sglang_router_capture.options import ENABLE_VARIABLE, FORMAT_VARIABLE, Capt
 logger = logging.getLogger(__name__)
 
 FORMAT = "sglang"
-"""The format of routes that every stack decodes, as it comes from SGLang's own capture."""
+"""The format of routes that stacks decode, as it comes from SGLang's own capture."""
 
 _CAPTURE = {ENABLE_VARIABLE: "1", FORMAT_VARIABLE: FORMAT}
 
@@ -35,6 +35,7 @@ class Stack:
         variables: that every process of a job has to have, so that they belong into Ray's `runtime_env`.
         arguments: of its command line, each as one would type it.
         remark: what else there is to say, as sentences.
+        format: of the routes that it reads.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Stack:
     variables: Mapping[str, str] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
     remark: str = ""
+    format: str = FORMAT
 
     def installed(self) -> tuple[str, str] | None:
         """Name and release of the distribution that is installed; None where there is none."""
@@ -84,6 +86,10 @@ def _of_megatron_init(name: str, title: str, distributions: tuple[str, ...], led
     )
 
 
+# verl asks its servers for routes itself, which this package's recorder answers.
+_VERL = {"VERL_USE_EXTERNAL_MODULES": "router_replay_adapters.verl"}
+_VERL_ASKS = "actor_rollout_ref.rollout.enable_rollout_routing_replay=True"
+
 STACKS = {
     stack.name: stack
     for stack in (
@@ -96,11 +102,20 @@ STACKS = {
             ("verl",),
             "router_replay_adapters.verl",
             ("router_replay_adapters.verl.ledger:LEDGER",),
-            {**_CAPTURE, "VERL_USE_EXTERNAL_MODULES": "router_replay_adapters.verl"},
-            (
-                "actor_rollout_ref.rollout.enable_rollout_routing_replay=True",
-                "actor_rollout_ref.actor.megatron.router_replay.mode=R3",
-            ),
+            _VERL,
+            (_VERL_ASKS, "actor_rollout_ref.actor.megatron.router_replay.mode=R3"),
+            f"With {ENABLE_VARIABLE}, which alone asks for packed rows, {FORMAT_VARIABLE}={FORMAT} has to be set, too.",
+        ),
+        Stack(
+            "verl-packed",
+            "verl, with packed rows",
+            "verl",
+            ("verl",),
+            "router_replay_adapters.verl",
+            ("router_replay_adapters.verl.ledger:LEDGER",),
+            {**_VERL, ENABLE_VARIABLE: "1"},
+            (_VERL_ASKS, "actor_rollout_ref.actor.megatron.router_replay.mode=disabled"),
+            format="masks",
         ),
         Stack(
             "nemo-rl",

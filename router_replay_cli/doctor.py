@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from router_replay_adapters.stacks import FORMAT, STACKS
+from router_replay_adapters.stacks import STACKS
 from router_replay_cli.ledgers import print_ledger
 from router_replay_cli.running_server import print_running_server
 from router_replay_cli.stack import print_stack
@@ -72,7 +72,7 @@ def doctor(
         elif flags:
             fits.append(_print_server(console, flags))
         if server is not None:
-            fits.append(print_running_server(console, server, FORMAT if stack is not None else None))
+            fits.append(print_running_server(console, server, None if stack is None else STACKS[stack].format))
     if not all(fits):
         raise typer.Exit(1)
 

@@ -34,11 +34,23 @@ def print_stack(
         console.print(stack.remark or f"{stack.adapter} is not in this installation", markup=False)
         return False
     if fits == [True]:
-        fits += [print_ledger(console, pkgutil.resolve_name(name), released=False) for name in stack.ledgers]
+        fits += [_print_names(console, name) for name in stack.ledgers]
     fits += [_print_variables(console, stack, environ), _print_arguments(console, stack, arguments)]
     if stack.remark:
         console.print(f"  {stack.remark}", markup=False)
     return all(fits)
+
+
+def _print_names(console: Console, ledger: str) -> bool:
+    from router_replay.errors import SeamError
+
+    # An adapter that wraps names behind their import raises there.
+    try:
+        return print_ledger(console, pkgutil.resolve_name(ledger), released=False)
+    except (SeamError, ImportError) as error:
+        console.print("  [red]does not fit[/]:", end=" ")
+        console.print(str(error), markup=False)
+        return False
 
 
 def _print_package(console: Console, stack: Stack) -> bool:

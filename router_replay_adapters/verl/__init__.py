@@ -40,7 +40,10 @@ _WRAPS: dict[str, dict[str, Wrap]] = {
         "AgentLoopOutput.as_dict": _as_dict,
         "AgentLoopWorker._agent_loop_postprocess": _agent_loop_postprocess,
     },
-    ledger.PADDING_SAMPLES: {"build_padding_routed_experts": padding.around_build_padding_routed_experts},
+    ledger.PADDING_SAMPLES: {
+        "build_padding_routed_experts": padding.around_build_padding_routed_experts,
+        "construct_minimal_padding_template": packed.around_construct_minimal_padding_template,
+    },
     ledger.ENGINE: {
         "MegatronEngineWithLMHead.forward_step": engine.around_forward_step,
         "MegatronEngine.optimizer_step": engine.around_optimizer_step,

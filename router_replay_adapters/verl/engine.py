@@ -28,10 +28,13 @@ def around_forward_step(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(original)
     def forward_step(engine: Any, batch_iter: Iterator[Any], model: Any, *args: Any, **others: Any) -> Any:
-        if not are_asked_for() or engine.engine_config.forward_only:
+        if engine.engine_config.forward_only:
             return original(engine, batch_iter, model, *args, **others)
         batch = next(batch_iter)
         masks = masks_of(batch.get(KEY, None))
+        # Masks that are there are replayed whatever this process' environment says.
+        if masks is None and not are_asked_for():
+            return original(engine, iter([batch]), model, *args, **others)
         if masks is None:
             raise DataError(
                 f"this run's servers send masks, but a batch of the policy has none under {KEY!r}: what made it has to"

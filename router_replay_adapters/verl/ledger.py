@@ -109,6 +109,13 @@ _SEAMS: dict[str, tuple[Seam, ...]] = {
             "the routes of samples that fill up a batch are made there",
             _PAD,
         ),
+        Seam(
+            f"{PADDING_SAMPLES}.construct_minimal_padding_template",
+            ("source_td", "source_tag", "eos_token_id"),
+            "wrapped by packed.around_construct_minimal_padding_template",
+            "it makes samples that fill up a batch of another one, whose masks are not theirs",
+            _PACKED,
+        ),
     ),
     ENGINE: (
         Seam(

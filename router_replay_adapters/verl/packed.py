@@ -101,9 +101,34 @@ def around_agent_loop_postprocess(original: Callable[..., Awaitable[Any]]) -> Ca
     return _agent_loop_postprocess
 
 
+def around_construct_minimal_padding_template(
+    original: Callable[..., tuple[dict[str, Any], Any]],
+) -> Callable[..., tuple[dict[str, Any], Any]]:
+    """Of `construct_minimal_padding_template`: one that fills up a batch has no masks of the one that it copies."""
+
+    @wraps(original)
+    def construct_minimal_padding_template(*args: Any, **others: Any) -> tuple[dict[str, Any], Any]:
+        sample, tag = original(*args, **others)
+        if KEY in sample:
+            sample[KEY] = None
+        return sample, tag
+
+    return construct_minimal_padding_template
+
+
 def _taken_out(output: Any) -> tuple[RoutingMasks | None, Any]:
-    """A sample's masks, and the sample without them; None where nothing is known of any of its tokens."""
+    """A sample's masks, and the sample without them; None where no token was sampled.
+
+    Raises:
+        DataError: the sample has routes of another kind, or sampled tokens and no routes.
+    """
     routes = output.routed_experts
+    if routes is None and any(output.response_mask):
+        raise DataError(
+            "this run's servers send masks, but a sample of verl has sampled tokens and no routes: set"
+            " actor_rollout_ref.rollout.enable_rollout_routing_replay=True, and keep `routed_experts` of the server's"
+            " output in an agent loop of your own; unset SGLANG_ROUTER_CAPTURE to train without replay"
+        )
     if routes is None:
         return None, output
     if not isinstance(routes, PackedRoutes):

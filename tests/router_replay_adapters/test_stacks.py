@@ -48,8 +48,9 @@ def test_variables_that_are_missing(environ: dict[str, str], to_set: list[str]) 
 
 def test_one_of_several_modules_of_verls_variable_is_enough() -> None:
     name = "VERL_USE_EXTERNAL_MODULES"
-    assert list(STACKS["verl"].variables_to_set({**ON, name: "mine,router_replay_adapters.verl"})) == []
-    assert list(STACKS["verl"].variables_to_set({**ON, name: "router_replay_adapters.verlmine"})) == [name]
+    assert list(STACKS["verl-packed"].variables_to_set({})) == [name, "SGLANG_ROUTER_CAPTURE"]
+    assert list(STACKS["verl"].variables_to_set({name: "mine,router_replay_adapters.verl"})) == []
+    assert list(STACKS["verl"].variables_to_set({name: "router_replay_adapters.verlmine"})) == [name]
 
 
 def test_a_format_that_does_not_exist_is_an_error() -> None:

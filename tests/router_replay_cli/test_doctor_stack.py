@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from router_replay.errors import SeamError
+from router_replay.upstream import Ledger
 from router_replay_cli import doctor as doctor_file
 from router_replay_cli import main as cli
 from tests.stack_packages import importable
@@ -92,6 +94,16 @@ def test_a_stack_with_another_name_is_told(slime: None, monkeypatch: pytest.Monk
     assert "slime.utils.routing_replay.set_routing_replay: expected parameters (replay)" in result.output
 
 
+def test_an_adapter_whose_import_refuses_the_stack(slime: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: object, ledger: Ledger, **how: object) -> bool:
+        raise SeamError(f"{ledger.title} has names that differ")
+
+    monkeypatch.setattr("router_replay_cli.stack.print_ledger", refused)
+    result = _run("--stack", "slime")
+    assert result.exit_code == 1
+    assert "does not fit: slime has names that differ" in result.output
+
+
 def test_a_stack_that_is_not_here() -> None:
     result = _run("--stack", "miles")
     assert result.exit_code == 1
@@ -114,7 +126,7 @@ def test_a_format_that_does_not_exist(slime: None, monkeypatch: pytest.MonkeyPat
 
 def test_an_unknown_stack() -> None:
     result = _run("--stack", "smile")
-    assert result.exit_code == 2 and "'smile' is none of miles, slime, verl, nemo-rl" in result.output
+    assert result.exit_code == 2 and "'smile' is none of miles, slime, verl, verl-packed, nemo-rl" in result.output
 
 
 @contextmanager

@@ -73,7 +73,9 @@ def test_r3_doctor_knows_a_server_whose_capture_is_not_ours(stock_server: Server
 
 def test_miles_reads_them(sglang_format_server: Server) -> None:
     """Two turns by miles' own client, the second of which goes on from the first."""
-    settings = SimpleNamespace(num_layers=6, moe_router_topk=4, sglang_speculative_algorithm=None)
+    settings = SimpleNamespace(
+        num_layers=6, moe_router_topk=4, sglang_speculative_algorithm=None, use_miles_router=False
+    )
     with importable("miles", miles()):
         from miles.rollout.generate_utils.generate_endpoint_utils import update_sample_from_response
         from miles.utils.types import Sample

@@ -9,6 +9,7 @@ from tests.megatron_router_replay.parallel.cases import Case
 from tests.megatron_router_replay.parallel.comparison import TOLERANCE
 from tests.megatron_router_replay.parallel.data import LOSS_SCALE, places
 from tests.megatron_router_replay.parallel.pool import RankPool
+from tests.megatron_router_replay.parallel.training import RankStep
 from tests.router_replay_adapters.verl.engine_pass import PACKED, engine_step, refusal
 from tests.router_replay_adapters.verl.passes import microbatches, our_step
 
@@ -69,18 +70,25 @@ def test_what_could_be_wrong_is_refused(
     assert words in told
 
 
-@pytest.mark.parametrize(
-    ("settings", "environment"),
-    [({}, {"SGLANG_ROUTER_CAPTURE": "1", "SGLANG_ROUTER_CAPTURE_FORMAT": "sglang"}), ({"forward_only": True}, None)],
-    ids=["not asked for", "reference model"],
-)
-def test_engines_that_are_left_alone(engines: dict[int, RankPool], settings: dict, environment: dict | None) -> None:
-    """Their routers choose by themselves: few experts are those of the masks, which are random."""
-    given = ("as recorded", settings) if environment is None else ("as recorded", settings, environment)
-    (found,) = engines[1].run(engine_step, ONE_RANK, *given)
+def test_masks_in_a_batch_are_replayed_whatever_the_environment_says(engines: dict[int, RankPool]) -> None:
+    environment = {"SGLANG_ROUTER_CAPTURE": "1", "SGLANG_ROUTER_CAPTURE_FORMAT": "sglang"}
+    (found,) = engines[1].run(engine_step, ONE_RANK, "as recorded", {}, environment)
+    same, all_known = _as_recorded(found)
+    assert same == all_known > 0
+
+
+def test_the_reference_models_engine_is_left_alone(engines: dict[int, RankPool]) -> None:
+    """Its routers choose by themselves: few experts are those of the masks, which are random."""
+    (found,) = engines[1].run(engine_step, ONE_RANK, "as recorded", {"forward_only": True})
+    same, all_known = _as_recorded(found)
+    assert same < all_known / 4
+
+
+def _as_recorded(found: RankStep) -> tuple[int, int]:
+    """Of the (place, layer) pairs that the masks know, those that were dispatched as recorded, and all."""
     batches, same, all_known = microbatches(ONE_RANK), 0, 0
     for (layer, index), maps in found.maps.items():
         for place, experts in batches[index].recorded(ONE_RANK.moe_layers.index(layer)):
             same += maps[place].nonzero().flatten().tolist() == experts
             all_known += 1
-    assert same < all_known / 4
+    return same, all_known

@@ -156,6 +156,18 @@ def test_something_else_in_a_batch_is_refused() -> None:
         masks_of([1])
 
 
+def test_a_sample_that_fills_up_a_batch_has_no_masks(batch: Batch) -> None:
+    from verl.trainer.ppo import padding_utils
+
+    import router_replay_adapters.verl  # noqa: F401
+
+    source = {KEY: batch.masks[0], "position_ids": torch.arange(LENGTHS[0])}
+    template, _ = padding_utils.construct_minimal_padding_template(source, {}, 0)
+    assert template[KEY] is None and source[KEY] is batch.masks[0]
+    stock, _ = inspect.unwrap(padding_utils.construct_minimal_padding_template)(source, {}, 0)
+    assert same(stock[KEY], batch.masks[0])
+
+
 def test_they_go_through_a_sample(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
 
@@ -174,6 +186,9 @@ def test_they_go_through_a_sample(batch: Batch, monkeypatch: pytest.MonkeyPatch)
     assert same(found[KEY], batch.masks[0]) and "routed_experts" not in found
     assert output.routed_experts is not None
     output.routed_experts = None
+    with pytest.raises(DataError, match="sampled tokens and no routes"):
+        output.as_dict()
+    output.response_mask = [0] * len(ids[4:])
     assert output.as_dict()[KEY] is None
     output.routed_experts = np.zeros((3, 4, 4))
     with pytest.raises(DataError, match="routes that are a ndarray"):
