@@ -8,7 +8,7 @@ from hf_router_replay.formula import require_formula
 from hf_router_replay.layer_replay import LayerReplay
 from hf_router_replay.ledger import ledger_of
 from hf_router_replay.live_model import device_of, input_embedding, live_layers
-from hf_router_replay.refusals import check_model, check_routers
+from hf_router_replay.refusals import check_model, check_routers, check_weights
 from hf_router_replay.replay import Replay
 from router_replay.errors import CallOrderError, InputError
 from router_replay.masks.arguments import require_type
@@ -59,6 +59,7 @@ def attach(model: nn.Module, geometry: RoutingGeometry | None = None, *, overlap
     for family in dict.fromkeys(router.family for router in routers.values()):
         require(ledger_of(family))
     check_model(model)
+    check_weights(routers)
     for router in {router.stock: router for router in routers.values()}.values():
         require_formula(router)
     return Replay(routers, found, device_of(model), embedding=input_embedding(model), overlap_every=overlap_every)

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 from hf_router_replay.gates import Gates
 from router_replay.replay.binding import Native, Replays
 from router_replay.replay.choice import compare_with_own, in_own_order, replayed_or_own
 from router_replay.replay.routed_layer import RoutedLayer
-
-
-def _never_compiled[F: Callable[..., Any]](function: F) -> F:
-    # What is bound is this pass's, and code that is compiled once would keep that of its first.
-    return torch.compiler.disable(function)
+from router_replay.replay.uncompiled import never_compiled
 
 
 class LayerReplay(RoutedLayer):
@@ -32,7 +24,7 @@ class LayerReplay(RoutedLayer):
         super().__init__(replay, layer)
         self._gates = gates
 
-    @_never_compiled
+    @never_compiled
     def __call__(
         self, router: nn.Module, args: tuple[object, ...], output: tuple[Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -37,6 +37,13 @@ _MODEL = (
         _PLANS,
     ),
     Seam(
+        "distributed.configuration_utils.DistributedConfig",
+        None,
+        "read by refusals.check_model",
+        "it tells by which plan a model was spread over ranks",
+        _PLANS,
+    ),
+    Seam(
         "modeling_layers.GradientCheckpointingLayer",
         None,
         "relied on by replay.Replay",
@@ -83,6 +90,20 @@ LEDGER = Ledger(
             "read by live_model.live_layers",
             "which decoder layers route, and to how many experts, is read there",
             "tests/hf_router_replay/test_refusals.py::test_configuration_that_is_not_the_live_model",
+        ),
+        *(
+            Attribute(
+                owner,
+                name,
+                "read by refusals.check_model",
+                "it tells by which plan a model was spread over ranks",
+                "tests/hf_router_replay/test_refusals.py::test_parallel_plans_of_transformers",
+            )
+            for owner, name in (
+                (None, "distributed_config"),
+                ("distributed.configuration_utils.DistributedConfig", "ep_size"),
+                ("distributed.configuration_utils.DistributedConfig", "pp_size"),
+            )
         ),
         Attribute(
             None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from hf_router_replay.live_model import LiveRouter
@@ -25,8 +25,10 @@ def _check_parallel(model: nn.Module) -> None:
     for module in model.modules():
         if not isinstance(module, PreTrainedModel):
             continue
-        plan = getattr(module.config, "distributed_config", None)
-        sizes = {"tp_size": module._tp_size, **{name: getattr(plan, name, None) for name in ("ep_size", "pp_size")}}
+        sizes = {"tp_size": module._tp_size}
+        # Configurations have it only where a model was loaded with one.
+        if (plan := getattr(module.config, "distributed_config", None)) is not None:
+            sizes |= {"ep_size": plan.ep_size, "pp_size": plan.pp_size}
         for name, size in sizes.items():
             if size is not None and size > 1:
                 raise UnsupportedError(
@@ -60,6 +62,24 @@ def check_routers(routers: Mapping[int, LiveRouter]) -> None:
                     f" replayed experts would be computed there is known of transformers' own {name} only; use no"
                     " kernels from the hub (use_kernels), quantised MoE layers, device maps of accelerate or patches"
                 )
+
+
+def check_weights(routers: Mapping[int, LiveRouter]) -> None:
+    """Refuse routers whose matrix is not there as a whole, or as FSDP2's shard of one.
+
+    Raises:
+        UnsupportedError: naming the layer and both shapes.
+    """
+    for layer, router in routers.items():
+        expected = [router.module.num_experts, router.module.hidden_dim]
+        weight = getattr(router.module, "weight", None)
+        found = list(weight.shape) if isinstance(weight, Tensor) else None
+        if found != expected:
+            shape = "no matrix" if found is None else f"a matrix of shape {found}"
+            raise UnsupportedError(
+                f"the router of decoder layer {layer} has {shape} where {expected} was expected: its parameters were"
+                " flattened or taken apart (FSDP1, DeepSpeed ZeRO-3); use FSDP2 (torch's fully_shard)"
+            )
 
 
 def _replaced(module: nn.Module, stock_module: str, stock_name: str) -> str | None:

@@ -11,9 +11,11 @@ from torch import nn
 from hf_router_replay.layer_replay import LayerReplay
 from hf_router_replay.live_model import LiveRouter
 from hf_router_replay.refusals import check_routers
+from router_replay.errors import InputError
 from router_replay.masks.geometry import RoutingGeometry
 from router_replay.replay.attached import AttachedReplay
 from router_replay.replay.called_ids import watch
+from router_replay.replay.layout import BatchLayout
 from router_replay.replay.shards import Shards
 
 
@@ -44,7 +46,13 @@ class Replay(AttachedReplay):
             # A torch.nn.Embedding's parameter.
             undo.callback(watch(embedding, self._compare_ids, "input").remove)
 
-    def _part(self, shards: Shards | None) -> Shards:
+    def _part(self, layout: BatchLayout, shards: Shards | None) -> Shards:
+        if shards is None and layout.called_shape is None:
+            raise InputError(
+                "this layout is of some places of a batch (`at`, or made by hand), and nothing says that they are in"
+                " the order of the model's routers, sequence by sequence: pass the layout of the whole batch, or"
+                " shards=Shards() where they are"
+            )
         return replace(Shards() if shards is None else shards, batch_first=True)
 
     def _check_settings(self) -> None:

@@ -16,6 +16,7 @@ from megatron_router_replay.router_settings import RouterSettings
 from router_replay.masks.geometry import RoutingGeometry
 from router_replay.replay.attached import AttachedReplay
 from router_replay.replay.called_ids import watch
+from router_replay.replay.layout import BatchLayout
 from router_replay.replay.shards import Shards
 
 
@@ -70,7 +71,7 @@ class Replay(AttachedReplay):
         """
         return self._groups.shards(context_size)
 
-    def _part(self, shards: Shards | None) -> Shards:
+    def _part(self, layout: BatchLayout, shards: Shards | None) -> Shards:
         if shards is None:
             return self._groups.shards(None)
         # Each context-parallel rank may now have microbatches of its own.

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from router_replay.upstream import Attribute, Ledger, Patch, Seam
-from router_replay_adapters.native_rows import STAGES, NativeRows
+from router_replay_adapters.native_rows import NativeRows, replays
 from router_replay_adapters.stacks import STACKS, say_at_start
 
 _OWN = "miles gives rows that are unknown to the router"
@@ -112,7 +112,7 @@ def with_native_rows(get_topk_fn: Callable[..., TopK]) -> Callable[..., TopK]:
 
         def of_known_and_native_rows(scores: Tensor, topk: int, *args: Any, **kwargs: Any) -> Any:
             queue = manager.get_current()
-            if not manager.enabled or manager.stage not in STAGES or queue is None:
+            if not manager.enabled or queue is None or not replays("miles", manager.stage):
                 return topk_fn(scores, topk, *args, **kwargs)
 
             def own_topk(scores: Tensor) -> Tensor:

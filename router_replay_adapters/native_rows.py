@@ -15,7 +15,8 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
-from router_replay.errors import DataError, PairingError
+from router_replay.errors import DataError, PairingError, SeamError
+from router_replay_adapters.unknown import UNKNOWN
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +25,7 @@ RECOMPUTE = "replay_backward"
 STAGES = (FORWARD, RECOMPUTE)
 """The stages in which recorded experts are replayed, by the name that miles and slime give them."""
 
-UNKNOWN = -1
-"""What stands for every expert of a row that nobody recorded, as our server sends it."""
+_OTHER_STAGES = ("fallthrough", "record")
 
 OwnTopK = Callable[[Tensor], Tensor]
 """A router's own choice: scores `[T, E]` -> experts `int [T, K]`."""
@@ -49,6 +49,21 @@ class Queue(Popped, Protocol):
     forward_index: int
     backward_index: int
     top_indices_list: list[Any]
+
+
+def replays(stack: str, stage: str) -> bool:
+    """Whether a router takes recorded experts in this stage of a stack's replay.
+
+    Raises:
+        SeamError: a stage that is not known, in which rows that nobody recorded could be replayed as they are.
+    """
+    if stage not in (*STAGES, *_OTHER_STAGES):
+        raise SeamError(
+            f"{stack}'s replay is in a stage {stage!r}, and its adapter knows {', '.join((*STAGES, *_OTHER_STAGES))}:"
+            f" install a release of {stack} that has these, or take the adapter away and let no server answer with"
+            " unknown rows"
+        )
+    return stage in STAGES
 
 
 @dataclass(eq=False)

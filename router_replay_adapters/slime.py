@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from router_replay.upstream import Attribute, Ledger, Patch, Seam
-from router_replay_adapters.native_rows import STAGES, NativeRows
+from router_replay_adapters.native_rows import NativeRows, replays
 from router_replay_adapters.stacks import STACKS, say_at_start
 
 _OWN = "slime gives rows that are unknown to the router"
@@ -104,7 +104,8 @@ def with_native_rows(get_compute_topk: Callable[[TopK], TopK]) -> Callable[[TopK
         ) -> tuple[Tensor, Tensor]:
             groups = {"num_groups": num_groups, "group_topk": group_topk}
             queue, stage = routing_replay.ROUTING_REPLAY, _stage()
-            if queue is None or stage not in STAGES:
+            # Without a stage slime raises by itself.
+            if queue is None or stage is None or not replays("slime", stage):
                 return compute_topk(scores, topk, **groups)
 
             def own_topk(scores: Tensor) -> Tensor:
@@ -121,9 +122,9 @@ def with_native_rows(get_compute_topk: Callable[[TopK], TopK]) -> Callable[[TopK
     return wrapped
 
 
-def _stage() -> str:
+def _stage() -> str | None:
     # As slime itself tells its routers.
-    return os.environ.get("ROUTING_REPLAY_STAGE", "") if os.environ.get("ENABLE_ROUTING_REPLAY") == "1" else ""
+    return os.environ.get("ROUTING_REPLAY_STAGE") if os.environ.get("ENABLE_ROUTING_REPLAY") == "1" else None
 
 
 PATCH = Patch(LEDGER, "get_routing_replay_compute_topk", with_native_rows)

@@ -96,7 +96,7 @@ class AttachedReplay(abc.ABC):
         self._attached = True
 
     @abc.abstractmethod
-    def _part(self, shards: Shards | None) -> Shards:
+    def _part(self, layout: BatchLayout, shards: Shards | None) -> Shards:
         """What this rank's routers see of a batch: what a caller said of it, or what the trainer's end finds."""
 
     @abc.abstractmethod
@@ -138,7 +138,7 @@ class AttachedReplay(abc.ABC):
             PairingError: the masks are not this model's or not this batch's.
         """
         self._require_attached()
-        part = self._part(shards)
+        part = self._part(require_layout(layout), shards)
         return place(masks, layout, self.geometry, self._device, shards=part, fresh=fresh, partial=partial)
 
     @contextlib.contextmanager
@@ -209,8 +209,7 @@ class AttachedReplay(abc.ABC):
             InputError, CallOrderError, UnsupportedError: as of `microbatch`.
         """
         self._require_attached()
-        require_layout(layout)
-        part, number = self._part(shards), fingerprint(layout)
+        part, number = self._part(require_layout(layout), shards), fingerprint(layout)
         self._checks.raise_copied()
         recorder = RouteRecorder(part.routed(layout), part.called(layout), self.geometry, self._device, number)
         with self._whole_pass(BoundPass(None, recorder=recorder), number):

@@ -9,19 +9,24 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from router_replay.errors import PairingError
+from router_replay.replay.uncompiled import never_compiled
 
 Compare = Callable[[Tensor], None]
 
 
 def watch(embedding: nn.Module, seen: Compare, argument: str = "input_ids") -> RemovableHandle:
-    """Call `seen` with the token ids, `int64 [B, S]`, of every call of an embedding.
+    """Call `seen` with the token ids, `int64 [B, S]`, of every call of an embedding that is for a batch.
 
     Args:
         argument: name of the embedding's first parameter, where it is not passed by position.
     """
 
+    @never_compiled
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen(args[0] if args else kwargs[argument])
+        ids = args[0] if args else kwargs[argument]
+        # Models of images and text look up single tokens, too.
+        if ids.dim() == 2:
+            seen(ids)
 
     return embedding.register_forward_pre_hook(look, with_kwargs=True)
 

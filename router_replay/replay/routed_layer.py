@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Never, SupportsIndex
+
 from torch import Tensor
 
 from router_replay.errors import CallOrderError
@@ -34,6 +36,16 @@ class RoutedLayer:
                 " of the model in replay.microbatch(masks, layout), or in replay.off() for native routing"
             )
         return state, binding
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Never:
+        """Refuse a copy, which would answer for another model's router by what is bound to this one.
+
+        Raises:
+            CallOrderError: always.
+        """
+        raise CallOrderError(
+            "a model that a replay is attached to is copied or pickled: do that before attach, or call remove() first"
+        )
 
     def note(self, state: State, binding: BoundPass | Native, experts: Tensor) -> None:
         """The layer takes these experts `int [num_places, K]`; recomputes are not noted again.

@@ -20,8 +20,8 @@ from torch import Tensor
 from router_replay.errors import DataError, PairingError
 from router_replay.masks import masks_from_meta_info
 from router_replay.masks.geometry import RoutingGeometry
+from router_replay_adapters.unknown import UNKNOWN
 from router_replay_adapters.verl.packed import PackedRoutes, are_asked_for
-from router_replay_adapters.verl.unknown import UNKNOWN
 
 
 def around_generate(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from router_replay_adapters.verl.unknown import UNKNOWN
+from router_replay_adapters.unknown import UNKNOWN
 
 
 def around_as_dict(original: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:

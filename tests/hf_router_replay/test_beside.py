@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from hf_router_replay import attach
-from router_replay.errors import CallOrderError
+from router_replay.errors import CallOrderError, PairingError
 from tests.hf_router_replay.small_models import (
     FAMILIES,
     NUM_EXPERTS,
@@ -18,11 +19,13 @@ from tests.hf_router_replay.small_models import (
     build,
     computed_experts,
     logits_of,
+    loss_of,
     router_of,
     router_outputs,
     wrong_rows,
 )
 from tests.no_waiting import RefuseWaiting
+from tests.random_batches import gradients
 
 
 @pytest.mark.parametrize("codec", ["bitset", "ordered"])
@@ -99,6 +102,51 @@ def test_layers_that_are_compiled_after_attach():
             assert torch.equal(logits, eager)
         with pytest.raises(CallOrderError, match="has no masks"):
             logits_of(model, batch)
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False])
+def test_a_model_that_is_compiled_whole_after_attach_trains_the_same(use_reentrant):
+    """Each pass has its own masks and token ids, of which code that is compiled once must keep none."""
+    family = "qwen3_moe"
+    model, batches = build(family), [batch_of(family), batch_of(family, 2), batch_of(family, 3), batch_of(family, 4)]
+    model.train()
+    if use_reentrant is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+
+    def step(call, batch):
+        model.zero_grad(set_to_none=True)
+        with replay.microbatch(batch.masks, batch.layout), router_outputs(model) as outputs:
+            logits = call(input_ids=batch.token_ids, attention_mask=attention_mask(batch), use_cache=False).logits
+        loss_of(logits, batch).backward()
+        replay.check()
+        assert wrong_rows({layer: [seen[0][2]] for layer, seen in outputs.items()}, batch) == 0
+        return logits.detach(), gradients(model)
+
+    with attach(model, overlap_every=None) as replay:
+        expected = [step(model, batch) for batch in batches]
+        counter, frames = CompileCounter(), []
+        compiled = torch.compile(model, backend=counter)
+        for batch, (logits, of_logits) in zip(batches, expected, strict=True):
+            found, found_gradients = step(compiled, batch)
+            assert torch.equal(found, logits)
+            assert all(torch.equal(value, of_logits[name]) for name, value in found_gradients.items())
+            frames.append(counter.frame_count)
+        # The second pass has other shapes than the first; no pass after that is compiled for its masks.
+        assert frames[-1] == frames[1] > 0
+        with replay.microbatch(batches[0].masks, batches[0].layout):
+            compiled(input_ids=batches[0].token_ids.flip(0), attention_mask=attention_mask(batches[0]))
+        with pytest.raises(PairingError, match="token ids"):
+            replay.check()
+
+
+def test_a_single_token_that_is_looked_up_is_no_batch():
+    """As models of images and text do for their placeholders."""
+    family = "qwen3_moe"
+    model, batch = build(family), batch_of(family)
+    with attach(model, overlap_every=None) as replay, replay.microbatch(batch.masks, batch.layout):
+        model.get_input_embeddings()(torch.tensor(3))
+        logits_of(model, batch)
+        replay.check()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

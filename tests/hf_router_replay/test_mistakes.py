@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from hf_router_replay import attach
 from router_replay.errors import CallOrderError, InputError, PairingError
 from router_replay.masks.geometry import RoutingGeometry
+from router_replay.replay import Shards
 from tests.hf_router_replay.small_models import (
     attention_mask,
     batch_of,
@@ -161,6 +164,26 @@ def test_a_replay_that_was_removed(model, batch):
 def test_layouts_that_are_none(model, batch):
     with attach(model) as replay, pytest.raises(InputError, match=r"BatchLayout\.padded"):
         replay.place(batch.masks, None)
+
+
+def test_a_part_of_the_places_of_which_the_order_is_not_known(model, batch):
+    """A layout's own order is step by step, that of the routers sequence by sequence."""
+    part = batch.layout.at(slice(None))
+    with attach(model, overlap_every=None) as replay:
+        for use in (lambda: replay.place(batch.masks, part), lambda: replay.record(part).__enter__()):
+            with pytest.raises(InputError, match=r"some places of a batch.*shards=Shards\(\)"):
+                use()
+        order = torch.arange(batch.layout.num_places).view(-1, 3).T.flatten()
+        expected = replay.place(batch.masks, batch.layout)
+        placed = replay.place(batch.masks, batch.layout.at(order), shards=Shards())
+        for layer in replay.layers:
+            assert torch.equal(placed.experts(layer), expected.experts(layer))
+
+
+def test_a_model_with_a_replay_is_not_copied(model):
+    with attach(model), pytest.raises(CallOrderError, match=r"copied or pickled: do that before attach"):
+        copy.deepcopy(model)
+    copy.deepcopy(model)
 
 
 def test_observed_routes_of_a_part_of_the_places(model, batch):

@@ -29,6 +29,14 @@ def test_dense_models():
         attach(Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=8)))
 
 
+@pytest.mark.parametrize("shape", [(0,), (8 * 32,)], ids=["taken apart", "flattened"])
+def test_routers_whose_matrix_is_not_there_as_a_whole(shape):
+    model = build("qwen3_moe")
+    router_of(next(iter(blocks(model).values()))).weight = nn.Parameter(torch.zeros(shape))
+    with pytest.raises(UnsupportedError, match=r"a matrix of shape \[\d+\] where \[8, 32\] was expected.*use FSDP2"):
+        attach(model)
+
+
 def test_families_that_are_not_known():
     model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**SMALL, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2))
     message = (

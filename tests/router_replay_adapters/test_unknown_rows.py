@@ -12,7 +12,7 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch.utils.checkpoint import checkpoint
 
-from router_replay.errors import DataError, PairingError
+from router_replay.errors import DataError, PairingError, SeamError
 from router_replay_adapters import miles as miles_adapter
 from router_replay_adapters import slime as slime_adapter
 from router_replay_adapters.native_rows import FORWARD, RECOMPUTE
@@ -212,6 +212,15 @@ def test_replay_that_is_off_looks_at_no_row(adapted: StackHere) -> None:
     adapted.switch_off()
     assert experts_of(made(states)[1]) == own_experts(made, states)
     assert made.routing_replay.forward_index == 0
+
+
+def test_a_stage_that_nobody_knows_is_refused(adapted: StackHere) -> None:
+    """Under another name, stages of replay would be let through with rows that nobody recorded."""
+    made = _router(adapted)
+    adapted.record(RECORDED)
+    adapted.set_stage("replaying")
+    with pytest.raises(SeamError, match=r"is in a stage 'replaying', and its adapter knows replay_forward, "):
+        made(hidden_states(len(RECORDED)))
 
 
 def test_a_queue_that_is_empty_is_the_stacks_to_tell(adapted: StackHere) -> None:
