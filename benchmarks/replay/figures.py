@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.interleaved import Seconds, all_seconds, median_of
 from benchmarks.machine import hardware, versions, write_json
 from benchmarks.replay import binding, hugging_face
+from benchmarks.replay.learning import learn
 from benchmarks.replay.models import VOCABULARY, build
 from benchmarks.replay.variants import AGAIN, NATIVE, ORDER, OURS, WITH_NATIVE, Work, num_operators, variants
 from benchmarks.shown import aims_table, median_and_error, table
@@ -53,13 +54,7 @@ def works(hidden: int, token_ids: Tensor) -> dict[str, Work]:
     def step(model: GPTModel, block: Block) -> None:
         with block():
             logits = forward_logits(model, token_ids)
-        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten()).backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    # Too small a step for the routes to leave those that are replayed.
-                    parameter.sub_(parameter.grad, alpha=1e-6)
-        model.zero_grad()
+        learn(model, logits, token_ids)
 
     return {"routers": routers, "MoE layer": moe_layer, "step": step}
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from benchmarks.replay.learning import learn
 from benchmarks.replay.models import VOCABULARY
 from benchmarks.replay.variants import AGAIN, NATIVE, OURS, WITH_NATIVE, with_holes
 from hf_router_replay import BatchLayout, attach
@@ -48,13 +49,7 @@ def step(model: nn.Module, token_ids: Tensor, block: Callable[[], AbstractContex
     """Forward and backward pass, and an update; what is inside of the block is the forward pass."""
     with block():
         logits = model(input_ids=token_ids, use_cache=False).logits
-    torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), token_ids[:, 1:].flatten()).backward()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                # Too small a step for the routes to leave those that are replayed.
-                parameter.sub_(parameter.grad, alpha=1e-6)
-    model.zero_grad()
+    learn(model, logits, token_ids)
 
 
 @contextlib.contextmanager

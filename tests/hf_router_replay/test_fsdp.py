@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ from hf_router_replay import attach
 from tests.hf_router_replay.fsdp_rank import CASES, FAMILIES, NUM_RANKS, batches
 from tests.hf_router_replay.small_models import build, computed_experts, logits_of, loss_of, wrong_rows
 from tests.random_batches import gradients
+from tests.rank_processes import run_ranks
 
 RANKS = range(NUM_RANKS)
 
@@ -24,23 +21,7 @@ RANKS = range(NUM_RANKS)
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Any]]:
     """What each rank saw."""
     folder = tmp_path_factory.mktemp("fsdp")
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("fsdp_rank.py"))]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    logs = [folder / f"log{rank}.txt" for rank in RANKS]
-    processes = []
-    for rank, log in zip(RANKS, logs, strict=True):
-        with log.open("w") as file:
-            arguments = [*command, str(rank), str(folder)]
-            processes.append(subprocess.Popen(arguments, env=environment, stdout=file, stderr=subprocess.STDOUT))
-    try:
-        # A rank that failed leaves the other waiting for it.
-        while None in (codes := [process.poll() for process in processes]) and not any(codes):
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    run_ranks(Path(__file__).with_name("fsdp_rank.py"), folder, NUM_RANKS)
     return [torch.load(folder / f"rank{rank}.pt") for rank in RANKS]
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ from torch import Tensor
 from megatron_router_replay.averages import ExponentialMovingAverage
 from tests.megatron_router_replay.small_gpt import gpt, rounding, tracked, weighted_mean
 from tests.megatron_router_replay.tensor_parallel_rank import DECAY, NUM_UPDATES
+from tests.rank_processes import run_ranks
 
 RANKS = range(2)
 
@@ -24,24 +21,7 @@ RANKS = range(2)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where both ranks left what they saw."""
     shared = tmp_path_factory.mktemp("tensor_parallel")
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("tensor_parallel_rank.py"))]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
-    logs = [shared / f"log{rank}.txt" for rank in RANKS]
-    processes = []
-    for rank, log in zip(RANKS, logs, strict=True):
-        with log.open("w") as file:
-            arguments = [*command, str(rank), str(shared)]
-            processes.append(subprocess.Popen(arguments, env=environment, stdout=file, stderr=subprocess.STDOUT))
-    try:
-        # A rank that failed leaves the other waiting for it.
-        while None in (codes := [process.poll() for process in processes]) and not any(codes):
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    run_ranks(Path(__file__).with_name("tensor_parallel_rank.py"), shared)
     return shared
 
 
