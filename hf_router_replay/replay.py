@@ -27,6 +27,8 @@ class Replay(AttachedReplay):
     """
 
     batch_first = True
+    # The routers' own choice is there in any case, and no ranks share the experts.
+    spread = False
 
     def __init__(
         self,

@@ -44,7 +44,7 @@ def host_times(num_tokens: int, rounds: int) -> tuple[dict[str, Seconds], dict[s
 def bytes_per_token(placement: MicrobatchRoutes) -> dict[str, float]:
     """What a placement holds on the device, and what RouterReplay's targets of the same layers hold."""
     ids = placement.called_ids
-    rest = [placement.native_places, placement.sample, *([] if ids is None else [ids])]
+    rest = [placement.own_places, placement.sample, *([] if ids is None else [ids])]
     geometry = placement.geometry
     return {
         "rows": placement.rows.nbytes / placement.num_places,

@@ -48,6 +48,9 @@ class AttachedReplay(abc.ABC):
     batch_first: ClassVar[bool] = False
     """Whether the routers see a padded batch sequence by sequence, as of `Shards`."""
 
+    spread: ClassVar[bool] = True
+    """Whether padding and last tokens without a row take experts that load all alike, as of `place`."""
+
     def __init__(
         self,
         layers_by_chunk: Sequence[Iterable[int]],
@@ -121,7 +124,7 @@ class AttachedReplay(abc.ABC):
 
         May run ahead of time, on the CUDA stream on which the model runs; binding the result costs next to nothing. The
         last token of a sequence that has no valid row takes experts like padding does, since nothing reads what it
-        computes: not for a model with a head that reads it.
+        computes: where these are spread over all experts, not for a model with a head that reads it.
 
         Args:
             masks: one per sequence of the layout, each from token 0; None for a sequence that the trainer is to route
@@ -139,7 +142,16 @@ class AttachedReplay(abc.ABC):
         """
         self._require_attached()
         part = self._part(require_layout(layout), shards)
-        return place(masks, layout, self.geometry, self._device, shards=part, fresh=fresh, partial=partial)
+        return place(
+            masks,
+            layout,
+            self.geometry,
+            self._device,
+            shards=part,
+            fresh=fresh,
+            partial=partial,
+            spread=self.spread,
+        )
 
     @contextlib.contextmanager
     def microbatch(

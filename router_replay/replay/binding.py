@@ -48,8 +48,8 @@ class Frame:
 
     Attributes:
         recomputing: False while the checkpoint's forward pass runs, True in every later run.
-        native_choices: by router object, the experts `int [num_native, K]` that the trainer chose in the forward
-            pass for places without a row; a recompute must take the same.
+        native_choices: by router object, the experts `int [n, K]` that the trainer chose in the forward pass for the
+            places that take its own; a recompute must take the same.
     """
 
     recomputing: bool = False

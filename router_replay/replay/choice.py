@@ -24,7 +24,7 @@ def replayed_experts(
 ) -> Tensor:
     """Experts `int32 [num_places, K]` of decoder layer `layer`, best first where they are the trainer's own.
 
-    The trainer's top-k runs for native places only, and not at all where there are none.
+    The trainer's top-k runs for places that take its own only, and not at all where there are none.
 
     Args:
         routes, state, layer, router: as of `replayed_or_own`.
@@ -44,7 +44,7 @@ def replayed_experts(
 def replayed_or_own(
     routes: MicrobatchRoutes, state: State, layer: int, router: object, by_place: Tensor, own: OwnChoice
 ) -> Tensor:
-    """Experts `int32 [num_places, K]` of decoder layer `layer`: recorded ones, and the trainer's own at native places.
+    """Experts `int32 [num_places, K]` of decoder layer `layer`: recorded ones, or the trainer's own.
 
     The trainer's own choices are kept in the surrounding checkpoints, so that a recompute takes the same ones.
 
@@ -53,7 +53,7 @@ def replayed_or_own(
         state: that the router is called under.
         router: what native choices are kept under, one object for each router.
         by_place: any tensor of the router's with a row for each place, `[num_places, ...]`.
-        own: the trainer's own choice; asked for native places, where there are any.
+        own: the trainer's own choice; asked for the places that take it, where there are any.
 
     Raises:
         PairingError: another number of places than the layout's, or another device than that of the rows.
@@ -70,14 +70,14 @@ def replayed_or_own(
             f" {routes.device}: attach and place when the model is on the device where it runs"
         )
     experts = routes.experts(layer)
-    if routes.num_native == 0:
+    if not len(routes.own_places):
         return experts
     native = next((frame.native_choices[router] for frame in state.frames if router in frame.native_choices), None)
     if native is None:
-        native = own(routes.native_places).to(experts.dtype)
+        native = own(routes.own_places).to(experts.dtype)
     for frame in state.frames:
         frame.native_choices.setdefault(router, native)
-    return experts.index_copy_(0, routes.native_places, native)
+    return experts.index_copy_(0, routes.own_places, native)
 
 
 def compare_with_own(bound: BoundPass, layer: int, experts: Tensor, own: OwnChoice) -> None:

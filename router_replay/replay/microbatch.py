@@ -17,13 +17,15 @@ class MicrobatchRoutes:
 
     A place is *replayed* (its routes were recorded), *native* (the trainer's own top-k chooses) or *padding* (nothing
     reads its output: it belongs to no token, or to a sequence's last one, which was sampled and never fed back; it gets
-    K distinct experts that load all alike). It is made once, and may be bound to any number of passes.
+    K distinct experts that load all alike, or the trainer's own, as its end has it). It is made once, and may be bound
+    to any number of passes.
 
     Attributes:
         geometry: of the rows; its MoE layers are those that can be asked for.
         codec: of the rows.
-        rows: `uint8 [num_places, row_bytes]` on the device; those of native places mean nothing.
-        native_places: `int64 [num_native]` on the device.
+        rows: `uint8 [num_places, row_bytes]` on the device; those of `own_places` mean nothing.
+        own_places: `int64 [n]` on the device, those that take the trainer's own experts: native ones, and padding where
+            it does.
         sample: `int64 [n]` on the device, some of the replayed places, for comparing with the trainer's own choice.
         called_ids: `int64` on the device, the token ids in the shape in which the model is called here, -1 for padding;
             None where this is not known.
@@ -37,7 +39,7 @@ class MicrobatchRoutes:
     geometry: RoutingGeometry
     codec: Codec
     rows: Tensor
-    native_places: Tensor
+    own_places: Tensor
     sample: Tensor
     called_ids: Tensor | None
     num_replayed: int
@@ -54,7 +56,7 @@ class MicrobatchRoutes:
     @property
     def num_native(self) -> int:
         """Places that the trainer routes itself."""
-        return len(self.native_places)
+        return sum(self.native_causes.values())
 
     def are_of(self, geometry: RoutingGeometry) -> bool:
         """Whether these are routes of this model: of all of its MoE layers, or of those that a chunk recorded."""
@@ -66,7 +68,7 @@ class MicrobatchRoutes:
     def experts(self, layer: int) -> Tensor:
         """Experts of decoder layer `layer` (0-based) for every place, `int32 [num_places, K]`, freshly unpacked.
 
-        Native places hold placeholders that the caller overwrites.
+        Places that take the trainer's own hold placeholders that the caller overwrites.
         """
         return self.codec.unpack_layer(self.rows, self.geometry, self.geometry.index_of(layer))
 

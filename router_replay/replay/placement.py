@@ -39,6 +39,7 @@ def place(
     shards: Shards | None = None,
     fresh: FreshWeights | None = None,
     partial: bool = False,
+    spread: bool = True,
 ) -> MicrobatchRoutes:
     """Check the pairing, and put the rows of this rank's places on `device`.
 
@@ -53,6 +54,8 @@ def place(
         shards: what part of the batch this rank's routers see; by default the layout is of this rank's places.
         fresh: which weights' routes are replayed; all by default.
         partial: accept masks that end before the last token but one of their sequence.
+        spread: whether places of padding, and of last tokens without a row, take experts that load all alike; else they
+            take the trainer's own.
 
     Raises:
         InputError: masks or a layout that are something else, or sizes that cannot be cut into shards.
@@ -76,20 +79,21 @@ def place(
     token = torch.where(routed.is_padding, len(layout.token_ids), layout.cu_seqlens[routed.sequence] + routed.position)
     kind = kind_of_token[token]
 
-    spread = spread_rows(codec.name, geometry)
+    evenly = spread_rows(codec.name, geometry)
     num_recorded = sum(len(one) for one in given)
     source = torch.where(kind == _REPLAYED, row_of_token[token], num_recorded)
     unread = (kind == _UNREAD).nonzero().flatten()
     # Ranks begin at different rows, so that a few places of padding on each do not all load the same experts.
-    first = 0 if shards is None else shards.part * len(spread) // shards.num_parts
-    source[unread] = num_recorded + (first + torch.arange(len(unread))) % len(spread)
+    first = 0 if shards is None else shards.part * len(evenly) // shards.num_parts
+    source[unread] = num_recorded + (first + torch.arange(len(unread))) % len(evenly)
+    own = kind < _REPLAYED if spread else kind != _REPLAYED
 
     counts = torch.bincount(kind, minlength=6).tolist()
     return MicrobatchRoutes(
         geometry=geometry,
         codec=codec,
-        rows=_rows_of_places(masks if isinstance(masks, RoutingMasksBatch) else given, spread, source, device),
-        native_places=to_device((kind < _REPLAYED).nonzero().flatten(), device),
+        rows=_rows_of_places(masks if isinstance(masks, RoutingMasksBatch) else given, evenly, source, device),
+        own_places=to_device(own.nonzero().flatten(), device),
         sample=to_device(sample_of((kind == _REPLAYED).nonzero().flatten()), device),
         called_ids=called_ids_on(called, device),
         num_replayed=counts[_REPLAYED],

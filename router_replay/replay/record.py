@@ -109,7 +109,7 @@ class RouteRecorder:
             geometry=here,
             codec=codec,
             rows=rows,
-            native_places=to_device(replayed[:0], rows.device),
+            own_places=to_device(replayed[:0], rows.device),
             sample=to_device(sample_of(replayed), rows.device),
             called_ids=self._called_ids,
             num_replayed=len(replayed),

@@ -35,9 +35,9 @@ def scores(routes: MicrobatchRoutes) -> Tensor:
     return torch.randn(routes.num_places, GEOMETRY.num_experts, generator=torch.Generator().manual_seed(1))
 
 
-def test_native_places_take_the_trainers_choice_best_first(routes, scores):
+def test_own_places_take_the_trainers_choice_best_first(routes, scores):
     experts = replayed_experts(routes, State(), 3, "router", scores.requires_grad_(), worst_first)
-    native = set(routes.native_places.tolist())
+    native = set(routes.own_places.tolist())
     assert 2 <= len(native) < routes.num_places
     best, placed = scores.topk(3).indices, routes.experts(3)
     for at in range(routes.num_places):
@@ -75,7 +75,7 @@ def test_a_checkpoint_keeps_the_choice_of_its_forward_pass(routes, scores):
     again = replayed_experts(routes, State(frames=(outer, inner)), 1, "router", -scores, never)
     assert torch.equal(again, first)
     assert torch.equal(replayed_experts(routes, State(frames=(inner,)), 1, "router", -scores, never), first)
-    native = routes.native_places
+    native = routes.own_places
     other = replayed_experts(routes, State(frames=(outer, inner)), 1, "another router", -scores, worst_first)
     assert (other[native] != first[native]).any(1).all()
 
@@ -89,7 +89,7 @@ def test_another_number_of_places(routes, scores):
 def test_own_experts_by_place_are_taken_as_they_stand(routes, scores):
     own = worst_first(scores)
     experts = replayed_or_own(routes, State(), 3, "router", own, lambda places: own.index_select(0, places))
-    native, placed = set(routes.native_places.tolist()), routes.experts(3)
+    native, placed = set(routes.own_places.tolist()), routes.experts(3)
     assert native
     for at in range(routes.num_places):
         assert experts[at].tolist() == (own if at in native else placed)[at].tolist()

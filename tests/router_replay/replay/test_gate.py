@@ -46,7 +46,7 @@ def test_stale_tokens_are_native_and_counted_apart_from_invalid_ones():
     invalid = sum(int((~one.valid).sum()) for one in masks)
     assert routes.native_causes == {"invalid": invalid, "stale": stale, "no routes": 0, "not in the rollout": 0}
     # Padded [S, B]: the place of token t of sequence 0 is 2 t.
-    assert set((masks[0].valid[:4].nonzero().flatten() * 2).tolist()) <= set(routes.native_places.tolist())
+    assert set((masks[0].valid[:4].nonzero().flatten() * 2).tolist()) <= set(routes.own_places.tolist())
     everything = place(masks, padded(ids), GEOMETRY, CPU)
     assert everything.num_replayed == routes.num_replayed + stale
     assert everything.fingerprint != routes.fingerprint

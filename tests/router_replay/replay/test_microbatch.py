@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def check(routes: MicrobatchRoutes, layout: BatchLayout, masks: list[RoutingMasks], indices: list[Tensor]) -> None:
     """Every place against its own token, one by one."""
-    native = set(routes.native_places.tolist())
+    native = set(routes.own_places.tolist())
     replayed = padding = 0
     for layer_index, layer in enumerate(GEOMETRY.moe_layers):
         experts = routes.experts(layer)
@@ -92,6 +92,17 @@ def test_padding_loads_all_experts_alike():
         assert load.tolist() == [GEOMETRY.top_k] * GEOMETRY.num_experts
 
 
+def test_padding_may_take_the_trainers_own():
+    ids, masks, indices = recorded([4, 2], 0)
+    layout = padded(ids)
+    apart, own = (place(masks, layout, GEOMETRY, CPU, spread=spread) for spread in (True, False))
+    check(apart, layout, masks, indices)
+    unread = (layout.is_padding | (layout.position == layout.lengths[layout.sequence] - 1)).nonzero().flatten()
+    assert own.num_padding == apart.num_padding == len(unread) == 4
+    assert own.num_native == apart.num_native and own.native_causes == apart.native_causes
+    assert sorted(own.own_places.tolist()) == sorted([*apart.own_places.tolist(), *unread.tolist()])
+
+
 def test_observed_routes_go_back_to_their_tokens():
     ids, _, _ = recorded([3, 2], 0)
     layout = padded(ids).at([5, 4, 1, 0])
@@ -148,7 +159,7 @@ def test_a_batch_and_a_part_of_it_are_placed_as_a_list_is(lengths, seed, data):
         expected = place(listed[part], layout, GEOMETRY, CPU)
         found = place(RoutingMasksBatch.of(listed)[part], layout, GEOMETRY, CPU)
         assert torch.equal(found.rows, expected.rows)
-        assert torch.equal(found.native_places, expected.native_places) and torch.equal(found.sample, expected.sample)
+        assert torch.equal(found.own_places, expected.own_places) and torch.equal(found.sample, expected.sample)
         assert found.native_causes == expected.native_causes and found.fingerprint == expected.fingerprint
         assert (found.num_replayed, found.num_padding) == (expected.num_replayed, expected.num_padding)
 
@@ -189,7 +200,7 @@ def test_token_ids_and_masks_of_a_device():
     batch = RoutingMasksBatch.of(masks)
     for given_as in (masks, batch, batch.pin_memory().to("cuda", non_blocking=True)):
         routes = place(given_as, layout, GEOMETRY, torch.device("cuda"))
-        assert routes.native_places.is_cuda and routes.experts(1).is_cuda
+        assert routes.own_places.is_cuda and routes.experts(1).is_cuda
         check(routes, layout, masks, indices)
 
 
