@@ -63,6 +63,22 @@ def test_main_job_against_a_running_server(capture_server: Server, small_model: 
     assert f"{report['tokens']:,}" in result.output
 
 
+def test_main_job_with_a_model_of_hugging_face(capture_server: Server, small_model: Path, tmp_path: Path) -> None:
+    """The job itself ends with an error where a replayed expert is not the recorded one."""
+    out = tmp_path / "report"
+    result = _run(
+        main,
+        *("--server", capture_server.url, "--model", str(small_model), "--conversations", "48", "--group-size", "2"),
+        *("--concurrency", "8", "--seed", "6", "--trainer", "hf", "--out", str(out)),
+    )
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "demo.json").read_text())
+    assert report["trainer"] == "hf"
+    assert report["invalid_rows"] == report["conversations"] == 48
+    assert report["route_mismatch"]["rows"] > 0
+    assert 0 < report["kl_k3"]["replay"] < report["kl_k3"]["native"]
+
+
 def test_main_job_without_a_server_says_so(small_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
     result = _run(main, "--server", "http://127.0.0.1:9", "--model", str(small_model), "--out", str(out))
