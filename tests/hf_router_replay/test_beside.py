@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+import hf_router_replay
+import router_replay
 from hf_router_replay import attach
 from router_replay.errors import CallOrderError, PairingError
 from tests.hf_router_replay.small_models import (
@@ -104,6 +108,16 @@ def test_layers_that_are_compiled_after_attach():
             logits_of(model, batch)
 
 
+class CountsModelsCode(CompileCounter):
+    """Counts what is compiled, and refuses code of ours."""
+
+    def __call__(self, graph, example_inputs):
+        ours = [f'File "{Path(package.__file__).parent}/' for package in (hf_router_replay, router_replay)]
+        traces = [node.stack_trace or "" for node in graph.graph.nodes]
+        assert not [trace for trace in traces if any(folder in trace for folder in ours)]
+        return super().__call__(graph, example_inputs)
+
+
 @pytest.mark.parametrize("use_reentrant", [None, False])
 def test_a_model_that_is_compiled_whole_after_attach_trains_the_same(use_reentrant):
     """Each pass has its own masks and token ids, of which code that is compiled once must keep none."""
@@ -124,7 +138,7 @@ def test_a_model_that_is_compiled_whole_after_attach_trains_the_same(use_reentra
 
     with attach(model, overlap_every=None) as replay:
         expected = [step(model, batch) for batch in batches]
-        counter, frames = CompileCounter(), []
+        counter, frames = CountsModelsCode(), []
         compiled = torch.compile(model, backend=counter)
         for batch, (logits, of_logits) in zip(batches, expected, strict=True):
             found, found_gradients = step(compiled, batch)
