@@ -93,6 +93,13 @@ def own_experts(made: TopKRouter, states: Tensor) -> list[set[int]]:
     return [set(row) for row in own_topk(made, states).tolist()]
 
 
+def gradients_of(made: TopKRouter, states: Tensor) -> tuple[Tensor, ...]:
+    """Gates of a pass, and the gradients of the router's weights and inputs in a loss of these gates."""
+    probs, _ = made(states)
+    (probs * torch.arange(NUM_EXPERTS)).square().sum().backward()
+    return probs.detach(), made.weight.grad, states.grad
+
+
 def expected_experts(own: list[set[int]]) -> list[set[int]]:
     """Experts of each row of `RECORDED` in a replay that has the router's own in unknown rows."""
     recorded = RECORDED.tolist()

@@ -22,6 +22,7 @@ from tests.router_replay_adapters.routers import (
     UNKNOWN,
     expected_experts,
     experts_of,
+    gradients_of,
     hidden_states,
     own_experts,
     own_topk,
@@ -112,9 +113,7 @@ def test_gradients_are_those_of_the_same_experts_recorded(nemo_rl: ModuleType) -
         if whole:
             experts[list(UNKNOWN)] = own_topk(made, states)[list(UNKNOWN)].int()
         nemo_rl.set_router_replay_forward(made, _answered(experts))
-        probs, _ = made(states)
-        (probs * torch.arange(NUM_EXPERTS)).square().sum().backward()
-        gradients.append((probs.detach(), made.weight.grad, states.grad))
+        gradients.append(gradients_of(made, states))
     for found, expected in zip(*gradients, strict=True):
         assert torch.equal(found, expected)
     assert (gradients[0][2][list(UNKNOWN)] != 0).any(-1).all()
