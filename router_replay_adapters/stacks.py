@@ -124,8 +124,8 @@ STACKS = {
             ("nemo-rl",),
             None,
             remark=(
-                "NeMo-RL takes routes from vLLM alone: its SGLang generation neither asks for them nor reads them, and"
-                " it has no place where an adapter could plug in."
+                "NeMo-RL takes routes from vLLM alone: it replays in Megatron policies, and these have no way to give"
+                " their weights to SGLang."
             ),
         ),
     )

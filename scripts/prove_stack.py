@@ -1,10 +1,11 @@
-"""Prove a stack's adapter on the stack's own code, from a checkout of its repository.
+"""Prove what this package says of a stack on the stack's own code, from a checkout of its repository.
 
     python scripts/prove_stack.py --stack slime --checkout DIR
 
-Holds the ledger of the adapter against the checkout's sources, then runs the tests of the adapter with the stack's own
+Holds the ledger of the stack's adapter against the checkout's sources, then runs the tests of the stack with its own
 modules in the place of what the repository's tests use. They run on stock Megatron-Core and a CPU: the stack's package
-has to be importable beside what this repository installs, as far as its replay needs it.
+has to be importable beside what this repository installs, as far as its replay needs it. NeMo-RL has no adapter and no
+ledger: its tests show that it takes unknown rows as they are meant.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from rich.console import Console
 
 from router_replay.upstream import Ledger, Source, check
 from router_replay_adapters import miles, slime
+from router_replay_adapters.stacks import STACKS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LEDGERS: dict[str, Ledger] = {"miles": miles.LEDGER, "slime": slime.LEDGER}
-TESTS = ("test_unknown_rows.py", "test_starts.py")
+TESTS = REPOSITORY / "tests" / "router_replay_adapters"
+OF_ADAPTERS = ("test_unknown_rows.py", "test_starts.py")
+LEDGERS: dict[str, Ledger | None] = {"miles": miles.LEDGER, "slime": slime.LEDGER, "nemo-rl": None}
 
 
 def main() -> int:
@@ -30,21 +33,29 @@ def main() -> int:
     parser.add_argument("--stack", choices=sorted(LEDGERS), required=True)
     parser.add_argument("--checkout", type=Path, required=True, help="folder that holds the stack's package")
     arguments = parser.parse_args()
-    folder = arguments.checkout.resolve()
-    if not (folder / arguments.stack / "__init__.py").is_file():
-        parser.error(f"{folder} holds no package {arguments.stack}")
-    ledger = LEDGERS[arguments.stack]
-    problems = check(ledger, Source(folder, ledger.distribution))
+    folder, stack = arguments.checkout.resolve(), STACKS[arguments.stack]
+    if not (folder / stack.package / "__init__.py").is_file():
+        parser.error(f"{folder} holds no package {stack.package}")
     console = Console(soft_wrap=True, highlight=False)
-    console.print(f"{ledger.title} at {_commit(folder)}: {len(problems)} of {len(ledger.seams)} names do not fit")
+    console.print(f"{stack.title} at {_commit(folder)}")
+    ledger = LEDGERS[stack.name]
+    if ledger is None:
+        tests = [str(TESTS / f"test_{stack.package}.py")]
+    elif _fits(ledger, folder, console):
+        tests = ["-k", stack.name, *(str(TESTS / name) for name in OF_ADAPTERS)]
+    else:
+        return 1
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, f"R3_CHECKOUT_OF_{stack.package.upper()}": str(folder)}
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, check=False).returncode
+
+
+def _fits(ledger: Ledger, folder: Path, console: Console) -> bool:
+    problems = check(ledger, Source(folder, ledger.distribution))
+    console.print(f"{len(problems)} of {len(ledger.seams)} names do not fit")
     for problem in problems:
         console.print(f"  {problem}", markup=False)
-    if problems:
-        return 1
-    tests = [str(REPOSITORY / "tests" / "router_replay_adapters" / name) for name in TESTS]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", arguments.stack, *tests]
-    environment = {**os.environ, f"R3_CHECKOUT_OF_{arguments.stack.upper()}": str(folder)}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, check=False).returncode
+    return not problems
 
 
 def _commit(folder: Path) -> str:

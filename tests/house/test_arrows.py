@@ -47,7 +47,7 @@ PARTS: dict[str, set[str]] = {
     "report": _BELOW_ALL | {"masks", "upstream", "replay", "mismatch", "run"},
 }
 
-ENGINES = {"sglang", "megatron", "transformers", "ray", "vllm", "verl", "miles", "slime"}
+ENGINES = {"sglang", "megatron", "transformers", "ray", "vllm", "verl", "miles", "slime", "nemo_rl", "areal"}
 # Of libraries that not everybody has, who may import them.
 LIBRARIES: dict[str, set[str]] = {
     "sglang": {"sglang_router_capture"},

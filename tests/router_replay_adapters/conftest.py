@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +36,23 @@ def slime_routing_replay() -> Iterator[ModuleType]:
     """`slime.utils.routing_replay` of a given checkout; the stand-in where there is none."""
     with importable("slime", checkout("slime") or STAND_INS):
         yield importlib.import_module("slime.utils.routing_replay")
+
+
+@pytest.fixture(scope="module")
+def nemo_rl_router_replay() -> Iterator[ModuleType]:
+    """`nemo_rl.models.megatron.router_replay` of a given checkout; the stand-in where there is none."""
+    given = checkout("nemo_rl")
+    with importable("nemo_rl", given or STAND_INS), pytest.MonkeyPatch.context() as patch:
+        if given is not None:
+            # Types of its configuration alone, but for a patch of transformers, of which it refuses ours.
+            types = ModuleType("nemo_rl.models.policy")
+            types.__path__ = [str(given / "nemo_rl" / "models" / "policy")]
+            types.PolicyConfig = dict
+            patch.setitem(sys.modules, types.__name__, types)
+        # What its import sets.
+        for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_UV_RUN_RUNTIME_ENV"):
+            patch.setenv(name, "0")
+        yield importlib.import_module("nemo_rl.models.megatron.router_replay")
 
 
 @pytest.fixture

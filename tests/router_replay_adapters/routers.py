@@ -37,10 +37,21 @@ class Bridge:
 
 
 def router(topk_of_stack: Callable[[TopK], TopK], **overrides: Any) -> TopKRouter:
-    """A router of 16 experts, top-4, with random weights, whose stack has the last word.
+    """A router as `stock_router` makes it, whose stack has the last word.
 
     Args:
         topk_of_stack: what the stack makes of the router's own top-k.
+        overrides: of the configuration's fields.
+    """
+    made = stock_router(**overrides)
+    made.router_replay = Bridge(topk_of_stack)
+    return made
+
+
+def stock_router(**overrides: Any) -> TopKRouter:
+    """A router of 16 experts, top-4, with random weights.
+
+    Args:
         overrides: of the configuration's fields.
     """
     settings = {
@@ -57,7 +68,6 @@ def router(topk_of_stack: Callable[[TopK], TopK], **overrides: Any) -> TopKRoute
     made = TopKRouter(TransformerConfig(**settings), get_default_pg_collection())
     with torch.no_grad():
         made.weight.copy_(torch.randn(made.weight.shape, generator=torch.Generator().manual_seed(1)))
-    made.router_replay = Bridge(topk_of_stack)
     return made
 
 
@@ -82,6 +92,28 @@ def own_experts(made: TopKRouter, states: Tensor) -> list[set[int]]:
     """The same as sets."""
     return [set(row) for row in own_topk(made, states).tolist()]
 
+
+def gradients_of(made: TopKRouter, states: Tensor) -> tuple[Tensor, ...]:
+    """Gates of a pass, and the gradients of the router's weights and inputs in a loss of these gates."""
+    probs, _ = made(states)
+    (probs * torch.arange(NUM_EXPERTS)).square().sum().backward()
+    return probs.detach(), made.weight.grad, states.grad
+
+
+def expected_experts(own: list[set[int]]) -> list[set[int]]:
+    """Experts of each row of `RECORDED` in a replay that has the router's own in unknown rows."""
+    recorded = RECORDED.tolist()
+    return [own[row] if row in UNKNOWN else set(recorded[row]) for row in range(len(recorded))]
+
+
+SCORES: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "softmax before top-k": {"moe_router_pre_softmax": True},
+    "sigmoid, expert bias": {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+    # Its top-k takes no part of the rows, only all of them.
+    "groups": {"moe_router_num_groups": 4, "moe_router_group_topk": 2},
+}
+"""Settings of routers by what they choose experts by."""
 
 RECORDED = torch.tensor(
     [[3, 9, 0, 12], [-1, -1, -1, -1], [5, 1, 15, 7], [-1, -1, -1, -1], [2, 8, 11, 4], [-1, -1, -1, -1]],

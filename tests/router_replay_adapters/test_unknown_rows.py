@@ -20,23 +20,18 @@ from tests.router_replay_adapters.routers import (
     KNOWN,
     NUM_EXPERTS,
     RECORDED,
+    SCORES,
     TOP_K,
     UNKNOWN,
+    expected_experts,
     experts_of,
+    gradients_of,
     hidden_states,
     own_experts,
     own_topk,
     router,
 )
 from tests.router_replay_adapters.stacks_here import Miles, Slime, StackHere
-
-SCORES = {
-    "softmax": {},
-    "softmax before top-k": {"moe_router_pre_softmax": True},
-    "sigmoid, expert bias": {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
-    # Its top-k takes no part of the rows, only all of them.
-    "groups": {"moe_router_num_groups": 4, "moe_router_group_topk": 2},
-}
 
 
 @pytest.fixture(params=["miles", "slime"])
@@ -62,11 +57,6 @@ def _router(stack: StackHere, **settings: object) -> TopKRouter:
     made = router(stack.topk, **settings)
     stack.register(made)
     return made
-
-
-def _expected(own: list[set[int]]) -> list[set[int]]:
-    recorded = RECORDED.tolist()
-    return [own[row] if row in UNKNOWN else set(recorded[row]) for row in range(len(recorded))]
 
 
 def test_without_the_adapter_unknown_rows_go_wrong(stack: StackHere) -> None:
@@ -97,7 +87,7 @@ def test_unknown_rows_are_native_and_known_ones_replayed(adapted: StackHere, set
     adapted.record(RECORDED)
     adapted.set_stage(FORWARD)
     probs, routing_map = made(states)
-    assert experts_of(routing_map) == _expected(own)
+    assert experts_of(routing_map) == expected_experts(own)
     assert torch.equal(probs != 0, routing_map)
 
 
@@ -126,7 +116,7 @@ def test_a_recompute_takes_the_experts_of_its_forward_pass(adapted: StackHere) -
     for output in outputs:
         output.square().sum().backward()
     others, forward, recompute = chosen[:2], chosen[2:4], chosen[4:]
-    assert forward == [_expected(each) for each in own]
+    assert forward == [expected_experts(each) for each in own]
     assert recompute == forward
     assert all(before[row] != now[row] for before, now in zip(others, forward, strict=True) for row in UNKNOWN)
 
@@ -143,7 +133,7 @@ def test_a_recompute_whose_forward_pass_nobody_saw_chooses_itself(adapted: Stack
     made, states = _router(adapted), hidden_states(len(RECORDED))
     adapted.record(RECORDED)
     adapted.set_stage(RECOMPUTE)
-    assert experts_of(made(states)[1]) == _expected(own_experts(made, states))
+    assert experts_of(made(states)[1]) == expected_experts(own_experts(made, states))
 
 
 def test_gradients_are_those_of_the_same_experts_recorded(adapted: StackHere) -> None:
@@ -155,9 +145,7 @@ def test_gradients_are_those_of_the_same_experts_recorded(adapted: StackHere) ->
             experts[list(UNKNOWN)] = own_topk(made, states)[list(UNKNOWN)].int()
         adapted.record(experts)
         adapted.set_stage(FORWARD)
-        probs, _ = made(states)
-        (probs * torch.arange(NUM_EXPERTS)).square().sum().backward()
-        gradients.append((probs.detach(), made.weight.grad, states.grad))
+        gradients.append(gradients_of(made, states))
     for found, expected in zip(*gradients, strict=True):
         assert torch.equal(found, expected)
     assert (gradients[0][2][list(UNKNOWN)] != 0).any(-1).all()

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
 from cpu_engines.sglang.server import Server
-from router_replay.masks import RoutingGeometry, get_codec, masks_from_sglang
+from router_replay.masks import RoutingGeometry, RoutingMasks, get_codec, masks_from_sglang
 from router_replay_cli.running_server import print_running_server
 from sglang_router_capture import hooks
 from sglang_router_capture.sglang_format import packed, unpacked
+from tests.sglang_router_capture.areal_client import client_reads
 from tests.sglang_router_capture.requests import generate, prompt, upstream_routes
 from tests.stack_packages import importable, miles
 
@@ -96,6 +100,50 @@ def test_miles_reads_them(sglang_format_server: Server) -> None:
     geometry = RoutingGeometry(num_layers=6, moe_layers=(1, 2, 3, 4, 5), num_experts=32, top_k=4)
     masks = masks_from_sglang(answer["meta_info"], asked, geometry)
     assert masks.valid.all() and torch.equal(masks.indices(), found[:, 1:].sort(-1).values)
+
+
+def test_areal_reads_them(sglang_format_server: Server, tmp_path: Path) -> None:
+    """Two prompts by AReaL's own client, the second of which goes on from the first, and unknown rows."""
+    prompts = [prompt(81, 40), prompt(81, 40) + prompt(82, 12)]
+    unknown = RoutingMasks.from_indices(
+        torch.stack([torch.randperm(128)[:8] for _ in range(50 * 2)]).reshape(50, 2, 8).int(),
+        torch.arange(50) % 3 != 1,
+        start=0,
+        geometry=GEOMETRY,
+        codec="ordered",
+        token_ids=list(range(51)),
+    )
+    address = sglang_format_server.url.removeprefix("http://")
+    generated, read = client_reads(address, prompts, 9, [_answer(unknown, prompt_tokens=44)], tmp_path)
+    geometry = RoutingGeometry(num_layers=6, moe_layers=(1, 2, 3, 4, 5), num_experts=32, top_k=4)
+    for token_ids, found in zip(prompts, generated, strict=True):
+        answer = generate(sglang_format_server, token_ids, 9)
+        assert found.tokens == answer["output_ids"]
+        rows = torch.tensor(found.rows).reshape(len(token_ids) + 9 - 1, 6, 4)
+        assert torch.equal(rows, upstream_routes(answer, num_layers=6, top_k=4).long())
+        masks = masks_from_sglang(answer["meta_info"], token_ids + answer["output_ids"], geometry)
+        assert masks.valid.all() and torch.equal(masks.indices(), rows[:, 1:].sort(-1).values.int())
+    rows = torch.tensor(read[0].rows).reshape(50, 4, 8)
+    assert torch.equal(rows[:, [1, 3]].int(), unknown.indices())
+    assert (rows[1::3, [1, 3]] == -1).all() and (rows[:, [0, 2]] == 0).all()
+
+
+def _answer(masks: RoutingMasks, prompt_tokens: int) -> dict[str, Any]:
+    """What a server answers in this format, as far as a client of AReaL reads it."""
+    sent = packed(masks.rows, masks.valid, masks.geometry, get_codec(masks.codec))
+    batch = SimpleNamespace(routed_experts=[sent])
+    hooks.endpoints.before_answers(None, batch)
+    completion_tokens = masks.num_tokens + 1 - prompt_tokens
+    return {
+        "meta_info": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "finish_reason": {"type": "length", "length": completion_tokens},
+            "output_token_logprobs": [[-1.0, 5, None]] * completion_tokens,
+            # As SGLang's tokenizer manager writes them.
+            "routed_experts": base64.b64encode(batch.routed_experts[0].numpy().tobytes()).decode(),
+        }
+    }
 
 
 GEOMETRY = RoutingGeometry(num_layers=4, moe_layers=(1, 3), num_experts=128, top_k=8)
