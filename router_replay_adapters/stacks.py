@@ -86,6 +86,8 @@ def _of_megatron_init(name: str, title: str, distributions: tuple[str, ...], led
     )
 
 
+_SLIME_PACKED = "router_replay_adapters.slime_packed"
+
 # verl asks its servers for routes itself, which this package's recorder answers.
 _VERL = {"VERL_USE_EXTERNAL_MODULES": "router_replay_adapters.verl"}
 _VERL_ASKS = "actor_rollout_ref.rollout.enable_rollout_routing_replay=True"
@@ -95,6 +97,25 @@ STACKS = {
     for stack in (
         _of_megatron_init("miles", "miles", ("miles-rl", "miles"), "router_replay_adapters.miles:LEDGER"),
         _of_megatron_init("slime", "slime", ("slime",), "router_replay_adapters.slime:LEDGER"),
+        Stack(
+            "slime-packed",
+            "slime, with packed rows",
+            "slime",
+            ("slime",),
+            _SLIME_PACKED,
+            tuple(
+                f"{_SLIME_PACKED}:{name}" for name in ("slime.LEDGER", "SAMPLES", "CONVERSION", "TRAINER", "QUEUES")
+            ),
+            {ENABLE_VARIABLE: "1"},
+            (
+                "--use-rollout-routing-replay",
+                f"--custom-megatron-init-path {_SLIME_PACKED}.init",
+                f"--custom-convert-samples-to-train-data-path {_SLIME_PACKED}.convert",
+            ),
+            f"With functions of your own behind these flags, call {_SLIME_PACKED}.init(args) and"
+            f" {_SLIME_PACKED}.convert(args, samples) in them.",
+            format="masks",
+        ),
         Stack(
             "verl",
             "verl",
@@ -147,11 +168,11 @@ def say_at_start(stack: Stack, *, asked: bool) -> None:
     done = f"{stack.adapter} is on ({stack.title}, {release}): rows without routes take the router's own experts"
     if missing := stack.variables_to_set():
         logger.warning(
-            "%s. This process lacks %s: where the servers lack it, too, they may answer without routes that %s reads;"
+            "%s. This process lacks %s: where the servers lack it, too, they may answer without routes in format %s;"
             " it belongs into Ray's runtime_env",
             done,
             " and ".join(f"{name}={value}" for name, value in missing.items()),
-            stack.title,
+            stack.format,
         )
     else:
         logger.info("%s", done)
