@@ -34,7 +34,8 @@ _NONE = np.zeros(1, dtype=np.uint8)
 
 def container_of(masks: RoutingMasks | None) -> np.ndarray:
     """Masks as a stack ships them, `uint8 [bytes]`; a single zero where a sample has none."""
-    return _NONE if masks is None else np.frombuffer(to_bytes(masks), dtype=np.uint8)
+    # Of a bytearray, since torch takes no array that cannot be written.
+    return _NONE.copy() if masks is None else np.frombuffer(bytearray(to_bytes(masks)), dtype=np.uint8)
 
 
 def masks_of(container: Any) -> RoutingMasks | None:
@@ -198,9 +199,17 @@ class PackedLayer:
         """Places without recorded experts, `int64 [n]` on the device."""
         return self._there().native_places
 
-    def materialize_for_routing_replay(self, stage: str) -> Tensor:
-        """Experts `int32 [places, K]` on the device; those of native places mean nothing. slime asks so."""
+    def experts(self) -> Tensor:
+        """Experts `int32 [places, K]` on the device, unpacked anew; those of native places mean nothing."""
         return self._there().experts(self.layer)
+
+    def materialize_for_routing_replay(self, stage: str) -> Tensor:
+        """`experts`, by the name that slime asks for them, in any of its passes."""
+        return self.experts()
+
+    def to(self, device: object) -> Tensor:
+        """`experts`, as miles takes them to its device, which is where they are."""
+        return self.experts()
 
     def _there(self) -> MicrobatchRoutes:
         return self.microbatch.on_device.of(self.microbatch.routes, self.microbatch.device)

@@ -86,7 +86,28 @@ def _of_megatron_init(name: str, title: str, distributions: tuple[str, ...], led
     )
 
 
-_SLIME_PACKED = "router_replay_adapters.slime_packed"
+def _of_packed_queues(
+    stack: str, distributions: tuple[str, ...], ledgers: tuple[str, ...], flag: str, function: str, of_ones_own: str
+) -> Stack:
+    adapter = f"router_replay_adapters.{stack}_packed"
+    return Stack(
+        f"{stack}-packed",
+        f"{stack}, with packed rows",
+        stack,
+        distributions,
+        adapter,
+        tuple(f"{adapter}:{name}" for name in ledgers),
+        {ENABLE_VARIABLE: "1"},
+        (
+            "--use-rollout-routing-replay",
+            f"--custom-megatron-init-path {adapter}.init",
+            f"{flag} {adapter}.{function}",
+        ),
+        f"With an initialisation of your own, call {adapter}.init(args) in it; with a function of your own behind"
+        f" {flag}, {of_ones_own.format(adapter)}.",
+        format="masks",
+    )
+
 
 # verl asks its servers for routes itself, which this package's recorder answers.
 _VERL = {"VERL_USE_EXTERNAL_MODULES": "router_replay_adapters.verl"}
@@ -96,25 +117,22 @@ STACKS = {
     stack.name: stack
     for stack in (
         _of_megatron_init("miles", "miles", ("miles-rl", "miles"), "router_replay_adapters.miles:LEDGER"),
+        _of_packed_queues(
+            "miles",
+            ("miles-rl", "miles"),
+            ("miles.LEDGER", "SAMPLES", "GENERATE", "TRAINER"),
+            "--custom-generate-function-path",
+            "generate",
+            "import {} in its module",
+        ),
         _of_megatron_init("slime", "slime", ("slime",), "router_replay_adapters.slime:LEDGER"),
-        Stack(
-            "slime-packed",
-            "slime, with packed rows",
+        _of_packed_queues(
             "slime",
             ("slime",),
-            _SLIME_PACKED,
-            tuple(
-                f"{_SLIME_PACKED}:{name}" for name in ("slime.LEDGER", "SAMPLES", "CONVERSION", "TRAINER", "QUEUES")
-            ),
-            {ENABLE_VARIABLE: "1"},
-            (
-                "--use-rollout-routing-replay",
-                f"--custom-megatron-init-path {_SLIME_PACKED}.init",
-                f"--custom-convert-samples-to-train-data-path {_SLIME_PACKED}.convert",
-            ),
-            f"With functions of your own behind these flags, call {_SLIME_PACKED}.init(args) and"
-            f" {_SLIME_PACKED}.convert(args, samples) in them.",
-            format="masks",
+            ("slime.LEDGER", "SAMPLES", "CONVERSION", "TRAINER", "QUEUES"),
+            "--custom-convert-samples-to-train-data-path",
+            "convert",
+            "call {}.convert(args, samples) in it",
         ),
         Stack(
             "verl",

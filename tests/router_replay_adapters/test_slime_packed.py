@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import logging
 import weakref
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,28 +16,36 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.router import TopKRouter
-from torch import Tensor
 
 from router_replay.errors import DataError, InputError, PairingError, SeamError, UnsupportedError
 from router_replay.masks import RoutingGeometry, RoutingMasks
-from router_replay.masks.stores.inline import InlineStore
 from router_replay.upstream import Patch
 from router_replay_adapters import slime_packed
-from router_replay_adapters.native_rows import FORWARD, RECOMPUTE
 from router_replay_adapters.packed_queues import KEY, container_of, masks_of
-from tests.router_replay_adapters.routers import HIDDEN, NUM_EXPERTS, TOP_K, experts_of, own_experts, router
+from tests.router_replay_adapters.packed_batches import (
+    BATCH,
+    LAYOUTS,
+    MODEL,
+    MOE_LAYERS,
+    MULTIPLE,
+    NUM_LAYERS,
+    Recorded,
+    places_of,
+    recorded,
+    require_a_step,
+    require_rows,
+    routers_of,
+)
+from tests.router_replay_adapters.routers import NUM_EXPERTS, TOP_K
 from tests.router_replay_adapters.stacks_here import Slime
 
-NUM_LAYERS = 4
-MOE_LAYERS = (1, 2, 3)
-GEOMETRY = RoutingGeometry(NUM_LAYERS, MOE_LAYERS, NUM_EXPERTS, TOP_K)
 ARGS = Namespace(
     num_layers=NUM_LAYERS,
     moe_layer_freq=[0, 1, 1, 1],
     num_experts=NUM_EXPERTS,
     moe_router_topk=TOP_K,
     use_rollout_routing_replay=True,
-    data_pad_size_multiplier=8,
+    data_pad_size_multiplier=MULTIPLE,
     sequence_parallel=False,
     allgather_cp=False,
     custom_reward_post_process_path=None,
@@ -48,44 +55,6 @@ ARGS = Namespace(
     reward_key=None,
     sglang_speculative_algorithm=None,
 )
-
-
-@dataclass
-class Recorded:
-    """A sequence as the server has it.
-
-    Attributes:
-        tokens: `[n]`, of which no id is twice in a test.
-        experts: `int64 [n - 1, MoE layers, K]`.
-        valid: `bool [n - 1]`.
-    """
-
-    tokens: list[int]
-    experts: Tensor
-    valid: Tensor
-
-    def masks(self, start: int = 0, end: int | None = None, **changes: Any) -> RoutingMasks:
-        rows = slice(start, len(self.tokens) - 1 if end is None else end)
-        fields = {"geometry": GEOMETRY, "token_ids": self.tokens, "codec": "rank", **changes}
-        return RoutingMasks.from_indices(self.experts[rows], self.valid[rows], start=start, **fields)
-
-    def meta_info(self, start: int = 0, end: int | None = None) -> dict[str, Any]:
-        return meta_info(self.masks(start, end))
-
-
-def meta_info(masks: RoutingMasks, finish: str = "stop") -> dict[str, Any]:
-    """What an answer of a server in format `masks` says, as far as slime reads it."""
-    return {"finish_reason": {"type": finish}, "routing_masks": [InlineStore().put(masks)]}
-
-
-def recorded(length: int, first_token: int = 0, *, all_valid: bool = False) -> Recorded:
-    generator = torch.Generator().manual_seed(1000 * first_token + length)
-    experts = torch.rand(length - 1, len(MOE_LAYERS), NUM_EXPERTS, generator=generator).argsort(-1)[..., :TOP_K]
-    valid = (torch.arange(length - 1) % 3 != 1) | all_valid
-    return Recorded(list(range(first_token, first_token + length)), experts, valid)
-
-
-BATCH = [recorded(9, 100), recorded(6, 200), recorded(13, 300), recorded(2, 400, all_valid=True)]
 
 
 @dataclass
@@ -109,36 +78,20 @@ class Here:
         sample.append_response_tokens(ARGS, tokens=tokens, log_probs=[0.0] * len(tokens), meta_info=meta)
 
     def rollout_data(self, data: dict[str, Any]) -> dict[str, Any]:
-        """What a rank is given of a converted batch, with its tokens where slime puts them."""
-        routes = [torch.as_tensor(np.array(each)) for each in data[KEY]]
-        return {"tokens": [torch.tensor(each) for each in data["tokens"]], KEY: routes}
+        """What a rank is given of a converted batch."""
+        given = {key: data[key] for key in ("tokens", KEY)}
+        self.rollout.tensorize_rollout_data_for_training(given)
+        return given
 
     def fill(self, rollout_data: dict[str, Any], microbatches: list[list[int]], **args: Any) -> None:
         """What slime does with the routes of a batch before a step, by its own method."""
-        config = SimpleNamespace(**_LAYERS)
-        actor = SimpleNamespace(
-            args=Namespace(**{**vars(ARGS), **args}), model=[SimpleNamespace(module=SimpleNamespace(config=config))]
-        )
+        actor = SimpleNamespace(args=Namespace(**{**vars(ARGS), **args}), model=MODEL)
         iterator = [self.data.DataIterator(rollout_data, microbatches)]
         self.actor.MegatronTrainRayActor.fill_routing_replay(actor, iterator, [len(microbatches)], rollout_data)
 
     def queues(self) -> list[list[Any]]:
         """Of each router what is recorded."""
         return [each.top_indices_list for each in self.stack.module.RoutingReplay.all_routing_replays]
-
-
-# What Megatron's own functions, by which slime finds a stage's layers, read of a configuration.
-_LAYERS = {
-    "num_layers": NUM_LAYERS,
-    "moe_layer_freq": [0, 1, 1, 1],
-    "pipeline_model_parallel_size": 1,
-    "virtual_pipeline_model_parallel_size": None,
-    "pipeline_model_parallel_layout": None,
-    "num_layers_in_first_pipeline_stage": None,
-    "num_layers_in_last_pipeline_stage": None,
-    "account_for_embedding_in_pipeline_split": False,
-    "account_for_loss_in_pipeline_split": False,
-}
 
 
 @pytest.fixture
@@ -148,128 +101,38 @@ def bare(
     monkeypatch: pytest.MonkeyPatch,
     pinned_memory: None,
 ) -> Iterator[Here]:
-    """slime without what `init` does."""
+    """Slime without what `init` does."""
     if not hasattr(slime_modules["types"].Sample.append_response_tokens, "__wrapped__"):
         slime_packed.install()
     stack = Slime(slime_routing_replay, slime_packed.PATCH, monkeypatch)
     stack.set_stage("fallthrough")
-    made = Here(stack, **slime_modules, routers=[])
-    for seed in MOE_LAYERS:
-        one = router(stack.topk)
-        stack.register(one)
-        with torch.no_grad():
-            one.weight.copy_(torch.randn(one.weight.shape, generator=torch.Generator().manual_seed(seed)))
-        made.routers.append(one)
+    made = Here(stack, **slime_modules, routers=routers_of(stack))
     yield made
     stack.clear()
 
 
 @pytest.fixture
 def here(bare: Here) -> Iterator[Here]:
-    """slime with the adapter."""
+    """Slime with the adapter."""
     slime_packed.init(ARGS)
     yield bare
     slime_packed.PATCH.remove()
     slime_packed.slime.PATCH.remove()
 
 
-def states_of(num_places: int) -> Tensor:
-    return torch.randn(num_places, 1, HIDDEN, generator=torch.Generator().manual_seed(5))
-
-
-def places_of(batch: Sequence[Recorded], args: dict[str, Any], context: int, rank: int, tensor: int = 1) -> list[int]:
-    """Token ids of this rank's places in slime's packs, -1 for padding and for the last token of a sequence."""
-    multiple = ARGS.data_pad_size_multiplier * tensor
-    ids = [[*one.tokens[:-1], -1] for one in batch]
-    if args.get("allgather_cp"):
-        whole = sum(ids, [])
-        whole += [-1] * (-len(whole) % (multiple * context))
-        share = len(whole) // context
-        return whole[rank * share : (rank + 1) * share]
-    mine = []
-    for one in ids:
-        part = -(-len(one) // (2 * context)) if context > 1 else len(one)
-        padded = one + [-1] * (2 * context * part - len(one)) if context > 1 else one
-        if context > 1:
-            last = 2 * context - 1 - rank
-            mine += padded[rank * part : (rank + 1) * part] + padded[last * part : (last + 1) * part]
-        else:
-            mine += padded
-    return mine + [-1] * (-len(mine) % multiple)
-
-
-def expected_experts(batch: Sequence[Recorded], ids: list[int], layer: int, own: list[set[int]]) -> list[set[int] | None]:
-    """Of each place; None where nothing reads what comes out of it."""
-    by_token = {
-        token: set(one.experts[row, layer].tolist()) if one.valid[row] else None
-        for one in batch
-        for row, token in enumerate(one.tokens[:-1])
-    }
-    return [None if token < 0 else by_token[token] or own[place] for place, token in enumerate(ids)]
-
-
-def require_experts(found: list[set[int]], expected: list[set[int] | None]) -> None:
-    assert len(found) == len(expected)
-    assert all(len(each) == TOP_K for each in found)
-    for place, (there, wanted) in enumerate(zip(found, expected, strict=True)):
-        assert wanted is None or there == wanted, f"place {place}"
-
-
 def test_a_step_replays_what_was_recorded(here: Here) -> None:
-    """Two microbatches: a pass of old log-probabilities, then forward passes that overlap, and their recomputes."""
     samples = [here.sample(one) for one in BATCH]
     assert all(isinstance(sample.rollout_routed_experts, RoutingMasks) for sample in samples)
     data = here.rollout_data(slime_packed.convert(ARGS, samples))
-    microbatches = [[2, 0], [1, 3]]
-    here.fill(data, microbatches)
-    assert KEY not in data
-    batches = [[BATCH[index] for index in picked] for picked in microbatches]
-    ids = [places_of(batch, {}, 1, 0) for batch in batches]
-    inputs = [states_of(len(each)) for each in ids]
-    own = [[own_experts(one, states) for one in here.routers] for states in inputs]
-
-    def run(microbatch: int) -> list[list[set[int]]]:
-        return [experts_of(one(inputs[microbatch])[1]) for one in here.routers]
-
-    here.stack.set_stage(FORWARD)
-    # By other weights.
-    with torch.no_grad():
-        for one in here.routers:
-            one.weight.neg_()
-        run(0), run(1)
-        for one in here.routers:
-            one.weight.neg_()
-    here.stack.module.RoutingReplay.clear_all_forward()
-    forward = [run(0), run(1)]
-    for microbatch, of_layers in enumerate(forward):
-        for layer, found in enumerate(of_layers):
-            wanted = expected_experts(batches[microbatch], ids[microbatch], layer, own[microbatch][layer])
-            require_experts(found, wanted)
-            unknown = [place for place, each in enumerate(wanted) if each == own[microbatch][layer][place]]
-            assert unknown, "a test of native rows needs some"
-    here.stack.set_stage(RECOMPUTE)
-    with torch.no_grad():
-        for one in here.routers:
-            one.weight.neg_()
-    assert [run(0), run(1)] == forward
     queues = here.stack.module.RoutingReplay.all_routing_replays
-    assert [(each.forward_index, each.backward_index) for each in queues] == [(2, 2)] * len(MOE_LAYERS)
+    require_a_step(here.stack, here.routers, lambda microbatches: here.fill(data, microbatches), queues)
+    assert KEY not in data
 
 
 def test_without_the_adapter_slime_knows_no_packed_rows(bare: Here) -> None:
     data = bare.rollout_data({"tokens": [BATCH[0].tokens], KEY: [container_of(BATCH[0].masks())]})
     with pytest.raises(AssertionError):
         bare.fill(data, [[0]])
-
-
-LAYOUTS = {
-    "one rank": (1, 1, {}),
-    "padding": (1, 1, {"data_pad_size_multiplier": 8}),
-    "context parallel": (2, 1, {}),
-    "context parallel, contiguous": (2, 1, {"allgather_cp": True}),
-    "sequence parallel": (1, 2, {"sequence_parallel": True}),
-    "both": (2, 2, {"sequence_parallel": True}),
-}
 
 
 @pytest.mark.parametrize(("context", "tensor", "args"), LAYOUTS.values(), ids=LAYOUTS)
@@ -293,17 +156,7 @@ def test_every_rank_gets_the_rows_of_its_places(
             if args.get("sequence_parallel"):
                 share = len(ids) // tensor
                 ids = ids[tensor_rank * share : (tensor_rank + 1) * share]
-            for layer, (recorded_layer,) in enumerate(here.queues()):
-                assert recorded_layer.shape == (len(ids), TOP_K)
-                experts = recorded_layer.materialize_for_routing_replay("forward")
-                found = [set(row) for row in experts.tolist()]
-                native = set(recorded_layer.native_places.tolist())
-                wanted = expected_experts(BATCH, ids, layer, [set()] * len(ids))
-                assert native == {place for place, each in enumerate(wanted) if each == set()}
-                require_experts(
-                    [each for place, each in enumerate(found) if place not in native],
-                    [each for place, each in enumerate(wanted) if place not in native],
-                )
+            require_rows([layer for (layer,) in here.queues()], ids)
             seen.update(token for token in ids if token >= 0)
     assert seen == {token for one in BATCH for token in one.tokens[:-1]}
 
@@ -333,7 +186,9 @@ def test_turns_that_ask_for_what_is_new_are_joined(here: Here) -> None:
     assert torch.equal(masks.rows, whole.masks().rows)
     assert masks.token_digest == whole.masks().token_digest
     # An answer with all rows stands for itself: a prompt that was resumed under other weights was computed anew.
-    here.answer(sample, [600], Recorded([*whole.tokens, 600], whole.experts[[0] * 12], whole.valid[[0] * 12]).meta_info())
+    here.answer(
+        sample, [600], Recorded([*whole.tokens, 600], whole.experts[[0] * 12], whole.valid[[0] * 12]).meta_info()
+    )
     assert sample.rollout_routed_experts.num_tokens == 12
 
 

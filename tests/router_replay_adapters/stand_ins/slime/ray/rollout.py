@@ -2,10 +2,17 @@
 
 import pkgutil
 
+import torch
+
 
 def load_function(path):
     module, _, name = path.rpartition(".")
     return getattr(pkgutil.resolve_name(module), name)
+
+
+def tensorize_rollout_data_for_training(rollout_data):
+    for key in rollout_data:
+        rollout_data[key] = [torch.as_tensor(value) for value in rollout_data[key]]
 
 
 class RolloutManager:
