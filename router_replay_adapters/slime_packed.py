@@ -155,7 +155,7 @@ def around_append_response_tokens(original: Callable[..., None]) -> Callable[...
 
 
 def convert(args: Namespace, samples: Sequence[Any]) -> dict[str, Any]:
-    """slime's own conversion of samples to a batch, in which routes are containers of masks.
+    """Slime's own conversion of samples to a batch, in which routes are containers of masks.
 
     Returns:
         slime's own fields, and `rollout_routed_experts`: `uint8 [bytes]` for each sample.
