@@ -1,7 +1,8 @@
 """Rows that nobody recorded, in stacks that replay by themselves: they take the router's own experts.
 
 miles and slime keep a queue of recorded experts for each router: one tensor for each microbatch, which the forward pass
-and its recompute take in turns. A row of -1 is one that the server does not know, or padding.
+and its recompute take in turns. A row of -1 is one that the server does not know, or padding. Of packed rows, which may
+be there instead of a tensor, it is known already which are native.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from router_replay.errors import DataError, PairingError, SeamError
+from router_replay_adapters.packed_queues import PackedLayer
 from router_replay_adapters.unknown import UNKNOWN
 
 logger = logging.getLogger(__name__)
@@ -126,12 +128,13 @@ class NativeRows:
         """
         index = queue.forward_index if stage == FORWARD else queue.backward_index
         recorded = queue.top_indices_list[index] if index < len(queue.top_indices_list) else None
-        # An empty queue, another shape and what is no tensor are for the stack to refuse or to take.
-        if not isinstance(recorded, Tensor) or recorded.shape != (scores.shape[0], topk):
+        # An empty queue, another shape and what is neither are for the stack to refuse or to take.
+        if not isinstance(recorded, Tensor | PackedLayer) or recorded.shape != (scores.shape[0], topk):
             return queue
         native = self._native.get(recorded)
         if native is None:
-            places = self._unknown_places(recorded, scores.shape[1])
+            packed = isinstance(recorded, PackedLayer)
+            places = recorded.native_places if packed else self._unknown_places(recorded, scores.shape[1])
             native = self._native[recorded] = _Native(places.to(scores.device))
         if not len(native.places):
             return queue

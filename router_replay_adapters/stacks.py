@@ -86,6 +86,29 @@ def _of_megatron_init(name: str, title: str, distributions: tuple[str, ...], led
     )
 
 
+def _of_packed_queues(
+    stack: str, distributions: tuple[str, ...], ledgers: tuple[str, ...], flag: str, function: str, of_ones_own: str
+) -> Stack:
+    adapter = f"router_replay_adapters.{stack}_packed"
+    return Stack(
+        f"{stack}-packed",
+        f"{stack}, with packed rows",
+        stack,
+        distributions,
+        adapter,
+        tuple(f"{adapter}:{name}" for name in ledgers),
+        {ENABLE_VARIABLE: "1"},
+        (
+            "--use-rollout-routing-replay",
+            f"--custom-megatron-init-path {adapter}.init",
+            f"{flag} {adapter}.{function}",
+        ),
+        f"With an initialisation of your own, call {adapter}.init(args) in it; with a function of your own behind"
+        f" {flag}, {of_ones_own.format(adapter)}.",
+        format="masks",
+    )
+
+
 # verl asks its servers for routes itself, which this package's recorder answers.
 _VERL = {"VERL_USE_EXTERNAL_MODULES": "router_replay_adapters.verl"}
 _VERL_ASKS = "actor_rollout_ref.rollout.enable_rollout_routing_replay=True"
@@ -94,7 +117,23 @@ STACKS = {
     stack.name: stack
     for stack in (
         _of_megatron_init("miles", "miles", ("miles-rl", "miles"), "router_replay_adapters.miles:LEDGER"),
+        _of_packed_queues(
+            "miles",
+            ("miles-rl", "miles"),
+            ("miles.LEDGER", "SAMPLES", "GENERATE", "TRAINER"),
+            "--custom-generate-function-path",
+            "generate",
+            "import {} in its module",
+        ),
         _of_megatron_init("slime", "slime", ("slime",), "router_replay_adapters.slime:LEDGER"),
+        _of_packed_queues(
+            "slime",
+            ("slime",),
+            ("slime.LEDGER", "SAMPLES", "CONVERSION", "TRAINER", "QUEUES"),
+            "--custom-convert-samples-to-train-data-path",
+            "convert",
+            "call {}.convert(args, samples) in it",
+        ),
         Stack(
             "verl",
             "verl",
@@ -147,11 +186,11 @@ def say_at_start(stack: Stack, *, asked: bool) -> None:
     done = f"{stack.adapter} is on ({stack.title}, {release}): rows without routes take the router's own experts"
     if missing := stack.variables_to_set():
         logger.warning(
-            "%s. This process lacks %s: where the servers lack it, too, they may answer without routes that %s reads;"
+            "%s. This process lacks %s: where the servers lack it, too, they may answer without routes in format %s;"
             " it belongs into Ray's runtime_env",
             done,
             " and ".join(f"{name}={value}" for name, value in missing.items()),
-            stack.title,
+            stack.format,
         )
     else:
         logger.info("%s", done)

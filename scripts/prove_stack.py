@@ -2,7 +2,7 @@
 
     python scripts/prove_stack.py --stack slime --checkout DIR
 
-Holds the ledger of the stack's adapter against the checkout's sources, then runs the tests of the stack with its own
+Holds the ledgers of the stack's adapters against the checkout's sources, then runs the tests of the stack with its own
 modules in the place of what the repository's tests use. They run on stock Megatron-Core and a CPU: the stack's package
 has to be importable beside what this repository installs, as far as its replay needs it. NeMo-RL has no adapter and no
 ledger: its tests show that it takes unknown rows as they are meant.
@@ -19,13 +19,23 @@ from pathlib import Path
 from rich.console import Console
 
 from router_replay.upstream import Ledger, Source, check
-from router_replay_adapters import miles, slime
+from router_replay_adapters import miles, miles_packed, slime, slime_packed
 from router_replay_adapters.stacks import STACKS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TESTS = REPOSITORY / "tests" / "router_replay_adapters"
-OF_ADAPTERS = ("test_unknown_rows.py", "test_starts.py")
-LEDGERS: dict[str, Ledger | None] = {"miles": miles.LEDGER, "slime": slime.LEDGER, "nemo-rl": None}
+OF_ADAPTERS = ("test_unknown_rows.py", "test_starts.py", "test_{}_packed.py")
+LEDGERS: dict[str, tuple[Ledger, ...]] = {
+    "miles": (miles.LEDGER, miles_packed.SAMPLES, miles_packed.GENERATE, miles_packed.TRAINER),
+    "slime": (
+        slime.LEDGER,
+        slime_packed.SAMPLES,
+        slime_packed.CONVERSION,
+        slime_packed.TRAINER,
+        slime_packed.QUEUES,
+    ),
+    "nemo-rl": (),
+}
 
 
 def main() -> int:
@@ -38,11 +48,11 @@ def main() -> int:
         parser.error(f"{folder} holds no package {stack.package}")
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{stack.title} at {_commit(folder)}")
-    ledger = LEDGERS[stack.name]
-    if ledger is None:
+    ledgers = LEDGERS[stack.name]
+    if not ledgers:
         tests = [str(TESTS / f"test_{stack.package}.py")]
-    elif _fits(ledger, folder, console):
-        tests = ["-k", stack.name, *(str(TESTS / name) for name in OF_ADAPTERS)]
+    elif _fit(ledgers, folder, console):
+        tests = ["-k", stack.name, *(str(TESTS / name.format(stack.name)) for name in OF_ADAPTERS)]
     else:
         return 1
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
@@ -50,9 +60,9 @@ def main() -> int:
     return subprocess.run(command, cwd=REPOSITORY, env=environment, check=False).returncode
 
 
-def _fits(ledger: Ledger, folder: Path, console: Console) -> bool:
-    problems = check(ledger, Source(folder, ledger.distribution))
-    console.print(f"{len(problems)} of {len(ledger.seams)} names do not fit")
+def _fit(ledgers: tuple[Ledger, ...], folder: Path, console: Console) -> bool:
+    problems = [problem for each in ledgers for problem in check(each, Source(folder, each.distribution))]
+    console.print(f"{len(problems)} of {sum(len(each.seams) for each in ledgers)} names do not fit")
     for problem in problems:
         console.print(f"  {problem}", markup=False)
     return not problems

@@ -58,8 +58,8 @@ LIBRARIES: dict[str, set[str]] = {
     "rich": {"router_replay_cli"},
     "fsspec": {"router_replay.masks.stores"},
     "ray": {"router_replay.masks.stores.ray"},
-    "miles": {"router_replay_adapters.miles"},
-    "slime": {"router_replay_adapters.slime"},
+    "miles": {"router_replay_adapters.miles", "router_replay_adapters.miles_packed"},
+    "slime": {"router_replay_adapters.slime", "router_replay_adapters.slime_packed"},
     # A stack is known to its own adapter.
     "verl": {"router_replay_adapters.verl"},
     "wrapt": {"router_replay_adapters.on_import"},

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -53,6 +54,20 @@ def nemo_rl_router_replay() -> Iterator[ModuleType]:
         for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ENABLE_UV_RUN_RUNTIME_ENV"):
             patch.setenv(name, "0")
         yield importlib.import_module("nemo_rl.models.megatron.router_replay")
+
+
+@pytest.fixture(scope="module")
+def slime_modules(slime_routing_replay: ModuleType) -> Iterator[dict[str, ModuleType]]:
+    """Those modules of slime that routes pass on their way, by their last name; of the same slime."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # slime imports them for what no test here calls.
+        for name in ("wandb", "pylatexenc"):
+            if importlib.util.find_spec(name) is None:
+                monkeypatch.setitem(sys.modules, name, MagicMock(__path__=[], __spec__=None))
+                for part in ("latex2text",):
+                    monkeypatch.setitem(sys.modules, f"{name}.{part}", MagicMock())
+        paths = ("utils.types", "ray.rollout", "backends.megatron_utils.actor", "backends.megatron_utils.data")
+        yield {path.rpartition(".")[2]: importlib.import_module(f"slime.{path}") for path in paths}
 
 
 @pytest.fixture

@@ -126,7 +126,8 @@ def test_a_format_that_does_not_exist(slime: None, monkeypatch: pytest.MonkeyPat
 
 def test_an_unknown_stack() -> None:
     result = _run("--stack", "smile")
-    assert result.exit_code == 2 and "'smile' is none of miles, slime, verl, verl-packed, nemo-rl" in result.output
+    assert result.exit_code == 2
+    assert "'smile' is none of miles, miles-packed, slime, slime-packed, verl, verl-packed, nemo-rl" in result.output
 
 
 @contextmanager

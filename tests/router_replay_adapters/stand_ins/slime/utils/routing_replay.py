@@ -19,6 +19,11 @@ def _compute_topk_for_current_router(old_compute_topk, scores, topk, num_groups=
     return old_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
 
 
+def _experts(recorded, stage):
+    lazy = hasattr(recorded, "materialize_for_routing_replay")
+    return recorded.materialize_for_routing_replay(stage) if lazy else recorded
+
+
 class RoutingReplay:
     all_routing_replays: ClassVar[list] = []
 
@@ -27,19 +32,25 @@ class RoutingReplay:
         RoutingReplay.all_routing_replays.append(self)
 
     def record(self, top_indices):
-        self.top_indices_list.append(top_indices.clone())
+        lazy = hasattr(top_indices, "materialize_for_routing_replay")
+        self.top_indices_list.append(top_indices if lazy else top_indices.clone())
 
     def pop_forward(self):
         self.forward_index += 1
-        return self.top_indices_list[self.forward_index - 1]
+        return _experts(self.top_indices_list[self.forward_index - 1], "forward")
 
     def pop_backward(self):
         self.backward_index += 1
-        return self.top_indices_list[self.backward_index - 1]
+        return _experts(self.top_indices_list[self.backward_index - 1], "backward")
 
     def clear(self):
         self.forward_index = self.backward_index = 0
         self.top_indices_list = []
+
+    @staticmethod
+    def clear_all_forward():
+        for replay in RoutingReplay.all_routing_replays:
+            replay.forward_index = 0
 
     @staticmethod
     def clear_all():
