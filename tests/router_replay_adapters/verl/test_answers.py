@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import threading
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 from router_replay.errors import DataError, PairingError
+from router_replay.masks import RoutingGeometry
+from router_replay.masks.stores.inline import InlineStore
+from tests.megatron_router_replay.batches import random_batch
 from tests.router_replay_adapters.verl.rollout import generate, sglang_server
 
 # isort: split
@@ -122,8 +126,68 @@ def test_without_the_adapter_answers_are_not_decoded(
 
 def test_what_verl_makes_of_them_is_a_tensor() -> None:
     """The branch that takes the answer as it is calls `numpy` on it."""
-    from router_replay.masks import RoutingGeometry
     from router_replay_adapters.verl.answers import routes_of
 
     found = routes_of(answer(routes()), len(PROMPT), RoutingGeometry.from_hf_config(HF_CONFIG))
     assert isinstance(found, torch.Tensor) and found.dtype == torch.int32
+
+
+def test_masks_take_the_arrays_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checked against prompt and output, and read beside the event loop: a store may let one wait."""
+    from router_replay_adapters.verl import answers
+    from router_replay_adapters.verl.packed import PackedRoutes
+
+    monkeypatch.setenv("SGLANG_ROUTER_CAPTURE", "1")
+    threads: list[threading.Thread] = []
+    masks_from_meta_info = answers.masks_from_meta_info
+
+    def read(meta_info: Any) -> Any:
+        threads.append(threading.current_thread())
+        return masks_from_meta_info(meta_info)
+
+    monkeypatch.setattr(answers, "masks_from_meta_info", read)
+    batch = random_batch(RoutingGeometry.from_hf_config(HF_CONFIG), (ROWS + 1,), seed=1, codec="rank")
+    (masks,), ids = batch.masks, batch.token_ids[0].tolist()
+    prompt, sampled = ids[: len(PROMPT)], ids[len(PROMPT) :]
+    meta_info = {"finish_reason": {"type": "length"}, "routing_masks": [InlineStore().put(masks)]}
+    server = sglang_server(HF_CONFIG, lambda request: {"output_ids": sampled, "meta_info": meta_info})
+    found = generate(server, prompt).routed_experts
+    assert isinstance(found, PackedRoutes) and torch.equal(found.masks.rows, masks.rows)
+    assert found.token_ids.tolist() == ids
+    assert threads != [threading.main_thread()] and len(threads) == 1
+    with pytest.raises(PairingError, match="recorded for a sequence"):
+        generate(server, [*prompt[:-1], prompt[-1] + 1])
+
+
+def test_an_answer_in_which_nothing_was_sampled_has_no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_ROUTER_CAPTURE", "1")
+    server = sglang_server(HF_CONFIG, lambda request: answer(None, output=[], finish="abort"))
+    assert generate(server, PROMPT).routed_experts is None
+
+
+def test_what_verl_gets_can_be_written_to() -> None:
+    found = generate(sglang_server(HF_CONFIG, lambda request: answer(routes())), PROMPT).routed_experts
+    assert found.flags.writeable
+
+
+def test_routes_of_an_aborted_answer_are_taken_where_it_has_some() -> None:
+    found = generate(sglang_server(HF_CONFIG, lambda request: answer(routes(), finish="abort")), PROMPT).routed_experts
+    np.testing.assert_array_equal(found, routes())
+
+
+def test_a_request_whose_answer_is_waited_for_no_longer_is_closed() -> None:
+    """Verl takes the first answer of SGLang's generator, and leaves the generator."""
+    server = sglang_server(HF_CONFIG, lambda request: answer(routes()))
+    closed: list[bool] = []
+    inner = server.tokenizer_manager.generate_request
+
+    async def generate_request(*args: Any) -> Any:
+        try:
+            async for each in inner(*args):
+                yield each
+        finally:
+            closed.append(True)
+
+    server.tokenizer_manager.generate_request = generate_request
+    generate(server, PROMPT)
+    assert closed == [True]
