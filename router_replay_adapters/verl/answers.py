@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
 from functools import wraps
 from typing import Any
 
@@ -62,15 +61,14 @@ class _Readable(_Instead):
         self._hf_config = hf_config
 
     async def generate_request(self, request: Any, *args: Any) -> AsyncGenerator[dict[str, Any], None]:
-        async with aclosing(self._whole.generate_request(request, *args)) as answers:
-            async for answer in answers:
-                routes: Tensor | PackedRoutes | None
-                if are_asked_for():
-                    # It may read a store.
-                    routes = await asyncio.to_thread(packed_of, answer, request.input_ids)
-                else:
-                    routes = routes_of(answer, len(request.input_ids), RoutingGeometry.from_hf_config(self._hf_config))
-                yield {**answer, "meta_info": {**answer["meta_info"], "routed_experts": routes}}
+        async for answer in self._whole.generate_request(request, *args):
+            routes: Tensor | PackedRoutes | None
+            if are_asked_for():
+                # It may read a store.
+                routes = await asyncio.to_thread(packed_of, answer, request.input_ids)
+            else:
+                routes = routes_of(answer, len(request.input_ids), RoutingGeometry.from_hf_config(self._hf_config))
+            yield {**answer, "meta_info": {**answer["meta_info"], "routed_experts": routes}}
 
 
 def packed_of(answer: Mapping[str, Any], prompt_ids: Sequence[int]) -> PackedRoutes | None:

@@ -173,21 +173,3 @@ def test_what_verl_gets_can_be_written_to() -> None:
 def test_routes_of_an_aborted_answer_are_taken_where_it_has_some() -> None:
     found = generate(sglang_server(HF_CONFIG, lambda request: answer(routes(), finish="abort")), PROMPT).routed_experts
     np.testing.assert_array_equal(found, routes())
-
-
-def test_a_request_whose_answer_is_waited_for_no_longer_is_closed() -> None:
-    """Verl takes the first answer of SGLang's generator, and leaves the generator."""
-    server = sglang_server(HF_CONFIG, lambda request: answer(routes()))
-    closed: list[bool] = []
-    inner = server.tokenizer_manager.generate_request
-
-    async def generate_request(*args: Any) -> Any:
-        try:
-            async for each in inner(*args):
-                yield each
-        finally:
-            closed.append(True)
-
-    server.tokenizer_manager.generate_request = generate_request
-    generate(server, PROMPT)
-    assert closed == [True]

@@ -98,6 +98,16 @@ def test_what_replay_did_is_among_verls_metrics(engines: dict[int, RankPool]) ->
     }
 
 
+def test_a_step_without_any_pass_has_shares_of_nothing() -> None:
+    from router_replay_adapters.verl.engine import _shares
+
+    assert {*_shares({}).values()} == {0.0}
+    found = {"places/replayed": 3.0, "places/native (stale)": 1.0, "places/padding": 9.0, "overlap/rollout": 0.9}
+    shares = _shares(found)
+    assert shares["replayed"] == 0.75 and shares["native (stale)"] == 0.25 and shares["overlap/rollout"] == 0.9
+    assert "padding" not in shares
+
+
 def test_tokens_behind_the_last_generation_are_routed_natively(engines: dict[int, RankPool]) -> None:
     (found,) = engines[1].run(engine_step, ONE_RANK, "cut short")
     sequences = sum(len(each.masks) for each in microbatches(ONE_RANK))
