@@ -110,7 +110,7 @@ def routes_of(answer: Mapping[str, Any], num_prompt_tokens: int, geometry: Routi
         )
         raise DataError(f"an answer of SGLang to verl has {found}: {way_out}")
     try:
-        data = pybase64.b64decode(text, validate=True)
+        data = pybase64.b64decode_as_bytearray(text, validate=True)
     except ValueError as error:
         raise DataError(f"meta_info['routed_experts'] is not base64 text: {error}") from error
     if len(data) != 4 * int(np.prod(shape)):
@@ -120,4 +120,4 @@ def routes_of(answer: Mapping[str, Any], num_prompt_tokens: int, geometry: Routi
             f" int32 {list(shape)}: verl's hf_config must be that of the model that SGLang serves, and the prompt's"
             " tokens those that it was given"
         )
-    return torch.from_numpy(np.frombuffer(data, dtype="<i4").reshape(shape).copy())
+    return torch.from_numpy(np.frombuffer(data, dtype="<i4").reshape(shape))

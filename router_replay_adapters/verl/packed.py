@@ -58,8 +58,7 @@ class PackedRoutes:
         """
         if isinstance(rows, slice) and rows.step is None:
             if rows.start is None and rows.stop is not None and rows.stop >= 0 and self.masks.start == 0:
-                cut = self.masks if rows.stop >= self.masks.end else self.masks.cut(rows.stop, self.token_ids)
-                return PackedRoutes(cut, self.token_ids)
+                return PackedRoutes(self.masks.cut(rows.stop, self.token_ids), self.token_ids)
             if rows.stop is None and rows.start is not None and rows.start < 0:
                 return PackedRoutes(self.masks[max(len(self) + rows.start, 0) :], self.token_ids)
         raise InputError(f"verl takes [:n] or [-n:] of a rollout's routes, and here {rows!r} was taken of {self.masks}")

@@ -51,6 +51,13 @@ def test_routes_reach_verl(skip_tokenizer_init: bool) -> None:
     np.testing.assert_array_equal(output.routed_experts, routes())
 
 
+def test_a_server_that_was_asked_for_sglangs_format_sends_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_ROUTER_CAPTURE", "1")
+    monkeypatch.setenv("SGLANG_ROUTER_CAPTURE_FORMAT", "sglang")
+    found = generate(sglang_server(HF_CONFIG, lambda request: answer(routes())), PROMPT).routed_experts
+    np.testing.assert_array_equal(found, routes())
+
+
 def test_the_request_asks_for_routes() -> None:
     asked: list[Any] = []
 
@@ -72,9 +79,13 @@ def test_an_aborted_answer_without_routes_is_unknown_as_a_whole() -> None:
     server = sglang_server(HF_CONFIG, lambda request: answer(None, finish="abort"))
     found = generate(server, PROMPT).routed_experts
     assert found.shape == (ROWS, 3, 2) and (found == -1).all()
-    server = sglang_server(HF_CONFIG, lambda request: answer(None, output=[], finish="abort"))
-    found = generate(server, PROMPT).routed_experts
-    assert found.shape == (len(PROMPT) - 1, 3, 2) and (found == -1).all()
+    for finish in ("abort", "length"):
+        server = sglang_server(HF_CONFIG, lambda request, finish=finish: answer(None, output=[], finish=finish))
+        found = generate(server, PROMPT).routed_experts
+        assert found.shape == (len(PROMPT) - 1, 3, 2) and (found == -1).all()
+
+
+TEXT = answer(routes())["meta_info"]["routed_experts"]
 
 
 @pytest.mark.parametrize(
@@ -84,10 +95,11 @@ def test_an_aborted_answer_without_routes_is_unknown_as_a_whole() -> None:
         (answer(routes()[:-1]), PairingError, r"120 bytes of routes, but 4 tokens of a prompt and 3 sampled ones"),
         (answer(np.zeros((ROWS, 3, 4), np.int32)), PairingError, r"in 3 decoder layers of top-2 are int32 \[6, 3, 2\]"),
         ({**answer(None), "meta_info": {"routed_experts": "é"}}, DataError, "is not base64 text"),
+        ({**answer(None), "meta_info": {"routed_experts": TEXT[:8] + "*" + TEXT[8:]}}, DataError, "is not base64 text"),
         ({**answer(None), "meta_info": {"routed_experts": [1]}}, DataError, "routed_experts that are a list"),
         ({**answer(None), "meta_info": {"routing_masks": [{}]}}, DataError, "captures in format 'masks': unset SGLANG"),
     ],
-    ids=["none", "too few rows", "another top-k", "no base64", "another type", "masks"],
+    ids=["none", "too few rows", "another top-k", "no ASCII", "no base64", "another type", "masks"],
 )
 def test_answers_that_verl_would_take_for_something_else(given: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
@@ -163,11 +175,6 @@ def test_an_answer_in_which_nothing_was_sampled_has_no_masks(monkeypatch: pytest
     monkeypatch.setenv("SGLANG_ROUTER_CAPTURE", "1")
     server = sglang_server(HF_CONFIG, lambda request: answer(None, output=[], finish="abort"))
     assert generate(server, PROMPT).routed_experts is None
-
-
-def test_what_verl_gets_can_be_written_to() -> None:
-    found = generate(sglang_server(HF_CONFIG, lambda request: answer(routes())), PROMPT).routed_experts
-    assert found.flags.writeable
 
 
 def test_routes_of_an_aborted_answer_are_taken_where_it_has_some() -> None:

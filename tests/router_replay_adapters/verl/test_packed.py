@@ -152,7 +152,7 @@ def test_parts_of_a_resumed_rollout_are_put_end_to_end(batch: Batch) -> None:
 
 def test_what_verl_does_not_do_is_refused(batch: Batch) -> None:
     routes = PackedRoutes(batch.masks[0], ids_of(batch, 0))
-    for wrong in (3, slice(2, 5), slice(None, None, 2), slice(None, -1)):
+    for wrong in (3, slice(2, 5), slice(None, 5, 2), slice(-3, None, 2), slice(None, -1)):
         with pytest.raises(InputError, match="verl takes"):
             routes[wrong]
     with pytest.raises(PairingError, match="digest"):
@@ -176,6 +176,8 @@ def test_a_sample_that_fills_up_a_batch_has_no_masks(batch: Batch) -> None:
     source = {KEY: sent(batch.masks[0]), "position_ids": torch.arange(LENGTHS[0])}
     template, _ = padding_utils.construct_minimal_padding_template(source, {}, 0)
     assert template[KEY] is None and source[KEY] is not None
+    bare, _ = padding_utils.construct_minimal_padding_template({"position_ids": torch.arange(LENGTHS[0])}, {}, 0)
+    assert KEY not in bare
     stock, _ = inspect.unwrap(padding_utils.construct_minimal_padding_template)(source, {}, 0)
     assert stock[KEY] == source[KEY]
 
@@ -198,6 +200,7 @@ def test_they_go_through_a_sample(batch: Batch, monkeypatch: pytest.MonkeyPatch)
     assert all_same(masks_of([found[KEY]]), [batch.masks[0]]) and "routed_experts" not in found
     assert output.routed_experts is not None
     output.routed_experts = None
+    output.response_mask = [1] + [0] * len(ids[5:])
     with pytest.raises(DataError, match="sampled tokens and no routes"):
         output.as_dict()
     output.response_mask = [0] * len(ids[4:])
