@@ -7,7 +7,7 @@ SLOW_TESTS := tests/megatron_router_replay tests/hf_router_replay tests/cpu_engi
 	tests/docs/test_tables.py tests/router_replay/report/test_report_in_browser.py tests/router_replay/masks/stores \
 	tests/router_replay/masks/test_header.py tests/benchmarks tests/examples/grpo tests/examples/small_model \
 	tests/router_replay_adapters
-# verl's own functions, which import more than `requirements.lock` has.
+# Those in verl's own functions, which import more than `requirements.lock` has: scripts/verl.sh runs them beside it.
 VERL_TESTS := tests/router_replay_adapters/verl tests/end_to_end/test_verl.py
 # Servers of several processes on two cores: each of them takes minutes to start.
 RANKS_TESTS := tests/sglang_router_capture/test_parallel.py
@@ -16,7 +16,7 @@ LATE_TESTS := tests/sglang_router_capture/test_launchers.py tests/sglang_router_
 	tests/sglang_router_capture/test_start.py
 QUICK_PYTEST := OMP_NUM_THREADS=1 .venv/bin/pytest -q -p no:cacheprovider
 
-.PHONY: help setup demo train quick quick-checks quick-masks quick-others test test-servers test-slow test-late ranks contract megatron-0.17 sglang-0.5.20 verl stock soak kernels wheel lock
+.PHONY: help setup demo train quick quick-checks quick-masks quick-others test test-servers test-slow test-verl test-late ranks contract megatron-0.17 sglang-0.5.20 verl stock soak kernels wheel lock
 
 help:  ## Show the targets.
 	@sed -nE 's/^([a-z0-9.-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -47,7 +47,7 @@ quick-others:
 
 test: quick  ## Lint, types and tests: those of `quick`, then those with an engine or a browser; not those of `ranks`.
 	@bash scripts/browser.sh
-	@$(MAKE) --no-print-directory --jobs=2 --keep-going test-servers test-slow test-late
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going test-servers test-slow test-verl test-late
 
 # One thread each: two that spin on two cores starve each other, and much of a server's start is one process's imports.
 test-servers:
@@ -59,6 +59,9 @@ test-slow:
 
 test-late:
 	OMP_NUM_THREADS=1 .venv/bin/pytest --durations=25 $(LATE_TESTS)
+
+test-verl:
+	bash scripts/verl.sh --durations=25 $(VERL_TESTS)
 
 ranks: setup  ## SGLang's server with two ranks: tensor, data and pipeline parallelism, attention data parallelism.
 	OMP_NUM_THREADS=1 .venv/bin/pytest $(RANKS_TESTS)
@@ -73,7 +76,7 @@ sglang-0.5.20: setup  ## The engine's tests with SGLang 0.5.20, in an environmen
 	bash scripts/other_sglang.sh 0.5.20
 
 verl: setup  ## The adapter to verl in verl's own functions, beside what these import (downloads some packages).
-	bash scripts/verl.sh $(VERL_TESTS)
+	@$(MAKE) --no-print-directory test-verl
 
 stock: setup  ## Megatron's own RouterReplay beside this package's replay, in the same steps; writes docs/stock-replay.md.
 	.venv/bin/python -W ignore scripts/stock_replay.py --write
@@ -96,5 +99,5 @@ wheel: setup  ## Build a wheel into dist/; test it with other releases of torch 
 	rm -rf build/lib* build/bdist* dist
 	.venv/bin/python -c 'from setuptools.build_meta import build_wheel; print(build_wheel("dist"))' | tail -1
 
-lock: setup  ## Write requirements.lock anew from pyproject.toml and constraints/.
+lock: setup  ## Write requirements.lock and constraints/verl.lock anew from pyproject.toml and constraints/.
 	bash scripts/lock.sh

@@ -8,7 +8,6 @@ be there instead of a tensor, it is known already which are native.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from router_replay.errors import DataError, PairingError, SeamError
 from router_replay_adapters.packed_queues import PackedLayer
+from router_replay_adapters.seldom import Seldom
 from router_replay_adapters.unknown import UNKNOWN
 
 logger = logging.getLogger(__name__)
@@ -31,8 +31,6 @@ _OTHER_STAGES = ("fallthrough", "record")
 
 OwnTopK = Callable[[Tensor], Tensor]
 """A router's own choice: scores `[T, E]` -> experts `int [T, K]`."""
-
-_SECONDS_BETWEEN_WARNINGS = 600.0
 
 
 class Popped(Protocol):
@@ -107,7 +105,7 @@ class NativeRows:
         self._stack = stack
         # Tensors compare by their elements; these keys are the objects themselves.
         self._native: WeakIdKeyDictionary = WeakTensorKeyDictionary()
-        self._warned_at = -_SECONDS_BETWEEN_WARNINGS
+        self._warning = Seldom()
 
     def filled(self, queue: Queue, stage: str, scores: Tensor, topk: int, own_topk: OwnTopK) -> Popped:
         """What a router takes its experts from in this call: its queue, or one that has own experts in unknown rows.
@@ -166,9 +164,8 @@ class NativeRows:
         return places
 
     def _warn(self, num_rows: int) -> None:
-        if time.monotonic() - self._warned_at < _SECONDS_BETWEEN_WARNINGS:
+        if not self._warning.due():
             return
-        self._warned_at = time.monotonic()
         logger.warning(
             "none of the %d rows of a microbatch has routes: its routers take their own experts, as without replay."
             " It may be padding alone; if routes never arrive, see r3 doctor --stack %s --server URL",

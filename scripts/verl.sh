@@ -1,20 +1,28 @@
 #!/usr/bin/env bash
-# Runs tests beside the packages that verl imports and requirements.lock does not have: scripts/verl.sh TEST...
-# They are put into a folder of their own without what they depend on, which the lock has: hydra-core asks for an older
-# omegaconf than it.
+# Runs tests beside the packages of constraints/verl.lock: scripts/verl.sh TEST...
+# They are in a folder of their own under build/, which no other test sees.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-script=scripts/$(basename "$0")
 unset UV_SYSTEM_PYTHON VIRTUAL_ENV PYTHONHOME
 
-packages=$PWD/build/verl-packages
-# Of this script: other packages are installed anew.
-if ! cmp -s "$script" "$packages/.complete"; then
-    rm -rf "$packages"
+lock=constraints/verl.lock
+# Another lock is another folder: tests that run beside this one keep theirs.
+packages=$PWD/build/verl-$(sha256sum "$lock" | cut -c1-16)
+
+# Two at once would undo each other's work: the second waits.
+mkdir -p build
+exec 9>build/verl.lock
+flock 9
+if [ ! -d "$packages" ]; then
     uv=$(command -v uv || echo .tools/uv/bin/uv)
-    "$uv" pip install --quiet --python .venv/bin/python --target "$packages" --no-deps hydra-core==1.3.8 \
-        antlr4-python3-runtime==4.9.3 cachetools==8.0.2 peft==0.21.2 accelerate==1.15.0 torchdata==0.11.0 pylatexenc==2.11
-    cp "$script" "$packages/.complete"
+    rm -rf "$packages.new"
+    # One of them is a source distribution, which the environment's own setuptools builds: another's would have no hash.
+    "$uv" pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation --require-hashes \
+        --target "$packages.new" -r "$lock" >&2
+    # TransferQueue's wheel also holds its own tests and scripts, which would stand in front of ours.
+    (cd "$packages.new" && rm -rf tests scripts recipe tutorial)
+    mv "$packages.new" "$packages"
 fi
+exec 9>&-
 
 exec env OMP_NUM_THREADS=1 PYTHONPATH="$packages" .venv/bin/pytest -p no:cacheprovider "$@"

@@ -35,7 +35,6 @@ _WRAPS: dict[str, dict[str, Wrap]] = {
         "RouterReplay.set_target_indices": known_rows.around_set_target_indices,
         "RouterReplay.get_replay_topk": known_rows.around_get_replay_topk,
     },
-    ledger.REPLAY_DATA: {},
     ledger.AGENT_LOOP: {
         "AgentLoopOutput.as_dict": _as_dict,
         "AgentLoopWorker._agent_loop_postprocess": _agent_loop_postprocess,
@@ -48,18 +47,17 @@ _WRAPS: dict[str, dict[str, Wrap]] = {
         "MegatronEngineWithLMHead.forward_step": engine.around_forward_step,
         "MegatronEngine.optimizer_step": engine.around_optimizer_step,
     },
-    ledger.PACKS: {},
-    ledger.MEGATRON: {},
+    ledger.ANY_ENGINE: {"BaseEngine.train_batch": engine.around_train_batch},
     ledger.SGLANG_SERVER: {"SGLangHttpServer.generate": answers.around_generate},
 }
-"""By module below `verl`, and by name in it."""
+"""By module below `verl`, and by name in it; of the ledger's other modules names are only checked."""
 
 _logger = logging.getLogger(__name__)
 
 
 def _install() -> None:
-    for module, by_name in _WRAPS.items():
-        wraps = {f"{module}.{name}": wrap for name, wrap in by_name.items()}
+    for module in ledger.MODULES:
+        wraps = {f"{module}.{name}": wrap for name, wrap in _WRAPS.get(module, {}).items()}
         wrap_on_import(ledger.ledger_of(module), f"{ledger.LEDGER.prefix}{module}", wraps, _tell)
     # As loud as what verl lets through.
     _logger.warning(
@@ -70,7 +68,7 @@ def _install() -> None:
 
 
 def _tell(module: str) -> None:
-    names = ", ".join(_WRAPS[module.removeprefix(ledger.LEDGER.prefix)]) or "nothing, all of it is as expected"
+    names = ", ".join(_WRAPS.get(module.removeprefix(ledger.LEDGER.prefix), ())) or "nothing, all of it is as expected"
     _logger.info("router_replay_adapters.verl: wrapped in %s: %s", module, names)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
 from functools import wraps
 from typing import Any
 
@@ -62,15 +61,14 @@ class _Readable(_Instead):
         self._hf_config = hf_config
 
     async def generate_request(self, request: Any, *args: Any) -> AsyncGenerator[dict[str, Any], None]:
-        async with aclosing(self._whole.generate_request(request, *args)) as answers:
-            async for answer in answers:
-                routes: Tensor | PackedRoutes | None
-                if are_asked_for():
-                    # It may read a store.
-                    routes = await asyncio.to_thread(packed_of, answer, request.input_ids)
-                else:
-                    routes = routes_of(answer, len(request.input_ids), RoutingGeometry.from_hf_config(self._hf_config))
-                yield {**answer, "meta_info": {**answer["meta_info"], "routed_experts": routes}}
+        async for answer in self._whole.generate_request(request, *args):
+            routes: Tensor | PackedRoutes | None
+            if are_asked_for():
+                # It may read a store.
+                routes = await asyncio.to_thread(packed_of, answer, request.input_ids)
+            else:
+                routes = routes_of(answer, len(request.input_ids), RoutingGeometry.from_hf_config(self._hf_config))
+            yield {**answer, "meta_info": {**answer["meta_info"], "routed_experts": routes}}
 
 
 def packed_of(answer: Mapping[str, Any], prompt_ids: Sequence[int]) -> PackedRoutes | None:
@@ -112,7 +110,7 @@ def routes_of(answer: Mapping[str, Any], num_prompt_tokens: int, geometry: Routi
         )
         raise DataError(f"an answer of SGLang to verl has {found}: {way_out}")
     try:
-        data = pybase64.b64decode(text, validate=True)
+        data = pybase64.b64decode_as_bytearray(text, validate=True)
     except ValueError as error:
         raise DataError(f"meta_info['routed_experts'] is not base64 text: {error}") from error
     if len(data) != 4 * int(np.prod(shape)):
@@ -122,4 +120,4 @@ def routes_of(answer: Mapping[str, Any], num_prompt_tokens: int, geometry: Routi
             f" int32 {list(shape)}: verl's hf_config must be that of the model that SGLang serves, and the prompt's"
             " tokens those that it was given"
         )
-    return torch.from_numpy(np.frombuffer(data, dtype="<i4").reshape(shape).copy())
+    return torch.from_numpy(np.frombuffer(data, dtype="<i4").reshape(shape))

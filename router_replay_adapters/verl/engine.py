@@ -7,7 +7,7 @@ forward passes, which the reference model's is, stays as it is.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,11 @@ from torch import Tensor
 
 from router_replay.errors import DataError, UnsupportedError
 from router_replay.replay import BatchLayout
+from router_replay.replay.placement import NATIVE_CAUSES
+from router_replay.upstream import refuse
+from router_replay_adapters.verl.ledger import LEDGER
 from router_replay_adapters.verl.packed import KEY, are_asked_for, masks_of
+from router_replay_adapters.verl.refusals import SETTINGS
 
 if TYPE_CHECKING:
     from megatron_router_replay import Replay
@@ -40,7 +44,7 @@ def around_forward_step(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"this run's servers send masks, but a batch of the policy has none under {KEY!r}: what made it has to"
                 " keep that field of its samples; unset SGLANG_ROUTER_CAPTURE to train without replay"
             )
-        replay = _replay_of(engine)
+        replay = _replay_of(engine, model)
         with replay.microbatch(masks, _layout(engine, batch["input_ids"], model), partial=True):
             return original(engine, iter([batch]), model, *args, **others)
 
@@ -60,11 +64,41 @@ def around_optimizer_step(original: Callable[..., Any]) -> Callable[..., Any]:
     return optimizer_step
 
 
-def _replay_of(engine: Any) -> Replay:
+def around_train_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of `BaseEngine.train_batch`: what replay logs is among the metrics of the step, as `router_replay/...`."""
+
+    @wraps(original)
+    def train_batch(engine: Any, *args: Any, **others: Any) -> Any:
+        outputs = original(engine, *args, **others)
+        replay = _replays.get(engine)
+        if replay is not None:
+            # Taken on every rank: they begin anew.
+            metrics = _shares(replay.metrics())
+            if engine.is_mp_src_rank_with_outputs():
+                # In lists, as those of microbatches are: verl puts them end to end, and logs their mean.
+                outputs["metrics"].update({f"router_replay/{name}": [value] for name, value in metrics.items()})
+        return outputs
+
+    return train_batch
+
+
+def _shares(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Shares of the places that are no padding, by what they took, and `overlap/rollout` where it was looked at.
+
+    All of the former every time: what a rank leaves out is no 0 in the mean over ranks.
+    """
+    kinds = ("replayed", *(f"native ({cause})" for cause in NATIVE_CAUSES))
+    counts = {kind: metrics.get(f"places/{kind}", 0.0) for kind in kinds}
+    whole = sum(counts.values()) or 1.0
+    overlap = {name: value for name, value in metrics.items() if name == "overlap/rollout"}
+    return {**{kind: count / whole for kind, count in counts.items()}, **overlap}
+
+
+def _replay_of(engine: Any, model: Any) -> Replay:
     """The engine's, attached at its first microbatch, when its parameters are where they are used."""
     replay = _replays.get(engine)
     if replay is None:
-        _require_supported(engine)
+        _require_supported(engine, model)
         # Imported here: it loads Megatron, which only this process needs.
         from megatron_router_replay import attach
 
@@ -72,24 +106,15 @@ def _replay_of(engine: Any) -> Replay:
     return replay
 
 
-def _require_supported(engine: Any) -> None:
-    settings = engine.engine_config
-    found = [
-        text
-        for wrong, text in (
-            (engine.enable_routing_replay, "verl's own replay: set megatron.router_replay.mode='disabled'"),
-            (not settings.use_remove_padding, "padded batches: set model.use_remove_padding=True"),
-            (settings.dynamic_context_parallel, "dynamic context parallelism: set dynamic_context_parallel=False"),
-            (
-                getattr(engine.tf_config, "experimental_attention_variant", None) == "dsv4_hybrid",
-                "an attention whose packs are cut otherwise: train DeepSeek-V4 with verl's own replay",
-            ),
-        )
-        if wrong
-    ]
-    if found:
+def _require_supported(engine: Any, model: Any) -> None:
+    from verl.utils.megatron_utils import unwrap_model
+
+    refuse(LEDGER, SETTINGS, engine.engine_config)
+    cut = engine._get_context_parallel_layout(unwrap_model(model))
+    if cut != "zigzag":
         raise UnsupportedError(
-            f"masks are replayed in verl's Megatron engine, but not with {'; nor with '.join(found)}"
+            f"masks are replayed in verl's Megatron engine, but not in packs that are cut in a {cut} way, as those of"
+            " DeepSeek-V4's attention are: train it with verl's own replay"
         )
 
 

@@ -21,8 +21,7 @@ def around_set_target_indices(original: Callable[..., None]) -> Callable[..., No
         known = (topk_indices >= 0).all(-1)
         if replay_mask is not None:
             known = known & replay_mask.bool()
-        # What is left out is never looked at, but torch.where computes both sides.
-        original(router, topk_indices.clamp(min=0), replay_mask=known)
+        original(router, topk_indices, replay_mask=known)
 
     return set_target_indices
 
@@ -42,7 +41,6 @@ def around_get_replay_topk(original: Callable[..., tuple[Tensor, Tensor]]) -> Ca
                 if given is router.target_topk_idx:
                     router.replay_backward_list[number] = indices
                     router.replay_backward_mask_list[number] = None
-                    break
         return gates, indices
 
     return get_replay_topk

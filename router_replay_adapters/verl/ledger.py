@@ -16,6 +16,10 @@ REPLAY_DATA = "utils.megatron.router_replay_utils"
 AGENT_LOOP = "experimental.agent_loop.agent_loop"
 PADDING_SAMPLES = "trainer.ppo.padding_utils"
 ENGINE = "workers.engine.megatron.transformer_impl"
+ANY_ENGINE = "workers.engine.base"
+ENGINE_CONFIG = "workers.config.engine"
+ROLLOUT_CONFIG = "workers.config.rollout"
+MODEL_CONFIG = "workers.config.model"
 PACKS = "models.mcore.util"
 MEGATRON = "utils.megatron_utils"
 SGLANG_SERVER = "workers.rollout.sglang_rollout.async_sglang_server"
@@ -132,6 +136,88 @@ _SEAMS: dict[str, tuple[Seam, ...]] = {
             "what was found on the device has to be raised before it",
             _PACKED,
         ),
+        Seam(
+            f"{ENGINE}.MegatronEngine._get_context_parallel_layout",
+            ("unwrapped_model",),
+            "called by engine._require_supported",
+            "it tells how ranks of context parallelism cut a pack",
+            _PACKED,
+        ),
+    ),
+    ANY_ENGINE: (
+        Seam(
+            f"{ANY_ENGINE}.BaseEngine.train_batch",
+            ("data", "loss_function"),
+            "wrapped by engine.around_train_batch",
+            "what a step logs is in what it returns",
+            _PACKED,
+        ),
+        Seam(
+            f"{ANY_ENGINE}.BaseEngine.is_mp_src_rank_with_outputs",
+            (),
+            "called by engine.around_train_batch",
+            "it tells which ranks have a step's metrics",
+            _PACKED,
+        ),
+    ),
+    ENGINE_CONFIG: (
+        Seam(
+            f"{ENGINE_CONFIG}.McoreEngineConfig.forward_only",
+            None,
+            "read by engine.around_forward_step",
+            "it tells the policy's engine from the reference model's",
+            _PACKED,
+        ),
+        *(
+            Seam(
+                f"{ENGINE_CONFIG}.McoreEngineConfig.{name}",
+                None,
+                "read by engine._layout",
+                "it decides how far a pack is filled up",
+                _PACKED,
+            )
+            for name in ("pad_to_length", "pad_to_length_bucket")
+        ),
+        *(
+            Seam(
+                f"{ENGINE_CONFIG}.{name}",
+                None,
+                "read by engine._require_supported",
+                "masks are not replayed with some of its values",
+                _PACKED,
+            )
+            for name in (
+                "McoreEngineConfig.router_replay",
+                "EngineRouterReplayConfig.mode",
+                "McoreEngineConfig.use_remove_padding",
+                "McoreEngineConfig.dynamic_context_parallel",
+            )
+        ),
+    ),
+    ROLLOUT_CONFIG: (
+        Seam(
+            f"{ROLLOUT_CONFIG}.RolloutConfig.enable_rollout_routing_replay",
+            None,
+            "read by answers.around_generate",
+            "it tells whether answers have routes",
+            _DECODE,
+        ),
+        Seam(
+            f"{ROLLOUT_CONFIG}.RolloutConfig.skip_tokenizer_init",
+            None,
+            "answered by answers.around_generate",
+            "it decides how verl reads the routes of an answer",
+            _DECODE,
+        ),
+    ),
+    MODEL_CONFIG: (
+        Seam(
+            f"{MODEL_CONFIG}.HFModelConfig.hf_config",
+            None,
+            "read by answers.around_generate",
+            "numbers of layers and experts are those of the model that SGLang serves",
+            _DECODE,
+        ),
     ),
     PACKS: (
         Seam(
@@ -195,7 +281,7 @@ _ATTRIBUTES = (
             "the model and its settings are there",
             f"{_TESTS}/test_engine.py::test_masks_are_replayed_in_verls_engine",
         )
-        for name in ("module", "engine_config", "tf_config", "enable_routing_replay")
+        for name in ("module", "engine_config")
     ),
 )
 

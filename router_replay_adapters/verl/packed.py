@@ -1,7 +1,8 @@
 """Packed routes on their way through verl's rollout: one RoutingMasks where verl has an array of experts.
 
 verl cuts that array, and puts what a resumed rollout adds behind it; then each sample's masks go on in
-`non_tensor_batch["routing_masks"]`, or under that key in what a sample's `as_dict` gives.
+`non_tensor_batch["routing_masks"]`, or under that key in what a sample's `as_dict` gives: as the bytes of a container,
+since TransferQueue makes a dictionary of any dataclass.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from router_replay.errors import DataError, InputError
+from router_replay.masks.container import from_bytes, to_bytes
 from router_replay.masks.masks import RoutingMasks
 from sglang_router_capture.options import CaptureOptions
 
@@ -56,8 +58,7 @@ class PackedRoutes:
         """
         if isinstance(rows, slice) and rows.step is None:
             if rows.start is None and rows.stop is not None and rows.stop >= 0 and self.masks.start == 0:
-                cut = self.masks if rows.stop >= self.masks.end else self.masks.cut(rows.stop, self.token_ids)
-                return PackedRoutes(cut, self.token_ids)
+                return PackedRoutes(self.masks.cut(rows.stop, self.token_ids), self.token_ids)
             if rows.stop is None and rows.start is not None and rows.start < 0:
                 return PackedRoutes(self.masks[max(len(self) + rows.start, 0) :], self.token_ids)
         raise InputError(f"verl takes [:n] or [-n:] of a rollout's routes, and here {rows!r} was taken of {self.masks}")
@@ -80,8 +81,8 @@ def around_as_dict(original: Callable[[Any], dict[str, Any]]) -> Callable[[Any],
     def as_dict(output: Any) -> dict[str, Any]:
         if not are_asked_for():
             return original(output)
-        masks, bare = _taken_out(output)
-        return {**original(bare), KEY: masks}
+        data, bare = _taken_out(output)
+        return {**original(bare), KEY: data}
 
     return as_dict
 
@@ -93,9 +94,9 @@ def around_agent_loop_postprocess(original: Callable[..., Awaitable[Any]]) -> Ca
     async def _agent_loop_postprocess(worker: Any, output: Any, *args: Any, **others: Any) -> Any:
         if not are_asked_for():
             return await original(worker, output, *args, **others)
-        masks, bare = _taken_out(output)
+        data, bare = _taken_out(output)
         padded = await original(worker, bare, *args, **others)
-        padded.extra_fields[KEY] = masks
+        padded.extra_fields[KEY] = data
         return padded
 
     return _agent_loop_postprocess
@@ -116,8 +117,8 @@ def around_construct_minimal_padding_template(
     return construct_minimal_padding_template
 
 
-def _taken_out(output: Any) -> tuple[RoutingMasks | None, Any]:
-    """A sample's masks, and the sample without them; None where no token was sampled.
+def _taken_out(output: Any) -> tuple[bytes | None, Any]:
+    """A sample's masks as bytes, and the sample without them; None where no token was sampled.
 
     Raises:
         DataError: the sample has routes of another kind, or sampled tokens and no routes.
@@ -136,19 +137,22 @@ def _taken_out(output: Any) -> tuple[RoutingMasks | None, Any]:
             f"this run's servers send masks, but a sample of verl has routes that are a {type(routes).__name__}: unset"
             " SGLANG_ROUTER_CAPTURE where the rollout is not SGLang with this package"
         )
-    return routes.masks, output.model_copy(update={"routed_experts": None})
+    return to_bytes(routes.masks), output.model_copy(update={"routed_experts": None})
 
 
 def masks_of(values: Sequence[Any] | None) -> list[RoutingMasks | None] | None:
     """Masks of a microbatch, from what its batch has under the key; None where it has none.
 
     Raises:
-        DataError: something else than masks there.
+        DataError: something else than bytes of masks there.
     """
     if values is None:
         return None
-    listed = [getattr(value, "data", value) if not isinstance(value, RoutingMasks) else value for value in values]
-    wrong = next((one for one in listed if one is not None and not isinstance(one, RoutingMasks)), None)
+    listed = [getattr(value, "data", value) for value in values]
+    wrong = next((one for one in listed if one is not None and not isinstance(one, bytes)), None)
     if wrong is not None:
-        raise DataError(f"a batch of verl has a {type(wrong).__name__} under {KEY!r}, where RoutingMasks belong")
-    return listed
+        raise DataError(
+            f"a batch of verl has a {type(wrong).__name__} under {KEY!r}, where the bytes of masks belong"
+            " (router_replay.masks.to_bytes)"
+        )
+    return [None if data is None else from_bytes(data) for data in listed]

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from router_replay_adapters.unknown import UNKNOWN
+from router_replay_adapters.verl.unknown_rows import UnknownRows
+
+_unknown_rows = UnknownRows()
 
 
 def around_as_dict(original: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
@@ -22,7 +25,9 @@ def around_as_dict(original: Callable[[Any], dict[str, Any]]) -> Callable[[Any],
     def as_dict(output: Any) -> dict[str, Any]:
         result = original(output)
         if output.routed_experts is not None:
-            result["routed_experts"][len(output.routed_experts) :] = UNKNOWN
+            rows = len(output.routed_experts)
+            _unknown_rows.add(result["routed_experts"][:rows])
+            result["routed_experts"][rows:] = UNKNOWN
         return result
 
     return as_dict
@@ -39,6 +44,7 @@ def around_agent_loop_postprocess(original: Callable[..., Awaitable[Any]]) -> Ca
             start = padded.prompt_ids.shape[1] - len(output.prompt_ids)
             added = torch.ones(padded.routed_experts.shape[1], dtype=torch.bool)
             added[start : start + len(output.routed_experts)] = False
+            _unknown_rows.add(padded.routed_experts[0, ~added])
             padded.routed_experts[:, added] = UNKNOWN
         return padded
 

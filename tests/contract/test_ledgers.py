@@ -22,6 +22,7 @@ from router_replay.upstream import Attribute, Found, Ledger, Refusal, Seam, chec
 from router_replay_adapters.miles import LEDGER as MILES_LEDGER
 from router_replay_adapters.slime import LEDGER as SLIME_LEDGER
 from router_replay_adapters.verl import ledger as verl
+from router_replay_adapters.verl.refusals import SETTINGS as VERL_SETTINGS
 from sglang_router_capture import ledger as sglang
 from sglang_router_capture.refusals import SETTINGS
 
@@ -33,6 +34,7 @@ OTHERS = (TORCH_LEDGER, megatron.TRANSFORMER_ENGINE_LEDGER, MILES_LEDGER, SLIME_
 ROWS = [(ledger, row) for ledger in (*LEDGERS, *OTHERS) for row in (*ledger.seams, *ledger.attributes)]
 REFUSALS = [(sglang.LEDGER, row) for row in SETTINGS]
 REFUSALS += [(megatron.LEDGER, row) for row in REPLAY_SETTINGS]
+REFUSALS += [(verl.LEDGER, row) for row in VERL_SETTINGS]
 ENDS = {
     "sglang": "sglang_router_capture",
     "megatron-core": "megatron_router_replay",

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cpu_engines.sglang.server import Server
-from router_replay.masks import RoutingGeometry, masks_from_meta_info
+from router_replay.masks import RoutingGeometry, from_bytes, masks_from_meta_info
 from tests.router_replay_adapters.verl.rollout import generate, sglang_server
 from tests.sglang_router_capture.requests import prompt
 from tests.small_model import serve
@@ -88,7 +88,7 @@ def test_routes_of_a_server_are_in_verls_batch(
     for (prompt_ids, of_arrays), (_, of_masks), answer in zip(arrays, packed, answers, strict=True):
         assert of_arrays.token_ids == of_masks.token_ids == answer["output_ids"]
         masks = masks_from_meta_info(answer["meta_info"])
-        in_batch = sample(prompt_ids, of_masks)["routing_masks"]
+        in_batch = from_bytes(sample(prompt_ids, of_masks)["routing_masks"])
         assert torch.equal(in_batch.rows, masks.rows) and in_batch.token_digest == masks.token_digest
         with monkeypatch.context() as stage_1:
             stage_1.delenv("SGLANG_ROUTER_CAPTURE")

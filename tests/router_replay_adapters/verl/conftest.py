@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.megatron_router_replay.parallel.pool import RankPool
+from tests.router_replay_adapters.verl.rollout import agent_loop_worker
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,3 +45,11 @@ def engines() -> Iterator[dict[int, RankPool]]:
     yield pools
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture(scope="session")
+def worker(small_model: Path) -> Any:
+    """Worker of verl's agent loop."""
+    from verl.experimental.agent_loop.agent_loop import AgentLoopWorker
+
+    return agent_loop_worker(AgentLoopWorker, small_model)

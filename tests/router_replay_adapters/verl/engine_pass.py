@@ -6,6 +6,7 @@ import importlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from torch import nn
 
 import megatron_router_replay
 from cpu_engines.megatron.release import release
-from router_replay.masks.masks import RoutingMasks
+from router_replay.masks import to_bytes
 from router_replay_adapters.verl.packed import KEY
 from tests.megatron_router_replay.parallel import training
 from tests.megatron_router_replay.parallel.cases import Case
@@ -29,6 +30,15 @@ from tests.megatron_router_replay.parallel.training import KeepFloat64, RankStep
 from tests.router_replay_adapters.verl.passes import input_ids, microbatches
 
 PACKED = {"SGLANG_ROUTER_CAPTURE": "1"}
+STEPPED = 0.5
+"""The norm of its gradients that an optimizer answers with."""
+
+
+@dataclass
+class EngineStep(RankStep):
+    """What one rank saw of a step, and the metrics that the engine returned."""
+
+    metrics: dict[str, Any] = field(default_factory=dict)
 
 
 def engine_step(
@@ -37,12 +47,12 @@ def engine_step(
     settings: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] = PACKED,
     judged: bool = False,
-) -> RankStep:
+) -> EngineStep:
     """Train one step.
 
     Args:
-        masks: "as recorded"; "of the next microbatch"; "none" in the batch at all.
-        settings: of the engine's configuration, and `enable_routing_replay`.
+        masks: "as recorded"; "cut short" by two rows; "of the next microbatch"; "none" in the batch at all.
+        settings: of the engine's configuration; `mode` of verl's own replay; how ranks `cut` a pack.
         environment: of verl's processes.
         judged: look how far the masks, which are random, are the model's own choice.
     """
@@ -62,7 +72,7 @@ def engine_step(
         wrapped = training._wrapped(chunks)
         stack.callback(release, wrapped)
         engine = _engine(MegatronEngineWithLMHead, wrapped, dict(settings or {}))
-        seen = RankStep(parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank())
+        seen = EngineStep(parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank())
         whole, now = microbatches(case), []
         batches = [_batch(whole, each, masks) for each in whole]
 
@@ -82,15 +92,20 @@ def engine_step(
 
         stack.enter_context(KeepFloat64())
         stack.enter_context(training._dispatched(chunks, now, [each.index for each in whole], seen))
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=make_batch_generator(batches, vpp_size=len(wrapped)),
-            model=wrapped,
-            num_microbatches=len(batches),
-            seq_length=whole[0].token_ids.shape[1],
-            micro_batch_size=1,
-        )
-        engine.optimizer_step()
+
+        def forward_backward_batch(*_: Any, **__: Any) -> dict[str, Any]:
+            get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=make_batch_generator(batches, vpp_size=len(wrapped)),
+                model=wrapped,
+                num_microbatches=len(batches),
+                seq_length=whole[0].token_ids.shape[1],
+                micro_batch_size=1,
+            )
+            return {"metrics": {}}
+
+        engine.forward_backward_batch = forward_backward_batch
+        seen.metrics = engine.train_batch(batches[0], loss_function=None)["metrics"]
     return seen
 
 
@@ -103,6 +118,21 @@ def refusal(*args: Any) -> str:
     return ""
 
 
+def fp8_packs(case: Case) -> tuple[list[int], list[int], list[int]]:
+    """Where sequences begin in a pack: as the adapter says in a model in FP8, and as verl makes it with and without."""
+    from verl.models.mcore.util import preprocess_thd_engine
+
+    from router_replay_adapters.verl.engine import _layout
+
+    with parallel_layout(case):
+        engine = SimpleNamespace(engine_config=SimpleNamespace(pad_to_length=False, pad_to_length_bucket=512))
+        model, ids = SimpleNamespace(config=SimpleNamespace(fp8="hybrid")), input_ids(microbatches(case)[0])
+        bounds = _layout(engine, ids, model).cut_bounds
+        assert bounds is not None
+        packs = [preprocess_thd_engine(ids, use_fp8_padding=fp8)[1].cu_seqlens_q_padded for fp8 in (True, False)]
+    return bounds.tolist(), packs[0].tolist(), packs[1].tolist()
+
+
 def load() -> None:
     """Import verl's engine, which takes longer than a step may."""
     importlib.import_module("verl.workers.engine.megatron.transformer_impl")
@@ -110,18 +140,14 @@ def load() -> None:
 
 def _engine(kind: type, wrapped: list[nn.Module], settings: dict[str, Any]) -> Any:
     """As much of an engine as a step reads."""
+    from verl.workers.config.engine import EngineRouterReplayConfig, McoreEngineConfig
+
+    mode, cut = settings.pop("mode", "disabled"), settings.pop("cut", None)
     engine = kind.__new__(kind)
-    engine.enable_routing_replay = settings.pop("enable_routing_replay", False)
-    defaults = {
-        "forward_only": False,
-        "use_fused_kernels": False,
-        "use_remove_padding": True,
-        "pad_to_length": False,
-        "pad_to_length_bucket": None,
-        "dynamic_context_parallel": False,
-        "entropy_from_logits_with_chunking": False,
-    }
-    engine.engine_config = SimpleNamespace(**{**defaults, **settings})
+    engine.engine_config = McoreEngineConfig(router_replay=EngineRouterReplayConfig(mode=mode), **settings)
+    engine.enable_routing_replay = mode != "disabled"
+    if cut is not None:
+        engine._get_context_parallel_layout = lambda model: cut
     engine.model_config = SimpleNamespace(
         mtp=SimpleNamespace(enable=False, enable_train=False),
         hf_config=SimpleNamespace(architectures=["Qwen3MoeForCausalLM"]),
@@ -129,7 +155,9 @@ def _engine(kind: type, wrapped: list[nn.Module], settings: dict[str, Any]) -> A
     )
     engine.tf_config = wrapped[0].config
     engine.module = wrapped
-    engine.optimizer = SimpleNamespace(step=lambda: (True, 0.0, 0))
+    engine.optimizer = SimpleNamespace(step=lambda: (True, STEPPED, 0))
+    engine.optimizer_zero_grad = lambda: None
+    engine.is_mp_src_rank_with_outputs = parallel_state.is_pipeline_last_stage
     engine.get_data_parallel_group = parallel_state.get_data_parallel_group
     return engine
 
@@ -137,9 +165,11 @@ def _engine(kind: type, wrapped: list[nn.Module], settings: dict[str, Any]) -> A
 def _batch(whole: list[Microbatch], microbatch: Microbatch, masks: str) -> TensorDict:
     from verl.utils import tensordict_utils as tu
 
-    given: list[RoutingMasks | None] = [*microbatch.masks]
-    if masks == "of the next microbatch":
-        given = [*whole[(microbatch.index + 1) % len(whole)].masks]
+    of = whole[(microbatch.index + (masks == "of the next microbatch")) % len(whole)]
+    kept = [each.num_tokens - (2 if masks == "cut short" else 0) for each in of.masks]
+    given = [
+        to_bytes(each.cut(rows, ids)) for each, rows, ids in zip(of.masks, kept, input_ids(of).unbind(), strict=True)
+    ]
     count = len(given)
     tensors = {"input_ids": input_ids(microbatch), "loss_mask": torch.ones(count, 1), "temperature": torch.ones(count)}
     batch = TensorDict(tensors, batch_size=[count])

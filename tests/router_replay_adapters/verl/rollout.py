@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 Answer = dict[str, Any]
+PROMPT_LENGTH, RESPONSE_LENGTH = 6, 8
+"""What an agent loop's worker pads to."""
 
 
 class TokenizerManager:
@@ -50,3 +53,15 @@ def generate(server: SimpleNamespace, prompt_ids: list[int], *, stock: bool = Fa
     method = SGLangHttpServer.generate
     method = inspect.unwrap(method) if stock else method
     return asyncio.run(method(server, prompt_ids=prompt_ids, sampling_params=sampling, request_id="r"))
+
+
+def agent_loop_worker(kind: type, small_model: Path) -> Any:
+    """A worker of an agent loop, as far as `_agent_loop_postprocess` needs one."""
+    from transformers import AutoTokenizer
+
+    worker = kind.__new__(kind)
+    worker.tokenizer = AutoTokenizer.from_pretrained(small_model)
+    worker.processor = worker.reward_loop_worker_handles = None
+    worker.mm_processor_kwargs, worker.distillation_enabled = {}, False
+    worker.rollout_config = SimpleNamespace(prompt_length=PROMPT_LENGTH, response_length=RESPONSE_LENGTH)
+    return worker

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import threading
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,9 @@ import pytest
 import torch
 
 from router_replay.errors import DataError, PairingError
+from router_replay.masks import RoutingGeometry
+from router_replay.masks.stores.inline import InlineStore
+from tests.megatron_router_replay.batches import random_batch
 from tests.router_replay_adapters.verl.rollout import generate, sglang_server
 
 # isort: split
@@ -47,6 +51,13 @@ def test_routes_reach_verl(skip_tokenizer_init: bool) -> None:
     np.testing.assert_array_equal(output.routed_experts, routes())
 
 
+def test_a_server_that_was_asked_for_sglangs_format_sends_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_ROUTER_CAPTURE", "1")
+    monkeypatch.setenv("SGLANG_ROUTER_CAPTURE_FORMAT", "sglang")
+    found = generate(sglang_server(HF_CONFIG, lambda request: answer(routes())), PROMPT).routed_experts
+    np.testing.assert_array_equal(found, routes())
+
+
 def test_the_request_asks_for_routes() -> None:
     asked: list[Any] = []
 
@@ -68,9 +79,13 @@ def test_an_aborted_answer_without_routes_is_unknown_as_a_whole() -> None:
     server = sglang_server(HF_CONFIG, lambda request: answer(None, finish="abort"))
     found = generate(server, PROMPT).routed_experts
     assert found.shape == (ROWS, 3, 2) and (found == -1).all()
-    server = sglang_server(HF_CONFIG, lambda request: answer(None, output=[], finish="abort"))
-    found = generate(server, PROMPT).routed_experts
-    assert found.shape == (len(PROMPT) - 1, 3, 2) and (found == -1).all()
+    for finish in ("abort", "length"):
+        server = sglang_server(HF_CONFIG, lambda request, finish=finish: answer(None, output=[], finish=finish))
+        found = generate(server, PROMPT).routed_experts
+        assert found.shape == (len(PROMPT) - 1, 3, 2) and (found == -1).all()
+
+
+TEXT = answer(routes())["meta_info"]["routed_experts"]
 
 
 @pytest.mark.parametrize(
@@ -80,10 +95,11 @@ def test_an_aborted_answer_without_routes_is_unknown_as_a_whole() -> None:
         (answer(routes()[:-1]), PairingError, r"120 bytes of routes, but 4 tokens of a prompt and 3 sampled ones"),
         (answer(np.zeros((ROWS, 3, 4), np.int32)), PairingError, r"in 3 decoder layers of top-2 are int32 \[6, 3, 2\]"),
         ({**answer(None), "meta_info": {"routed_experts": "é"}}, DataError, "is not base64 text"),
+        ({**answer(None), "meta_info": {"routed_experts": TEXT[:8] + "*" + TEXT[8:]}}, DataError, "is not base64 text"),
         ({**answer(None), "meta_info": {"routed_experts": [1]}}, DataError, "routed_experts that are a list"),
         ({**answer(None), "meta_info": {"routing_masks": [{}]}}, DataError, "captures in format 'masks': unset SGLANG"),
     ],
-    ids=["none", "too few rows", "another top-k", "no base64", "another type", "masks"],
+    ids=["none", "too few rows", "another top-k", "no ASCII", "no base64", "another type", "masks"],
 )
 def test_answers_that_verl_would_take_for_something_else(given: Any, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
@@ -122,8 +138,45 @@ def test_without_the_adapter_answers_are_not_decoded(
 
 def test_what_verl_makes_of_them_is_a_tensor() -> None:
     """The branch that takes the answer as it is calls `numpy` on it."""
-    from router_replay.masks import RoutingGeometry
     from router_replay_adapters.verl.answers import routes_of
 
     found = routes_of(answer(routes()), len(PROMPT), RoutingGeometry.from_hf_config(HF_CONFIG))
     assert isinstance(found, torch.Tensor) and found.dtype == torch.int32
+
+
+def test_masks_take_the_arrays_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checked against prompt and output, and read beside the event loop: a store may let one wait."""
+    from router_replay_adapters.verl import answers
+    from router_replay_adapters.verl.packed import PackedRoutes
+
+    monkeypatch.setenv("SGLANG_ROUTER_CAPTURE", "1")
+    threads: list[threading.Thread] = []
+    masks_from_meta_info = answers.masks_from_meta_info
+
+    def read(meta_info: Any) -> Any:
+        threads.append(threading.current_thread())
+        return masks_from_meta_info(meta_info)
+
+    monkeypatch.setattr(answers, "masks_from_meta_info", read)
+    batch = random_batch(RoutingGeometry.from_hf_config(HF_CONFIG), (ROWS + 1,), seed=1, codec="rank")
+    (masks,), ids = batch.masks, batch.token_ids[0].tolist()
+    prompt, sampled = ids[: len(PROMPT)], ids[len(PROMPT) :]
+    meta_info = {"finish_reason": {"type": "length"}, "routing_masks": [InlineStore().put(masks)]}
+    server = sglang_server(HF_CONFIG, lambda request: {"output_ids": sampled, "meta_info": meta_info})
+    found = generate(server, prompt).routed_experts
+    assert isinstance(found, PackedRoutes) and torch.equal(found.masks.rows, masks.rows)
+    assert found.token_ids.tolist() == ids
+    assert threads != [threading.main_thread()] and len(threads) == 1
+    with pytest.raises(PairingError, match="recorded for a sequence"):
+        generate(server, [*prompt[:-1], prompt[-1] + 1])
+
+
+def test_an_answer_in_which_nothing_was_sampled_has_no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_ROUTER_CAPTURE", "1")
+    server = sglang_server(HF_CONFIG, lambda request: answer(None, output=[], finish="abort"))
+    assert generate(server, PROMPT).routed_experts is None
+
+
+def test_routes_of_an_aborted_answer_are_taken_where_it_has_some() -> None:
+    found = generate(sglang_server(HF_CONFIG, lambda request: answer(routes(), finish="abort")), PROMPT).routed_experts
+    np.testing.assert_array_equal(found, routes())

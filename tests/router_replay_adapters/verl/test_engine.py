@@ -10,7 +10,7 @@ from tests.megatron_router_replay.parallel.comparison import TOLERANCE
 from tests.megatron_router_replay.parallel.data import LOSS_SCALE, places
 from tests.megatron_router_replay.parallel.pool import RankPool
 from tests.megatron_router_replay.parallel.training import RankStep
-from tests.router_replay_adapters.verl.engine_pass import PACKED, engine_step, refusal
+from tests.router_replay_adapters.verl.engine_pass import PACKED, STEPPED, engine_step, fp8_packs, refusal
 from tests.router_replay_adapters.verl.passes import microbatches, our_step
 
 ONE_RANK = Case(packed=True)
@@ -53,21 +53,83 @@ def test_losses_and_experts_are_those_of_our_own_loop(engines: dict[int, RankPoo
     [
         (("of the next microbatch",), "masks were recorded for a sequence whose first"),
         (("none",), "a batch of the policy has none under 'routing_masks'"),
-        (("as recorded", None, PACKED, True), "share fewer than 44% of their 2 experts with the trainer's own choice"),
         (
-            ("as recorded", {"enable_routing_replay": True}),
-            "not with verl's own replay: set megatron.router_replay.mode",
+            ("as recorded", {"mode": "R3"}),
+            "its routers would take the place of this package's; set megatron.router_replay.mode='disabled'",
         ),
-        (("as recorded", {"use_remove_padding": False}), "not with padded batches: set model.use_remove_padding=True"),
-        (("as recorded", {"dynamic_context_parallel": True}), "not with dynamic context parallelism"),
+        (("as recorded", {"use_remove_padding": False}), "where use_remove_padding is False: rows are put into"),
+        (
+            ("as recorded", {"dynamic_context_parallel": True, "max_seqlen_per_dp_cp_rank": 64}),
+            "where dynamic_context_parallel is True: it cuts each microbatch",
+        ),
+        (("as recorded", {"cut": "contiguous"}), "but not in packs that are cut in a contiguous way"),
     ],
-    ids=["other masks", "no masks", "unrelated masks", "verl's replay", "padded", "dynamic"],
+    ids=["other masks", "no masks", "verl's replay", "padded", "dynamic", "contiguous"],
 )
 def test_what_could_be_wrong_is_refused(
     engines: dict[int, RankPool], arguments: tuple[object, ...], words: str
 ) -> None:
     (told,) = engines[1].run(refusal, ONE_RANK, *arguments)
     assert words in told
+
+
+def test_what_the_device_found_is_raised_before_weights_change(engines: dict[int, RankPool]) -> None:
+    """Of the last microbatch, which no later one follows."""
+    case = Case(packed=True, num_microbatches=2)
+    (told,) = engines[1].run(refusal, case, "as recorded", None, PACKED, True)
+    assert "share fewer than 44% of their 2 experts with the trainer's own choice" in told
+
+
+def test_what_replay_did_is_among_verls_metrics(engines: dict[int, RankPool]) -> None:
+    case = Case(packed=True, pp=2)
+    first, last = engines[2].run(engine_step, case)
+    batches = microbatches(case)
+    valid = sum(int(masks.valid.sum()) for each in batches for masks in each.masks)
+    read = sum(masks.num_tokens for each in batches for masks in each.masks)
+    # The last token of a sequence, and padding, do not count.
+    assert first.metrics == {}
+    assert last.metrics.pop("grad_norm") == STEPPED
+    assert last.metrics == {
+        "router_replay/replayed": [pytest.approx(valid / read)],
+        "router_replay/native (invalid)": [pytest.approx(1 - valid / read)],
+        "router_replay/native (stale)": [0],
+        "router_replay/native (no routes)": [0],
+        "router_replay/native (not in the rollout)": [0],
+    }
+
+
+def test_a_step_without_any_pass_has_shares_of_nothing() -> None:
+    from router_replay_adapters.verl.engine import _shares
+
+    assert {*_shares({}).values()} == {0.0}
+    found = {"places/replayed": 3.0, "places/native (stale)": 1.0, "places/padding": 9.0, "overlap/rollout": 0.9}
+    shares = _shares(found)
+    assert shares["replayed"] == 0.75 and shares["native (stale)"] == 0.25 and shares["overlap/rollout"] == 0.9
+    assert "padding" not in shares
+
+
+def test_tokens_behind_the_last_generation_are_routed_natively(engines: dict[int, RankPool]) -> None:
+    (found,) = engines[1].run(engine_step, ONE_RANK, "cut short")
+    sequences = sum(len(each.masks) for each in microbatches(ONE_RANK))
+    read = sum(masks.num_tokens for each in microbatches(ONE_RANK) for masks in each.masks)
+    assert found.metrics["router_replay/native (not in the rollout)"] == [pytest.approx(2 * sequences / read)]
+
+
+def test_without_masks_or_capture_it_is_verl_as_ever(engines: dict[int, RankPool]) -> None:
+    (found,) = engines[1].run(engine_step, ONE_RANK, "none", {}, {})
+    assert found.metrics == {"grad_norm": STEPPED} and found.losses
+
+
+def test_packs_that_are_filled_up_to_a_length(engines: dict[int, RankPool]) -> None:
+    (found,) = engines[1].run(engine_step, ONE_RANK, "as recorded", {"pad_to_length": True, "pad_to_length_bucket": 32})
+    assert {len(maps) for maps in found.maps.values()} == {32}
+    same, all_known = _as_recorded(found)
+    assert same == all_known > 0
+
+
+def test_packs_of_a_model_in_fp8(engines: dict[int, RankPool]) -> None:
+    ((found, fp8, other),) = engines[1].run(fp8_packs, ONE_RANK)
+    assert found == fp8 != other
 
 
 def test_masks_in_a_batch_are_replayed_whatever_the_environment_says(engines: dict[int, RankPool]) -> None:

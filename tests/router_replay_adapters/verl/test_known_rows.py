@@ -82,6 +82,20 @@ def test_a_recompute_takes_what_its_forward_pass_chose(router: Any, scores: Tens
     assert [choose(router, other), choose(router, other)] == taken
 
 
+def test_a_recompute_leaves_the_next_microbatch_alone(router: Any, scores: Tensor) -> None:
+    """Whose routes are there already, and whose forward pass is still to come."""
+    router.set_target_indices(torch.tensor([[3, 5], [-1, -1], [6, 4], [2, 7], [1, 0]]))
+    router.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+    first = choose(router, scores)
+    router.set_target_indices(torch.tensor([[1, 2], [4, 3], [-1, -1], [5, 6], [7, 0]]))
+    router.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
+    assert choose(router, scores.flip(1)) == first
+    router.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+    second = choose(router, scores)
+    router.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
+    assert choose(router, scores.flip(1)) == second != first
+
+
 def test_routes_that_are_all_known_are_replayed_as_ever(router: Any, scores: Tensor) -> None:
     routes = torch.tensor([[3, 5], [0, 0], [6, 4], [2, 7], [1, 0]])
     router.set_target_indices(routes)

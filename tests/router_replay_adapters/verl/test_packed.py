@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import pickle
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from tensordict import TensorDict
 
 from router_replay.errors import DataError, InputError, PairingError
-from router_replay.masks import RoutingGeometry, RoutingMasks
+from router_replay.masks import RoutingGeometry, RoutingMasks, to_bytes
 from router_replay_adapters.verl.packed import KEY, PackedRoutes, masks_of
 from tests.megatron_router_replay.batches import Batch, random_batch
 
@@ -49,10 +50,15 @@ def all_same(found: Any, expected: Any) -> bool:
     return len(found) == len(expected) and all(map(same, found, expected))
 
 
+def sent(masks: RoutingMasks | None) -> bytes | None:
+    """What a sample of verl has of them."""
+    return None if masks is None else to_bytes(masks)
+
+
 @pytest.fixture
 def data(batch: Batch) -> DataProto:
     """A batch as verl's agent loop makes it: prompts of 4 places padded on the left, responses on the right."""
-    given: list[RoutingMasks | None] = [*batch.masks]
+    given = [sent(each) for each in batch.masks]
     given[2] = None
     masks = np.empty(len(given), dtype=object)
     masks[:] = given
@@ -77,7 +83,9 @@ def data(batch: Batch) -> DataProto:
 def masks_in(data: DataProto) -> list[RoutingMasks | None]:
     found = data.non_tensor_batch[KEY]
     assert found.dtype == object and found.shape == (len(data),)
-    return list(found)
+    masks = masks_of(found)
+    assert masks is not None
+    return masks
 
 
 def test_a_batch_is_padded_split_joined_and_sent(data: DataProto, batch: Batch) -> None:
@@ -98,8 +106,8 @@ def test_a_batch_is_padded_split_joined_and_sent(data: DataProto, batch: Batch) 
 def test_what_the_trainers_ranks_get(data: DataProto, batch: Batch) -> None:
     """As the trainer sends a batch: a TensorDict without padding, in chunks, then microbatches of these."""
     expected = [batch.masks[0], batch.masks[1], None, batch.masks[3]]
-    sent = left_right_2_no_padding(data.to_tensordict())
-    chunks = [pickle.loads(pickle.dumps(chunk)) for chunk in tu.chunk_tensordict(sent, 2)]
+    bare = left_right_2_no_padding(data.to_tensordict())
+    chunks = [pickle.loads(pickle.dumps(chunk)) for chunk in tu.chunk_tensordict(bare, 2)]
     for chunk, of_chunk in zip(chunks, (expected[:2], expected[2:]), strict=True):
         assert all_same(masks_of(chunk.get(KEY)), of_chunk)
         for each, ids in zip(of_chunk, chunk["input_ids"].unbind(), strict=True):
@@ -115,9 +123,9 @@ def test_what_the_trainers_ranks_get(data: DataProto, batch: Batch) -> None:
 
 def test_samples_of_the_other_trainer(batch: Batch) -> None:
     """It sends a list of samples' dictionaries, which become one TensorDict."""
-    samples = [{"input_ids": torch.arange(3), KEY: each} for each in (batch.masks[0], None, batch.masks[1])]
-    sent = tu.list_of_dict_to_tensordict(samples)
-    assert all_same(masks_of(sent.get(KEY)), [batch.masks[0], None, batch.masks[1]])
+    expected = [batch.masks[0], None, batch.masks[1]]
+    joined = tu.list_of_dict_to_tensordict([{"input_ids": torch.arange(3), KEY: sent(each)} for each in expected])
+    assert all_same(masks_of(joined.get(KEY)), expected)
 
 
 def test_cut_to_what_is_left_of_a_sequence(batch: Batch) -> None:
@@ -144,16 +152,20 @@ def test_parts_of_a_resumed_rollout_are_put_end_to_end(batch: Batch) -> None:
 
 def test_what_verl_does_not_do_is_refused(batch: Batch) -> None:
     routes = PackedRoutes(batch.masks[0], ids_of(batch, 0))
-    for wrong in (3, slice(2, 5), slice(None, None, 2), slice(None, -1)):
+    for wrong in (3, slice(2, 5), slice(None, 5, 2), slice(-3, None, 2), slice(None, -1)):
         with pytest.raises(InputError, match="verl takes"):
             routes[wrong]
     with pytest.raises(PairingError, match="digest"):
         PackedRoutes(batch.masks[0], ids_of(batch, 0)[::-1].copy())
 
 
-def test_something_else_in_a_batch_is_refused() -> None:
-    with pytest.raises(DataError, match="a batch of verl has a int under 'routing_masks'"):
-        masks_of([1])
+def test_something_else_in_a_batch_is_refused(batch: Batch) -> None:
+    """Also masks themselves, which TransferQueue would make a dictionary."""
+    for wrong, name in ((1, "int"), (batch.masks[0], "RoutingMasks"), ({}, "dict")):
+        with pytest.raises(DataError, match=f"a batch of verl has a {name} under 'routing_masks'"):
+            masks_of([None, sent(batch.masks[0]), wrong])
+    with pytest.raises(DataError, match="truncated"):
+        masks_of([to_bytes(batch.masks[0])[:-1]])
 
 
 def test_a_sample_that_fills_up_a_batch_has_no_masks(batch: Batch) -> None:
@@ -161,11 +173,13 @@ def test_a_sample_that_fills_up_a_batch_has_no_masks(batch: Batch) -> None:
 
     import router_replay_adapters.verl  # noqa: F401
 
-    source = {KEY: batch.masks[0], "position_ids": torch.arange(LENGTHS[0])}
+    source = {KEY: sent(batch.masks[0]), "position_ids": torch.arange(LENGTHS[0])}
     template, _ = padding_utils.construct_minimal_padding_template(source, {}, 0)
-    assert template[KEY] is None and source[KEY] is batch.masks[0]
+    assert template[KEY] is None and source[KEY] is not None
+    bare, _ = padding_utils.construct_minimal_padding_template({"position_ids": torch.arange(LENGTHS[0])}, {}, 0)
+    assert KEY not in bare
     stock, _ = inspect.unwrap(padding_utils.construct_minimal_padding_template)(source, {}, 0)
-    assert same(stock[KEY], batch.masks[0])
+    assert stock[KEY] == source[KEY]
 
 
 def test_they_go_through_a_sample(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,9 +197,10 @@ def test_they_go_through_a_sample(batch: Batch, monkeypatch: pytest.MonkeyPatch)
         metrics=AgentLoopMetrics(),
     )
     found = output.as_dict()
-    assert same(found[KEY], batch.masks[0]) and "routed_experts" not in found
+    assert all_same(masks_of([found[KEY]]), [batch.masks[0]]) and "routed_experts" not in found
     assert output.routed_experts is not None
     output.routed_experts = None
+    output.response_mask = [1] + [0] * len(ids[5:])
     with pytest.raises(DataError, match="sampled tokens and no routes"):
         output.as_dict()
     output.response_mask = [0] * len(ids[4:])
@@ -194,3 +209,50 @@ def test_they_go_through_a_sample(batch: Batch, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(DataError, match="routes that are a ndarray"):
         output.as_dict()
     assert KEY not in inspect.unwrap(AgentLoopOutput.as_dict)(output)
+
+
+def test_they_go_through_padded_samples_into_a_batch(
+    batch: Batch, worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
+
+    import router_replay_adapters.verl  # noqa: F401
+
+    monkeypatch.setenv("SGLANG_ROUTER_CAPTURE", "1")
+    expected: list[RoutingMasks | None] = [batch.masks[0], None, batch.masks[1]]
+    padded = []
+    for row, masks in zip((0, 2, 1), expected, strict=True):
+        ids = ids_of(batch, row)
+        output = AgentLoopOutput(
+            prompt_ids=ids[:4].tolist(),
+            response_ids=ids[4:].tolist(),
+            response_mask=[int(masks is not None)] * len(ids[4:]),
+            routed_experts=None if masks is None else PackedRoutes(masks, ids),
+            metrics=AgentLoopMetrics(),
+        )
+        padded.append(asyncio.run(worker._agent_loop_postprocess(output, False, raw_prompt=[])))
+        assert padded[-1].routed_experts is None
+    joined = worker._postprocess(padded)
+    assert "routed_experts" not in joined.batch and all_same(masks_in(joined), expected)
+
+
+def test_masks_that_begin_later_are_not_cut_from_the_front(batch: Batch) -> None:
+    routes = PackedRoutes(batch.masks[0], ids_of(batch, 0))
+    assert same(routes[-20:].masks, batch.masks[0])
+    later = routes[-4:]
+    assert later.masks.start == len(routes) - 4
+    with pytest.raises(InputError, match="verl takes"):
+        later[:2]
+    with pytest.raises(InputError, match="verl takes"):
+        routes[4:]
+
+
+def test_only_what_verl_does_is_answered_by_numpy(batch: Batch) -> None:
+    routes = PackedRoutes(batch.masks[0], ids_of(batch, 0))
+    for wrong in (
+        lambda: np.stack([routes, routes]),
+        lambda: np.concatenate([routes], axis=0),
+        lambda: np.concatenate([routes], 0),
+    ):
+        with pytest.raises(TypeError):
+            wrong()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +18,11 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopO
 from verl.trainer.ppo import padding_utils
 
 import router_replay_adapters.verl  # noqa: F401
+from router_replay_adapters.verl import padding
+from router_replay_adapters.verl.unknown_rows import UnknownRows
+from tests.router_replay_adapters.verl.rollout import PROMPT_LENGTH, RESPONSE_LENGTH
 
 PROMPT, RESPONSE = [5, 6, 7], [8, 9, 10, 11, 12]
-PROMPT_LENGTH, RESPONSE_LENGTH = 6, 8
 
 
 def output(rows: int, as_type: Any = np.asarray) -> AgentLoopOutput:
@@ -35,19 +35,6 @@ def output(rows: int, as_type: Any = np.asarray) -> AgentLoopOutput:
         routed_experts=as_type(routes),
         metrics=AgentLoopMetrics(),
     )
-
-
-@pytest.fixture(scope="module")
-def worker(small_model: Path) -> AgentLoopWorker:
-    """As far as padding needs one."""
-    from transformers import AutoTokenizer
-
-    worker = AgentLoopWorker.__new__(AgentLoopWorker)
-    worker.tokenizer = AutoTokenizer.from_pretrained(small_model)
-    worker.processor = worker.reward_loop_worker_handles = None
-    worker.mm_processor_kwargs, worker.distillation_enabled = {}, False
-    worker.rollout_config = SimpleNamespace(prompt_length=PROMPT_LENGTH, response_length=RESPONSE_LENGTH)
-    return worker
 
 
 def padded(worker: AgentLoopWorker, given: AgentLoopOutput, *, stock: bool = False) -> torch.Tensor:
@@ -94,3 +81,34 @@ def test_samples_that_fill_up_a_batch_have_no_routes() -> None:
 def test_without_the_adapter_they_are_expert_0(worker: AgentLoopWorker) -> None:
     assert (inspect.unwrap(AgentLoopOutput.as_dict)(output(5))["routed_experts"][5:] == 0).all()
     assert (padded(worker, output(5), stock=True)[0, PROMPT_LENGTH + 2 :] == 0).all()
+
+
+@pytest.mark.parametrize("padded_too", [False, True])
+def test_how_many_rows_are_unknown_is_told_now_and_then(
+    worker: AgentLoopWorker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, padded_too: bool
+) -> None:
+    """Of those that the server answered with, none of which is counted twice."""
+    monkeypatch.setattr(padding, "_unknown_rows", UnknownRows())
+    now = 1000.0
+    monkeypatch.setattr("router_replay_adapters.seldom.time.monotonic", lambda: now)
+
+    def send(*unknown: int) -> list[str]:
+        caplog.clear()
+        given = output(7)
+        given.routed_experts[list(unknown)] = -1
+        given.routed_experts[:, 0] = 0
+        _ = padded(worker, given) if padded_too else given.as_dict()
+        return [record.getMessage() for record in caplog.records if record.name.startswith("router_replay")]
+
+    assert send() == []
+    assert [line.partition(" are unknown")[0] for line in send(0, 3, 6)] == [
+        "3 of the 14 rows of the last 2 samples of verl (21.4 %)"
+    ]
+    now += 599
+    assert send(1) == []
+    now += 2
+    assert [line.partition(" are unknown")[0] for line in send(2)] == [
+        "2 of the 14 rows of the last 2 samples of verl (14.3 %)"
+    ]
+    now += 1000
+    assert send() == []
