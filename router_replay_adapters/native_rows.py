@@ -131,8 +131,10 @@ class NativeRows:
             return queue
         native = self._native.get(recorded)
         if native is None:
-            packed = isinstance(recorded, PackedLayer)
-            places = recorded.native_places if packed else self._unknown_places(recorded, scores.shape[1])
+            if isinstance(recorded, PackedLayer):
+                places = recorded.native_places
+            else:
+                places = self._unknown_places(recorded, scores.shape[1])
             native = self._native[recorded] = _Native(places.to(scores.device))
         if not len(native.places):
             return queue
