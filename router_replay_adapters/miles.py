@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from router_replay.upstream import Attribute, Ledger, Patch, Seam
+from router_replay_adapters.asked_queues import refuse_settings
 from router_replay_adapters.native_rows import NativeRows, replays
 from router_replay_adapters.stacks import STACKS, say_at_start
 
@@ -54,6 +55,13 @@ LEDGER = Ledger(
             _OWN,
         ),
         Seam(
+            f"{_MANAGER}.clear_all",
+            (),
+            "wrapped by asked_queues.AskedQueues",
+            "a step's queues end there, and were asked or not",
+            _OWN,
+        ),
+        Seam(
             "Replay.pop_forward",
             (),
             "called by native_rows.NativeRows",
@@ -80,6 +88,7 @@ LEDGER = Ledger(
             Attribute(_MANAGER, name, "read by miles.with_native_rows", why, _FORWARD_TEST)
             for name, why in (
                 ("enabled", "it tells whether there is replay at all"),
+                ("replays", "it holds the queues"),
                 ("stage", "it tells whether experts are replayed, and in which of the two passes"),
             )
         ),
@@ -97,10 +106,11 @@ LEDGER = Ledger(
 
 TopK = Callable[..., Any]
 
+_rows = NativeRows("miles")
+
 
 def with_native_rows(get_topk_fn: Callable[..., TopK]) -> Callable[..., TopK]:
     """Wrapper of `BaseReplayManager.get_topk_fn`: routers are given their own experts in unknown rows."""
-    rows = NativeRows("miles")
 
     @functools.wraps(get_topk_fn)
     def wrapped(manager: Any, old_topk_fn: TopK, return_probs: bool) -> TopK:
@@ -119,7 +129,7 @@ def with_native_rows(get_topk_fn: Callable[..., TopK]) -> Callable[..., TopK]:
                 chosen = old_topk_fn(scores, topk, *args, **kwargs)
                 return chosen[1] if return_probs else chosen
 
-            manager.set_current(rows.filled(queue, manager.stage, scores, topk, own_topk))
+            manager.set_current(_rows.filled(queue, manager.stage, scores, topk, own_topk))
             try:
                 return topk_fn(scores, topk, *args, **kwargs)
             finally:
@@ -130,7 +140,16 @@ def with_native_rows(get_topk_fn: Callable[..., TopK]) -> Callable[..., TopK]:
     return wrapped
 
 
-PATCH = Patch(LEDGER, f"{_MANAGER}.get_topk_fn", with_native_rows)
+def _routers_queues(manager: Any) -> list[Any]:
+    from miles.utils.replay_base import routing_replay_manager
+
+    return list(manager.replays) if manager is routing_replay_manager else []
+
+
+PATCHES = (
+    Patch(LEDGER, f"{_MANAGER}.get_topk_fn", with_native_rows),
+    Patch(LEDGER, f"{_MANAGER}.clear_all", _rows.asked.around_clear_all(_routers_queues)),
+)
 """What `init` applies."""
 
 
@@ -142,6 +161,10 @@ def init(args: Any) -> None:
 
     Raises:
         SeamError: the installed miles does not fit the ledger.
+        UnsupportedError: an argument under which replay would be passed by, or wrong.
     """
-    PATCH.apply()
-    say_at_start(STACKS["miles"], asked=bool(getattr(args, "use_rollout_routing_replay", False)))
+    if asked := bool(getattr(args, "use_rollout_routing_replay", False)):
+        refuse_settings("miles", args)
+    for patch in PATCHES:
+        patch.apply()
+    say_at_start(STACKS["miles"], asked=asked)

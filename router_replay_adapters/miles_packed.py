@@ -18,9 +18,11 @@ from typing import Any
 
 from torch import Tensor
 
+from router_replay.errors import UnsupportedError
 from router_replay.masks import masks_from_meta_info
 from router_replay.upstream import Attribute, Ledger, Patch, Seam
 from router_replay_adapters import miles
+from router_replay_adapters.asked_queues import refuse_settings
 from router_replay_adapters.on_import import wrap_on_import
 from router_replay_adapters.packed_queues import (
     KEY,
@@ -41,6 +43,7 @@ _TESTS = "tests/router_replay_adapters/test_miles_packed.py"
 _FILL = "backends.megatron_utils.actor.fill_replay_data"
 _RECORD = "utils.replay_base.Replay.record"
 _UPDATE = "Sample.update_from_meta_info"
+_OLDER_ROLLOUT = "MILES_USE_LEGACY_ROLLOUT_V1"
 
 
 def _ledger(prefix: str, *seams: Seam, attributes: tuple[Attribute, ...] = ()) -> Ledger:
@@ -138,7 +141,17 @@ async def generate(input: Any) -> Any:
     """What miles does without a function of its user's: one turn. What counts is that this module is imported.
 
     A function of one's own imports it, too, and takes answers by miles' own `update_sample_from_response`.
+
+    Raises:
+        UnsupportedError: miles' older rollout, whose own generation is another one.
     """
+    # As `miles.utils.environ` reads it.
+    if int(os.environ.get(_OLDER_ROLLOUT, "0")):
+        raise UnsupportedError(
+            f"{_OLDER_ROLLOUT} is set, and router_replay_adapters.miles_packed.generate stands for the generation of"
+            " miles' newer rollout: give a function of your own that imports this module and calls"
+            " miles.rollout.sglang_rollout.generate, or unset the variable"
+        )
     from miles.rollout.generate_hub import single_turn
 
     return await single_turn.generate(input)
@@ -210,7 +223,7 @@ def around_record(original: Callable[..., None]) -> Callable[..., None]:
 
 
 PATCHES = (
-    miles.PATCH,
+    *miles.PATCHES,
     Patch(TRAINER, _FILL, around_fill_replay_data),
     Patch(TRAINER, _RECORD, around_record),
 )
@@ -225,12 +238,14 @@ def init(args: Namespace) -> None:
 
     Raises:
         SeamError: the installed miles does not fit the ledgers.
-        UnsupportedError: a dense model.
+        UnsupportedError: a dense model, or an argument under which replay would be passed by, or wrong.
     """
+    if asked := bool(getattr(args, "use_rollout_routing_replay", False)):
+        refuse_settings("miles", args)
     _packed.geometry = geometry_of(args)
     for patch in PATCHES:
         patch.apply()
-    say_at_start(STACKS["miles-packed"], asked=bool(getattr(args, "use_rollout_routing_replay", False)))
+    say_at_start(STACKS["miles-packed"], asked=asked)
 
 
 def install() -> None:

@@ -7,8 +7,10 @@ A queue then holds one layer of the packed rows, which are unpacked where the ro
 
 from __future__ import annotations
 
+import logging
 import weakref
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -25,6 +27,9 @@ from router_replay.masks.masks import RoutingMasks
 from router_replay.replay.layout import BatchLayout
 from router_replay.replay.microbatch import MicrobatchRoutes
 from router_replay.replay.placement import place, to_device
+from router_replay_adapters.seldom import Seldom
+
+logger = logging.getLogger(__name__)
 
 KEY = "rollout_routed_experts"
 """What slime and miles call the routes of their samples and batches."""
@@ -132,12 +137,22 @@ def numbered_rows(tokens: Sequence[Tensor]) -> list[Tensor]:
     return [part[:-1, None, None] for part in numbers.split([len(each) for each in tokens])]
 
 
+def _with_rows(masks: RoutingMasks | None, tokens: Tensor) -> RoutingMasks | None:
+    """Masks with a valid row: a microbatch may be one sequence, and one without any says nothing of a step."""
+    if masks is None or bool(masks.valid.any()):
+        return masks
+    masks.check_tokens(tokens.cpu().numpy())
+    return None
+
+
 class PackedQueues:
     """Makes what the queues of one rank hold of its microbatches' packed rows."""
 
     def __init__(self) -> None:
         self.geometry: RoutingGeometry | None = None
         self._on_device = _OnDevice()
+        self._places: Counter[str] = Counter()
+        self._warning = Seldom()
 
     def microbatch(self, containers: Sequence[Any], tokens: Sequence[Tensor], numbers: Tensor) -> PackedMicrobatch:
         """Check masks against their tokens and the model, and put rows in this rank's places, on the host.
@@ -149,13 +164,28 @@ class PackedQueues:
 
         Raises:
             DataError: as of `masks_of`.
-            PairingError: masks of other tokens or another model, or none of whose rows is valid.
+            PairingError: masks of other tokens or another model.
         """
         assert self.geometry is not None
         layout = BatchLayout.jagged(tokens).at((numbers.flatten() - 1).clamp(min=-1))
-        masks = [masks_of(container) for container in containers]
+        masks = [_with_rows(masks_of(each), ids) for each, ids in zip(containers, tokens, strict=True)]
         routes = place(masks, layout, self.geometry, torch.device("cpu"), partial=True)
+        self._tell(routes)
         return PackedMicrobatch(routes, tokens[0].device, self._on_device)
+
+    def _tell(self, routes: MicrobatchRoutes) -> None:
+        self._places.update(routes.native_causes)
+        self._places["replayed"] += routes.num_replayed
+        native, replayed = self._places.total() - self._places["replayed"], self._places["replayed"]
+        if not native or not self._warning.due():
+            return
+        logger.warning(
+            "%d of %d places of this rank's microbatches take the routers' own experts: %s",
+            native,
+            native + replayed,
+            ", ".join(f"{count} {cause}" for cause, count in self._places.items() if count and cause != "replayed"),
+        )
+        self._places.clear()
 
 
 @dataclass(frozen=True, eq=False)

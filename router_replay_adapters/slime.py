@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from router_replay.upstream import Attribute, Ledger, Patch, Seam
+from router_replay_adapters.asked_queues import refuse_settings
 from router_replay_adapters.native_rows import NativeRows, replays
 from router_replay_adapters.stacks import STACKS, say_at_start
 
@@ -61,6 +62,20 @@ LEDGER = Ledger(
             _OWN,
         ),
         Seam(
+            "RoutingReplay.clear_all",
+            (),
+            "wrapped by asked_queues.AskedQueues",
+            "a step's queues end there, and were asked or not",
+            _OWN,
+        ),
+        Seam(
+            "RoutingReplay.all_routing_replays",
+            None,
+            "read by slime.PATCHES",
+            "it holds the queues",
+            _OWN,
+        ),
+        Seam(
             "RoutingReplay.pop_forward",
             (),
             "called by native_rows.NativeRows",
@@ -88,10 +103,11 @@ LEDGER = Ledger(
 
 TopK = Callable[..., tuple[Tensor, Tensor]]
 
+_rows = NativeRows("slime")
+
 
 def with_native_rows(get_compute_topk: Callable[[TopK], TopK]) -> Callable[[TopK], TopK]:
     """Wrapper of `get_routing_replay_compute_topk`: routers are given their own experts in unknown rows."""
-    rows = NativeRows("slime")
 
     @functools.wraps(get_compute_topk)
     def wrapped(old_compute_topk: TopK) -> TopK:
@@ -111,7 +127,7 @@ def with_native_rows(get_compute_topk: Callable[[TopK], TopK]) -> Callable[[TopK
             def own_topk(scores: Tensor) -> Tensor:
                 return routing_replay._compute_topk_for_current_router(old_compute_topk, scores, topk, **groups)[1]
 
-            routing_replay.set_routing_replay(rows.filled(queue, stage, scores, topk, own_topk))
+            routing_replay.set_routing_replay(_rows.filled(queue, stage, scores, topk, own_topk))
             try:
                 return compute_topk(scores, topk, **groups)
             finally:
@@ -127,7 +143,16 @@ def _stage() -> str | None:
     return os.environ.get("ROUTING_REPLAY_STAGE") if os.environ.get("ENABLE_ROUTING_REPLAY") == "1" else None
 
 
-PATCH = Patch(LEDGER, "get_routing_replay_compute_topk", with_native_rows)
+def _routers_queues() -> list[Any]:
+    from slime.utils.routing_replay import RoutingReplay
+
+    return list(RoutingReplay.all_routing_replays)
+
+
+PATCHES = (
+    Patch(LEDGER, "get_routing_replay_compute_topk", with_native_rows),
+    Patch(LEDGER, "RoutingReplay.clear_all", _rows.asked.around_clear_all(_routers_queues)),
+)
 """What `init` applies."""
 
 
@@ -139,6 +164,10 @@ def init(args: Any) -> None:
 
     Raises:
         SeamError: the installed slime does not fit the ledger.
+        UnsupportedError: an argument under which replay would be passed by, or wrong.
     """
-    PATCH.apply()
-    say_at_start(STACKS["slime"], asked=bool(getattr(args, "use_rollout_routing_replay", False)))
+    if asked := bool(getattr(args, "use_rollout_routing_replay", False)):
+        refuse_settings("slime", args)
+    for patch in PATCHES:
+        patch.apply()
+    say_at_start(STACKS["slime"], asked=asked)

@@ -25,6 +25,7 @@ from router_replay.masks import masks_from_meta_info
 from router_replay.masks.masks import RoutingMasks
 from router_replay.upstream import Attribute, Ledger, Patch, Seam, require
 from router_replay_adapters import slime
+from router_replay_adapters.asked_queues import refuse_settings
 from router_replay_adapters.on_import import wrap_on_import
 from router_replay_adapters.packed_queues import (
     KEY,
@@ -118,6 +119,13 @@ TRAINER = _ledger(
         ),
         "wrapped by slime_packed.around_prepare",
         "it puts the rows of a microbatch into this rank's places",
+        _OWN,
+    ),
+    Seam(
+        "cp_utils._pad_routed_experts",
+        ("experts", "pad", "num_experts"),
+        "relied on by slime_packed.around_prepare",
+        "padding is numbered modulo that many experts, so that by one it is 0",
         _OWN,
     ),
 )
@@ -225,8 +233,8 @@ def around_prepare(original: Callable[..., Tensor]) -> Callable[..., PackedMicro
     return prepare
 
 
-PATCH = Patch(TRAINER, _PREPARE, around_prepare)
-"""What `init` applies, beside the patch of `router_replay_adapters.slime`."""
+PATCHES = (*slime.PATCHES, Patch(TRAINER, _PREPARE, around_prepare))
+"""What `init` applies."""
 
 
 def init(args: Namespace) -> None:
@@ -237,13 +245,15 @@ def init(args: Namespace) -> None:
 
     Raises:
         SeamError: the installed slime does not fit the ledgers.
-        UnsupportedError: a dense model.
+        UnsupportedError: a dense model, or an argument under which replay would be passed by, or wrong.
     """
+    if asked := bool(getattr(args, "use_rollout_routing_replay", False)):
+        refuse_settings("slime", args)
     require(QUEUES)
     _packed.geometry = geometry_of(args)
-    slime.PATCH.apply()
-    PATCH.apply()
-    say_at_start(STACKS["slime-packed"], asked=bool(getattr(args, "use_rollout_routing_replay", False)))
+    for patch in PATCHES:
+        patch.apply()
+    say_at_start(STACKS["slime-packed"], asked=asked)
 
 
 def install() -> None:

@@ -85,7 +85,7 @@ def states_of(num_places: int) -> Tensor:
 
 def places_of(batch: Sequence[Recorded], args: dict[str, Any], context: int, rank: int, tensor: int = 1) -> list[int]:
     """Token ids of this rank's places in the packs of both stacks, -1 for padding and the last token of a sequence."""
-    multiple = MULTIPLE * tensor
+    multiple = args.get("data_pad_size_multiplier", MULTIPLE) * tensor
     ids = [[*one.tokens[:-1], -1] for one in batch]
     if args.get("allgather_cp"):
         whole = list(itertools.chain.from_iterable(ids))
@@ -125,7 +125,7 @@ def require_experts(found: list[set[int]], expected: list[set[int] | None]) -> N
 
 LAYOUTS = {
     "one rank": (1, 1, {}),
-    "padding": (1, 1, {"data_pad_size_multiplier": 8}),
+    "padding": (1, 1, {"data_pad_size_multiplier": 16}),
     "context parallel": (2, 1, {}),
     "context parallel, contiguous": (2, 1, {"allgather_cp": True}),
     "sequence parallel": (1, 2, {"sequence_parallel": True}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -18,11 +20,11 @@ class StackHere(Protocol):
 
     Attributes:
         name: of `STACKS`.
-        patch: what its adapter's `init` applies.
+        patches: what its adapter's `init` applies.
     """
 
     name: str
-    patch: Patch
+    patches: tuple[Patch, ...]
 
     def topk(self, default_compute_topk: TopK) -> TopK:
         """What its Megatron makes of a router's own top-k."""
@@ -42,15 +44,33 @@ class StackHere(Protocol):
     def clear(self) -> None:
         """What it does at the end of a step."""
 
+    def forget(self) -> None:
+        """Empty its queues, whether routers asked or not."""
+
+
+@contextlib.contextmanager
+def applied(patches: tuple[Patch, ...]) -> Iterator[None]:
+    """Patches around the block."""
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+
+
+def remove(patches: tuple[Patch, ...]) -> None:
+    """Undo one `init`."""
+    for patch in patches:
+        patch.remove()
+
 
 class Miles:
     """The stack miles, by its module `miles.utils.replay_base`."""
 
     name = "miles"
 
-    def __init__(self, module: ModuleType, patch: Patch) -> None:
+    def __init__(self, module: ModuleType, patches: tuple[Patch, ...]) -> None:
         self.module = module
-        self.patch = patch
+        self.patches = patches
         self.manager: Any = module.routing_replay_manager
         self.manager.replays = []
         self.manager.current = None
@@ -74,15 +94,19 @@ class Miles:
     def clear(self) -> None:
         self.manager.clear_all()
 
+    def forget(self) -> None:
+        for queue in self.manager.replays:
+            queue.clear()
+
 
 class Slime:
     """The stack slime, by its module `slime.utils.routing_replay`."""
 
     name = "slime"
 
-    def __init__(self, module: ModuleType, patch: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, module: ModuleType, patches: tuple[Patch, ...], monkeypatch: pytest.MonkeyPatch) -> None:
         self.module = module
-        self.patch = patch
+        self.patches = patches
         self._monkeypatch = monkeypatch
         monkeypatch.setenv("ENABLE_ROUTING_REPLAY", "1")
         module.RoutingReplay.all_routing_replays.clear()
@@ -107,3 +131,7 @@ class Slime:
 
     def clear(self) -> None:
         self.module.RoutingReplay.clear_all()
+
+    def forget(self) -> None:
+        for queue in self.module.RoutingReplay.all_routing_replays:
+            queue.clear()

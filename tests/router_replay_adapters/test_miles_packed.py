@@ -37,7 +37,7 @@ from tests.router_replay_adapters.packed_batches import (
     routers_of,
 )
 from tests.router_replay_adapters.routers import NUM_EXPERTS, TOP_K
-from tests.router_replay_adapters.stacks_here import Miles
+from tests.router_replay_adapters.stacks_here import Miles, remove
 from tests.router_replay_adapters.stand_ins import miles_replay_data as stand_in
 from tests.router_replay_adapters.stand_ins.miles_replay_data import DataIterator
 from tests.stack_packages import checkout
@@ -85,7 +85,11 @@ class Here:
         """What miles does with the routes of a batch before a step, by its own function; returns the batch."""
         # Its shards are pickled by Ray.
         routes = pickle.loads(pickle.dumps([sample.rollout_routed_experts for sample in samples]))
-        data = {"tokens": [torch.tensor(sample.tokens) for sample in samples], KEY: routes}
+        # miles has tensors on the rank, and no sample without routes.
+        data = {
+            "tokens": [torch.tensor(sample.tokens) for sample in samples],
+            KEY: [torch.from_numpy(each) for each in routes],
+        }
         self.fill_data(data, microbatches, **args)
         return data
 
@@ -142,7 +146,7 @@ def bare(
     if not hasattr(modules["types"].Sample.update_from_meta_info, "__wrapped__"):
         miles_packed.install()
     _set_ranks(modules["layout"])
-    stack = Miles(miles_replay_base, miles_packed.PATCHES[0])
+    stack = Miles(miles_replay_base, miles_packed.PATCHES)
     stack.set_stage("fallthrough")
     yield Here(stack, **modules, routers=routers_of(stack))
     stack.clear()
@@ -156,8 +160,7 @@ def here(bare: Here) -> Iterator[Here]:
     bare.stack.manager.replays = []
     bare.routers = routers_of(bare.stack)
     yield bare
-    for patch in miles_packed.PATCHES:
-        patch.remove()
+    remove(miles_packed.PATCHES)
 
 
 def test_a_step_replays_what_was_recorded(here: Here) -> None:
@@ -178,7 +181,7 @@ def test_every_rank_gets_the_rows_of_its_places(here: Here, context: int, tensor
     for context_rank in range(context):
         for tensor_rank in range(tensor):
             _set_ranks(here.layout, (context, context_rank), (tensor, tensor_rank))
-            here.stack.clear()
+            here.stack.forget()
             assert KEY not in here.fill(samples, [[0, 1, 2, 3]], **args)
             ids = places_of(BATCH, args, context, context_rank, tensor)
             if args.get("sequence_parallel"):
@@ -239,7 +242,7 @@ def test_an_answer_without_masks_leaves_no_older_ones_behind(here: Here) -> None
     sample.tokens = [*sample.tokens, 7]
     sample.update_from_meta_info(ARGS, aborted)
     assert sample.rollout_routed_experts is None
-    with pytest.raises(DataError, match="routes of a sample are a NoneType, where packed rows belong"):
+    with pytest.raises(TypeError, match="NoneType"):
         here.fill([here.sample(BATCH[1]), sample], [[0, 1]])
 
 
@@ -287,6 +290,9 @@ def test_miles_generates_as_by_itself(modules: dict[str, Any], monkeypatch: pyte
     monkeypatch.setitem(sys.modules, turn.__name__, turn)
     monkeypatch.setattr(importlib.import_module("miles.rollout.generate_hub"), "single_turn", turn, raising=False)
     assert asyncio.run(miles_packed.generate("input")) == "output"
+    monkeypatch.setenv("MILES_USE_LEGACY_ROLLOUT_V1", "1")
+    with pytest.raises(UnsupportedError, match="MILES_USE_LEGACY_ROLLOUT_V1 is set"):
+        asyncio.run(miles_packed.generate("input"))
     assert asked == ["input"]
 
 
@@ -298,8 +304,7 @@ def test_one_line_at_the_start(bare: Here, monkeypatch: pytest.MonkeyPatch, capl
         miles_packed.init(ARGS)
         miles_packed.init(ARGS)
     assert bare.actor.fill_replay_data.__wrapped__ is own
-    for patch in miles_packed.PATCHES * 2:
-        patch.remove()
+    remove(miles_packed.PATCHES * 2)
     assert bare.actor.fill_replay_data is own
     lines = [each.getMessage() for each in caplog.records if each.name.startswith("router_replay_adapters")]
     assert len(lines) == 2
@@ -315,4 +320,4 @@ def test_what_does_not_fit_stops_the_start(bare: Here, monkeypatch: pytest.Monke
     monkeypatch.setattr(bare.actor, "fill_replay_data", other)
     with pytest.raises(SeamError, match=r"fill_replay_data: expected parameters"):
         miles_packed.init(ARGS)
-    miles_adapter.PATCH.remove()
+    remove(miles_adapter.PATCHES)

@@ -14,6 +14,10 @@ SCORES = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 RECORDED = torch.tensor([[1, 2], [-1, -1], [5, 0]])
 
 
+class Queue(SimpleNamespace):
+    __hash__ = object.__hash__
+
+
 def _own(scores: Tensor) -> Tensor:
     return scores.topk(2, dim=1).indices
 
@@ -23,18 +27,18 @@ def _never(scores: Tensor) -> Tensor:
 
 
 def test_nothing_is_chosen_where_every_row_is_known() -> None:
-    queue = SimpleNamespace(forward_index=0, backward_index=0, top_indices_list=[RECORDED[[0, 2]]])
+    queue = Queue(forward_index=0, backward_index=0, top_indices_list=[RECORDED[[0, 2]]])
     assert NativeRows("miles").filled(queue, FORWARD, SCORES[:2], 2, _never) is queue
 
 
 def test_what_is_no_tensor_is_the_stacks_own() -> None:
-    queue = SimpleNamespace(forward_index=0, backward_index=0, top_indices_list=[object()])
+    queue = Queue(forward_index=0, backward_index=0, top_indices_list=[object()])
     assert NativeRows("slime").filled(queue, FORWARD, SCORES, 2, _never) is queue
 
 
 def test_the_recorded_tensor_stays_as_it_was() -> None:
     recorded = RECORDED.clone()
-    queue = SimpleNamespace(forward_index=0, backward_index=0, top_indices_list=[recorded])
+    queue = Queue(forward_index=0, backward_index=0, top_indices_list=[recorded])
     queue.pop_forward = lambda: recorded
     filled = NativeRows("miles").filled(queue, FORWARD, SCORES, 2, _own)
     assert filled.pop_forward().tolist() == [[1, 2], _own(SCORES)[1].tolist(), [5, 0]]
@@ -42,7 +46,7 @@ def test_the_recorded_tensor_stays_as_it_was() -> None:
 
 
 def test_a_choice_is_no_part_of_the_graph() -> None:
-    queue = SimpleNamespace(forward_index=0, backward_index=0, top_indices_list=[RECORDED.clone()])
+    queue = Queue(forward_index=0, backward_index=0, top_indices_list=[RECORDED.clone()])
     asked = []
     scores = SCORES.clone().requires_grad_()
     NativeRows("miles").filled(queue, FORWARD, scores, 2, lambda scores: asked.append(scores) or _own(scores))
@@ -51,7 +55,7 @@ def test_a_choice_is_no_part_of_the_graph() -> None:
 
 def test_choices_are_gone_with_what_was_recorded() -> None:
     rows = NativeRows("miles")
-    queue = SimpleNamespace(forward_index=0, backward_index=0, top_indices_list=[RECORDED.clone(), RECORDED.clone()])
+    queue = Queue(forward_index=0, backward_index=0, top_indices_list=[RECORDED.clone(), RECORDED.clone()])
     for index in range(2):
         queue.forward_index = index
         rows.filled(queue, FORWARD, SCORES, 2, _own)
@@ -64,7 +68,7 @@ def test_choices_are_gone_with_what_was_recorded() -> None:
 def test_a_recompute_of_equal_rows_in_another_microbatch_has_its_own_choice() -> None:
     """Recorded tensors are told apart by what they are, not by what is in them."""
     rows = NativeRows("miles")
-    queue = SimpleNamespace(forward_index=0, backward_index=0, top_indices_list=[RECORDED.clone(), RECORDED.clone()])
+    queue = Queue(forward_index=0, backward_index=0, top_indices_list=[RECORDED.clone(), RECORDED.clone()])
     for index, scores in enumerate((SCORES, -SCORES)):
         queue.forward_index = index
         rows.filled(queue, FORWARD, scores, 2, _own)

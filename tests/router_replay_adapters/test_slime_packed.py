@@ -21,7 +21,7 @@ from router_replay.errors import DataError, InputError, PairingError, SeamError,
 from router_replay.masks import RoutingGeometry, RoutingMasks
 from router_replay.upstream import Patch
 from router_replay_adapters import slime_packed
-from router_replay_adapters.packed_queues import KEY, container_of, masks_of
+from router_replay_adapters.packed_queues import KEY, PackedQueues, container_of, masks_of
 from tests.router_replay_adapters.packed_batches import (
     BATCH,
     LAYOUTS,
@@ -37,7 +37,7 @@ from tests.router_replay_adapters.packed_batches import (
     routers_of,
 )
 from tests.router_replay_adapters.routers import NUM_EXPERTS, TOP_K
-from tests.router_replay_adapters.stacks_here import Slime
+from tests.router_replay_adapters.stacks_here import Slime, remove
 
 ARGS = Namespace(
     num_layers=NUM_LAYERS,
@@ -104,7 +104,7 @@ def bare(
     """Slime without what `init` does."""
     if not hasattr(slime_modules["types"].Sample.append_response_tokens, "__wrapped__"):
         slime_packed.install()
-    stack = Slime(slime_routing_replay, slime_packed.PATCH, monkeypatch)
+    stack = Slime(slime_routing_replay, slime_packed.PATCHES, monkeypatch)
     stack.set_stage("fallthrough")
     made = Here(stack, **slime_modules, routers=routers_of(stack))
     yield made
@@ -116,8 +116,7 @@ def here(bare: Here) -> Iterator[Here]:
     """Slime with the adapter."""
     slime_packed.init(ARGS)
     yield bare
-    slime_packed.PATCH.remove()
-    slime_packed.slime.PATCH.remove()
+    remove(slime_packed.PATCHES)
 
 
 def test_a_step_replays_what_was_recorded(here: Here) -> None:
@@ -149,7 +148,7 @@ def test_every_rank_gets_the_rows_of_its_places(
                 ("tensor_model_parallel_rank", tensor_rank),
             ):
                 monkeypatch.setattr(parallel_state, f"get_{name}", lambda value=value, **_: value)
-            here.stack.clear()
+            here.stack.forget()
             samples = [here.sample(one) for one in BATCH]
             here.fill(here.rollout_data(slime_packed.convert(ARGS, samples)), [[0, 1, 2, 3]], **args)
             ids = places_of(BATCH, args, context, context_rank, tensor)
@@ -171,6 +170,24 @@ def test_samples_without_masks_and_tokens_behind_them_are_native(here: Here) -> 
     unknown = (~BATCH[2].valid).nonzero().flatten().tolist()
     # What the rollout sampled last was fed back, and its row is not known; then come the tool's tokens but the last.
     assert native == [*unknown, 12, 13, 14, 16, 17, 18]
+
+
+def test_sequences_without_a_valid_row_are_native_and_told_of(
+    here: Here, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which microbatch they are in decides nothing."""
+    new = PackedQueues()
+    new.geometry = slime_packed._packed.geometry
+    monkeypatch.setattr(slime_packed, "_packed", new)
+    unknown = recorded(6, 700)
+    samples = [here.sample(Recorded(unknown.tokens, unknown.experts, torch.zeros(5, dtype=torch.bool)))]
+    samples.append(here.sample(BATCH[2]))
+    data = here.rollout_data(slime_packed.convert(ARGS, samples))
+    with caplog.at_level(logging.WARNING):
+        here.fill(data, [[0], [1]])
+    assert here.queues()[0][0].native_places.tolist() == [0, 1, 2, 3, 4]
+    (line,) = [each.getMessage() for each in caplog.records if each.name.endswith("packed_queues")]
+    assert line == "5 of 5 places of this rank's microbatches take the routers' own experts: 5 no routes"
 
 
 def test_turns_that_ask_for_what_is_new_are_joined(here: Here) -> None:
@@ -302,7 +319,7 @@ def test_rows_are_on_the_device_for_one_microbatch_at_a_time(here: Here) -> None
     assert there[0] is there[1] and there[2] is not there[1] and there[3] is not there[2]
     host = weakref.ref(first.microbatch.routes)
     del first, second, of_next_layer, layer, there, _
-    here.stack.clear()
+    here.stack.forget()
     gc.collect()
     assert host() is None
     assert slot._there is None
@@ -316,8 +333,7 @@ def test_one_line_at_the_start(bare: Here, monkeypatch: pytest.MonkeyPatch, capl
         slime_packed.init(ARGS)
     wrapped = bare.actor.prepare_routed_experts_for_routing_replay
     for _ in range(2):
-        slime_packed.PATCH.remove()
-        slime_packed.slime.PATCH.remove()
+        remove(slime_packed.PATCHES)
     assert bare.actor.prepare_routed_experts_for_routing_replay is wrapped.__wrapped__
     assert not hasattr(wrapped.__wrapped__, "__wrapped__")
     lines = [each.getMessage() for each in caplog.records if each.name.startswith("router_replay_adapters")]
@@ -334,7 +350,7 @@ def test_what_does_not_fit_stops_the_start(bare: Here, monkeypatch: pytest.Monke
     monkeypatch.setattr(bare.actor, "prepare_routed_experts_for_routing_replay", other)
     with pytest.raises(SeamError, match=r"prepare_routed_experts_for_routing_replay: expected parameters"):
         slime_packed.init(ARGS)
-    slime_packed.slime.PATCH.remove()
+    remove(slime_packed.slime.PATCHES)
     monkeypatch.setattr(bare.types.Sample, "append_response_tokens", other)
     with pytest.raises(SeamError, match=r"Sample.append_response_tokens: expected parameters"):
         Patch(slime_packed.SAMPLES, "Sample.append_response_tokens", slime_packed.around_append_response_tokens).apply()

@@ -10,10 +10,11 @@ from types import ModuleType
 import pytest
 import torch
 
-from router_replay.errors import SeamError
+from router_replay.errors import SeamError, UnsupportedError
 from router_replay_adapters import miles as miles_adapter
 from router_replay_adapters import slime as slime_adapter
 from router_replay_adapters.native_rows import FORWARD
+from tests.router_replay_adapters.stacks_here import applied, remove
 
 ASKED = Namespace(use_rollout_routing_replay=True)
 
@@ -24,7 +25,7 @@ def adapter(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     request.getfixturevalue({"miles": "miles_replay_base", "slime": "slime_routing_replay"}[request.param])
     made = {"miles": miles_adapter, "slime": slime_adapter}[request.param]
     yield made
-    made.PATCH.remove()
+    remove(made.PATCHES)
 
 
 @pytest.fixture
@@ -67,6 +68,23 @@ def test_a_stack_that_does_not_replay_is_told(
     assert "--use-rollout-routing-replay is not given" in _line(caplog, logging.WARNING)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"moe_router_fusion": True}, "cannot replay with --moe-router-fusion"),
+        ({"qkv_format": "bshd", "micro_batch_size": 2}, "--qkv-format bshd and --micro-batch-size 2"),
+    ],
+)
+def test_arguments_under_which_replay_is_none_stop_the_start(
+    adapter: ModuleType, variables: None, arguments: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        adapter.init(Namespace(**{**vars(ASKED), **arguments}))
+    adapter.init(Namespace(**{**arguments, "use_rollout_routing_replay": False}))
+    remove(adapter.PATCHES)
+    adapter.init(Namespace(**vars(ASKED), moe_router_fusion=False, qkv_format="bshd", micro_batch_size=1))
+
+
 def test_a_name_with_other_parameters_stops_the_start(
     adapter: ModuleType,
     miles_replay_base: ModuleType,
@@ -93,7 +111,7 @@ def test_starts_of_a_second_role_in_one_process_wrap_once(adapter: ModuleType, v
     wrapped = vars(owner)[name]
     adapter.init(ASKED)
     assert vars(owner)[name] is wrapped
-    adapter.PATCH.remove()
+    remove(adapter.PATCHES)
 
 
 def test_managers_of_token_positions_are_left_alone(miles_replay_base: ModuleType, pinned_memory: None) -> None:
@@ -104,6 +122,6 @@ def test_managers_of_token_positions_are_left_alone(miles_replay_base: ModuleTyp
     queue = miles_replay_base.Replay()
     queue.record(torch.full((1, 4), -1, dtype=torch.int32))
     manager.set_current(queue)
-    with miles_adapter.PATCH:
+    with applied(miles_adapter.PATCHES):
         topk = manager.get_topk_fn(lambda scores, topk: scores.topk(topk, dim=1).indices, return_probs=False)
         assert topk(torch.arange(16.0).expand(1, 16), 4).tolist() == [[0, 1, 2, 3]]

@@ -12,7 +12,7 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch.utils.checkpoint import checkpoint
 
-from router_replay.errors import DataError, PairingError, SeamError
+from router_replay.errors import CallOrderError, DataError, PairingError, SeamError
 from router_replay_adapters import miles as miles_adapter
 from router_replay_adapters import slime as slime_adapter
 from router_replay_adapters.native_rows import FORWARD, RECOMPUTE
@@ -31,16 +31,16 @@ from tests.router_replay_adapters.routers import (
     own_topk,
     router,
 )
-from tests.router_replay_adapters.stacks_here import Miles, Slime, StackHere
+from tests.router_replay_adapters.stacks_here import Miles, Slime, StackHere, applied
 
 
 @pytest.fixture(params=["miles", "slime"])
 def stack(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, pinned_memory: None) -> Iterator[StackHere]:
     """Each of the stacks, with an empty queue for each router."""
     if request.param == "miles":
-        made: StackHere = Miles(request.getfixturevalue("miles_replay_base"), miles_adapter.PATCH)
+        made: StackHere = Miles(request.getfixturevalue("miles_replay_base"), miles_adapter.PATCHES)
     else:
-        made = Slime(request.getfixturevalue("slime_routing_replay"), slime_adapter.PATCH, monkeypatch)
+        made = Slime(request.getfixturevalue("slime_routing_replay"), slime_adapter.PATCHES, monkeypatch)
     made.set_stage("fallthrough")
     yield made
     made.clear()
@@ -49,7 +49,7 @@ def stack(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, pinne
 @pytest.fixture
 def adapted(stack: StackHere) -> Iterator[StackHere]:
     """Each of the stacks with its adapter."""
-    with stack.patch:
+    with applied(stack.patches):
         yield stack
 
 
@@ -89,6 +89,25 @@ def test_unknown_rows_are_native_and_known_ones_replayed(adapted: StackHere, set
     probs, routing_map = made(states)
     assert experts_of(routing_map) == expected_experts(own)
     assert torch.equal(probs != 0, routing_map)
+
+
+def test_routers_that_never_ask_are_an_error_at_the_end_of_the_step(adapted: StackHere) -> None:
+    """As those of a fused kernel are; the next step begins with empty queues all the same."""
+    made, states = _router(adapted), hidden_states(len(RECORDED))
+    adapted.record(RECORDED)
+    adapted.set_stage(FORWARD)
+    made(states)
+    adapted.clear()
+    adapted.record(RECORDED)
+    made(states)
+    _router(adapted)
+    adapted.record(RECORDED)
+    with pytest.raises(CallOrderError, match=f"1 of 2 routers of {adapted.name} did not ask for the experts"):
+        adapted.clear()
+    adapted.clear()
+    adapted.record(RECORDED)
+    with pytest.raises(CallOrderError, match=f"1 of 1 routers of {adapted.name} did not ask"):
+        adapted.clear()
 
 
 def test_a_recompute_takes_the_experts_of_its_forward_pass(adapted: StackHere) -> None:

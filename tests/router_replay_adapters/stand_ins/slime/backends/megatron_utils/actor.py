@@ -3,13 +3,12 @@
 import torch
 from megatron.core import parallel_state
 
+from slime.backends.megatron_utils.cp_utils import _pad_routed_experts
 from slime.utils.routing_replay import RoutingReplay
 
 
 def _padded(experts, multiple, num_experts):
-    missing = -len(experts) % multiple
-    filler = torch.arange(missing * experts[0].numel(), dtype=experts.dtype) % num_experts
-    return torch.cat([experts, filler.view(missing, *experts.shape[1:])])
+    return _pad_routed_experts(experts, -len(experts) % multiple, num_experts)
 
 
 def prepare_routed_experts_for_routing_replay(
