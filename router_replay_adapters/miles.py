@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from router_replay.upstream import Attribute, Ledger, Patch, Seam
-from router_replay_adapters.asked_queues import refuse_settings
+from router_replay_adapters.asked_queues import around_clear_all, refuse_settings
 from router_replay_adapters.native_rows import NativeRows, replays
 from router_replay_adapters.stacks import STACKS, say_at_start
 
@@ -57,8 +57,8 @@ LEDGER = Ledger(
         Seam(
             f"{_MANAGER}.clear_all",
             (),
-            "wrapped by asked_queues.AskedQueues",
-            "a step's queues end there, and were asked or not",
+            "wrapped by asked_queues.around_clear_all",
+            "it is called at the end of a step, whose queues it empties",
             _OWN,
         ),
         Seam(
@@ -106,11 +106,10 @@ LEDGER = Ledger(
 
 TopK = Callable[..., Any]
 
-_rows = NativeRows("miles")
-
 
 def with_native_rows(get_topk_fn: Callable[..., TopK]) -> Callable[..., TopK]:
     """Wrapper of `BaseReplayManager.get_topk_fn`: routers are given their own experts in unknown rows."""
+    rows = NativeRows("miles")
 
     @functools.wraps(get_topk_fn)
     def wrapped(manager: Any, old_topk_fn: TopK, return_probs: bool) -> TopK:
@@ -129,7 +128,7 @@ def with_native_rows(get_topk_fn: Callable[..., TopK]) -> Callable[..., TopK]:
                 chosen = old_topk_fn(scores, topk, *args, **kwargs)
                 return chosen[1] if return_probs else chosen
 
-            manager.set_current(_rows.filled(queue, manager.stage, scores, topk, own_topk))
+            manager.set_current(rows.filled(queue, manager.stage, scores, topk, own_topk))
             try:
                 return topk_fn(scores, topk, *args, **kwargs)
             finally:
@@ -148,7 +147,7 @@ def _routers_queues(manager: Any) -> list[Any]:
 
 PATCHES = (
     Patch(LEDGER, f"{_MANAGER}.get_topk_fn", with_native_rows),
-    Patch(LEDGER, f"{_MANAGER}.clear_all", _rows.asked.around_clear_all(_routers_queues)),
+    Patch(LEDGER, f"{_MANAGER}.clear_all", around_clear_all("miles", _routers_queues)),
 )
 """What `init` applies."""
 

@@ -242,7 +242,7 @@ def init(args: Namespace) -> None:
     """
     if asked := bool(getattr(args, "use_rollout_routing_replay", False)):
         refuse_settings("miles", args)
-    _packed.geometry = geometry_of(args)
+        _packed.geometry = geometry_of(args)
     for patch in PATCHES:
         patch.apply()
     say_at_start(STACKS["miles-packed"], asked=asked)

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
 from router_replay.errors import DataError, PairingError, SeamError
-from router_replay_adapters.asked_queues import AskedQueues
 from router_replay_adapters.packed_queues import PackedLayer
 from router_replay_adapters.seldom import Seldom
 from router_replay_adapters.unknown import UNKNOWN
@@ -100,14 +99,10 @@ class NativeRows:
     """The router's own experts for rows without any, chosen in the forward pass and kept for its recompute.
 
     Choices are kept with the recorded tensor that they belong to, and gone when the stack lets go of it.
-
-    Attributes:
-        asked: the queues of routers that were in a call here.
     """
 
     def __init__(self, stack: str) -> None:
         self._stack = stack
-        self.asked = AskedQueues(stack)
         # Tensors compare by their elements; these keys are the objects themselves.
         self._native: WeakIdKeyDictionary = WeakTensorKeyDictionary()
         self._warning = Seldom()
@@ -129,7 +124,6 @@ class NativeRows:
             DataError: a row is known in part.
             PairingError: a row names an expert that the router does not have.
         """
-        self.asked.add(queue)
         index = queue.forward_index if stage == FORWARD else queue.backward_index
         recorded = queue.top_indices_list[index] if index < len(queue.top_indices_list) else None
         # An empty queue, another shape and what is neither are for the stack to refuse or to take.

@@ -137,14 +137,6 @@ def numbered_rows(tokens: Sequence[Tensor]) -> list[Tensor]:
     return [part[:-1, None, None] for part in numbers.split([len(each) for each in tokens])]
 
 
-def _with_rows(masks: RoutingMasks | None, tokens: Tensor) -> RoutingMasks | None:
-    """Masks with a valid row: a microbatch may be one sequence, and one without any says nothing of a step."""
-    if masks is None or bool(masks.valid.any()):
-        return masks
-    masks.check_tokens(tokens.cpu().numpy())
-    return None
-
-
 class PackedQueues:
     """Makes what the queues of one rank hold of its microbatches' packed rows."""
 
@@ -168,8 +160,9 @@ class PackedQueues:
         """
         assert self.geometry is not None
         layout = BatchLayout.jagged(tokens).at((numbers.flatten() - 1).clamp(min=-1))
-        masks = [_with_rows(masks_of(each), ids) for each, ids in zip(containers, tokens, strict=True)]
-        routes = place(masks, layout, self.geometry, torch.device("cpu"), partial=True)
+        masks = [masks_of(container) for container in containers]
+        # A microbatch may be one sequence, and one without a valid row says nothing of a step.
+        routes = place(masks, layout, self.geometry, torch.device("cpu"), partial=True, valid=False)
         self._tell(routes)
         return PackedMicrobatch(routes, tokens[0].device, self._on_device)
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from router_replay.upstream import Attribute, Ledger, Patch, Seam
-from router_replay_adapters.asked_queues import refuse_settings
+from router_replay_adapters.asked_queues import around_clear_all, refuse_settings
 from router_replay_adapters.native_rows import NativeRows, replays
 from router_replay_adapters.stacks import STACKS, say_at_start
 
@@ -64,8 +64,8 @@ LEDGER = Ledger(
         Seam(
             "RoutingReplay.clear_all",
             (),
-            "wrapped by asked_queues.AskedQueues",
-            "a step's queues end there, and were asked or not",
+            "wrapped by asked_queues.around_clear_all",
+            "it is called at the end of a step, whose queues it empties",
             _OWN,
         ),
         Seam(
@@ -103,11 +103,10 @@ LEDGER = Ledger(
 
 TopK = Callable[..., tuple[Tensor, Tensor]]
 
-_rows = NativeRows("slime")
-
 
 def with_native_rows(get_compute_topk: Callable[[TopK], TopK]) -> Callable[[TopK], TopK]:
     """Wrapper of `get_routing_replay_compute_topk`: routers are given their own experts in unknown rows."""
+    rows = NativeRows("slime")
 
     @functools.wraps(get_compute_topk)
     def wrapped(old_compute_topk: TopK) -> TopK:
@@ -127,7 +126,7 @@ def with_native_rows(get_compute_topk: Callable[[TopK], TopK]) -> Callable[[TopK
             def own_topk(scores: Tensor) -> Tensor:
                 return routing_replay._compute_topk_for_current_router(old_compute_topk, scores, topk, **groups)[1]
 
-            routing_replay.set_routing_replay(_rows.filled(queue, stage, scores, topk, own_topk))
+            routing_replay.set_routing_replay(rows.filled(queue, stage, scores, topk, own_topk))
             try:
                 return compute_topk(scores, topk, **groups)
             finally:
@@ -151,7 +150,7 @@ def _routers_queues() -> list[Any]:
 
 PATCHES = (
     Patch(LEDGER, "get_routing_replay_compute_topk", with_native_rows),
-    Patch(LEDGER, "RoutingReplay.clear_all", _rows.asked.around_clear_all(_routers_queues)),
+    Patch(LEDGER, "RoutingReplay.clear_all", around_clear_all("slime", _routers_queues)),
 )
 """What `init` applies."""
 

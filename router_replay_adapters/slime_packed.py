@@ -249,8 +249,8 @@ def init(args: Namespace) -> None:
     """
     if asked := bool(getattr(args, "use_rollout_routing_replay", False)):
         refuse_settings("slime", args)
+        _packed.geometry = geometry_of(args)
     require(QUEUES)
-    _packed.geometry = geometry_of(args)
     for patch in PATCHES:
         patch.apply()
     say_at_start(STACKS["slime-packed"], asked=asked)

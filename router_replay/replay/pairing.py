@@ -10,7 +10,11 @@ from router_replay.replay.layout import BatchLayout
 
 
 def check_pairing(
-    masks: Sequence[RoutingMasks | None], layout: BatchLayout, geometry: RoutingGeometry, partial: bool
+    masks: Sequence[RoutingMasks | None],
+    layout: BatchLayout,
+    geometry: RoutingGeometry,
+    partial: bool,
+    valid: bool,
 ) -> None:
     """Refuse masks that are not those of the layout's sequences, in its order.
 
@@ -18,10 +22,12 @@ def check_pairing(
         masks: one for each sequence; None where the rollout has no routes of it.
         geometry: of the model.
         partial: accept masks that end before the last token but one of their sequence.
+        valid: whether a row has to be valid.
 
     Raises:
         PairingError: masks of another model, of other tokens, of another number of sequences; a missing prefix, rows
-            beyond a sequence or, without `partial`, short of it; mixed codecs; no valid row in any of them.
+            beyond a sequence or, without `partial`, short of it; mixed codecs; where a row has to be valid, none in any
+            of them.
     """
     if len(masks) != layout.num_sequences or not masks:
         raise PairingError(
@@ -64,7 +70,7 @@ def check_pairing(
                 " partial=True if these tokens were never in the rollout"
             )
     num_rows = sum(one.num_tokens for _, one in given)
-    if num_rows and not any(bool(one.valid.any()) for _, one in given):
+    if valid and num_rows and not any(bool(one.valid.any()) for _, one in given):
         raise PairingError(
             f"none of the {num_rows} rows of these {len(given)} masks is valid, so nothing would be replayed: look at"
             " what the server says of them, and pass None in place of masks whose sequence is to be routed natively"

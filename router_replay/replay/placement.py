@@ -40,6 +40,7 @@ def place(
     fresh: FreshWeights | None = None,
     partial: bool = False,
     spread: bool = True,
+    valid: bool = True,
 ) -> MicrobatchRoutes:
     """Check the pairing, and put the rows of this rank's places on `device`.
 
@@ -56,6 +57,7 @@ def place(
         partial: accept masks that end before the last token but one of their sequence.
         spread: whether places of padding, and of last tokens without a row, take experts that load all alike; else they
             take the trainer's own.
+        valid: whether some row of the masks has to be valid.
 
     Raises:
         InputError: masks or a layout that are something else, or sizes that cannot be cut into shards.
@@ -67,7 +69,7 @@ def place(
         require_type("shards", shards, Shards)
     if fresh is not None:
         require_type("fresh", fresh, FreshWeights)
-    check_pairing(recorded, layout, geometry, partial)
+    check_pairing(recorded, layout, geometry, partial, valid)
     given = [one for one in recorded if one is not None]
     codec = get_codec(given[0].codec) if given else choose_codec("auto", geometry)
     called, routed = (layout, layout) if shards is None else (shards.called(layout), shards.routed(layout))

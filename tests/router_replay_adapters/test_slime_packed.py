@@ -187,7 +187,7 @@ def test_sequences_without_a_valid_row_are_native_and_told_of(
         here.fill(data, [[0], [1]])
     assert here.queues()[0][0].native_places.tolist() == [0, 1, 2, 3, 4]
     (line,) = [each.getMessage() for each in caplog.records if each.name.endswith("packed_queues")]
-    assert line == "5 of 5 places of this rank's microbatches take the routers' own experts: 5 no routes"
+    assert line == "5 of 5 places of this rank's microbatches take the routers' own experts: 5 invalid"
 
 
 def test_turns_that_ask_for_what_is_new_are_joined(here: Here) -> None:

@@ -72,6 +72,8 @@ def test_a_stack_that_does_not_replay_is_told(
     ("arguments", "message"),
     [
         ({"moe_router_fusion": True}, "cannot replay with --moe-router-fusion"),
+        ({"cuda_graph_impl": "local"}, "cannot replay with --cuda-graph-impl local"),
+        ({"cuda_graph_impl": "none", "external_cuda_graph": True}, "cannot replay with external_cuda_graph"),
         ({"qkv_format": "bshd", "micro_batch_size": 2}, "--qkv-format bshd and --micro-batch-size 2"),
     ],
 )

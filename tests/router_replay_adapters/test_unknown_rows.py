@@ -91,7 +91,7 @@ def test_unknown_rows_are_native_and_known_ones_replayed(adapted: StackHere, set
     assert torch.equal(probs != 0, routing_map)
 
 
-def test_routers_that_never_ask_are_an_error_at_the_end_of_the_step(adapted: StackHere) -> None:
+def test_routers_that_do_not_ask_are_an_error_at_the_end_of_the_step(adapted: StackHere) -> None:
     """As those of a fused kernel are; the next step begins with empty queues all the same."""
     made, states = _router(adapted), hidden_states(len(RECORDED))
     adapted.record(RECORDED)
@@ -102,10 +102,21 @@ def test_routers_that_never_ask_are_an_error_at_the_end_of_the_step(adapted: Sta
     made(states)
     _router(adapted)
     adapted.record(RECORDED)
-    with pytest.raises(CallOrderError, match=f"1 of 2 routers of {adapted.name} did not ask for the experts"):
+    with pytest.raises(CallOrderError, match=f"1 of 2 routers of {adapted.name} did not ask for all experts"):
         adapted.clear()
     adapted.clear()
     adapted.record(RECORDED)
+    with pytest.raises(CallOrderError, match=f"1 of 1 routers of {adapted.name} did not ask"):
+        adapted.clear()
+
+
+def test_a_pass_of_old_log_probabilities_is_not_the_step(adapted: StackHere) -> None:
+    """A router may ask in evaluation, and not where the captured graph of a training step stands for it."""
+    made, states = _router(adapted), hidden_states(len(RECORDED))
+    adapted.record(RECORDED)
+    adapted.set_stage(FORWARD)
+    made(states)
+    _rewind(adapted)
     with pytest.raises(CallOrderError, match=f"1 of 1 routers of {adapted.name} did not ask"):
         adapted.clear()
 

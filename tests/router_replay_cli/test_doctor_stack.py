@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from router_replay.errors import SeamError
 from router_replay.upstream import Ledger
+from router_replay_adapters.slime import LEDGER
 from router_replay_cli import doctor as doctor_file
 from router_replay_cli import main as cli
 from tests.stack_packages import importable
@@ -51,7 +52,7 @@ def test_a_stack_that_has_everything(slime: None, monkeypatch: pytest.MonkeyPatc
     assert result.exit_code == 0, result.output
     for part in (
         "slime, of an unknown release",
-        "fits slime, the adapter for slime: 6 names of an unknown release",
+        f"fits slime, the adapter for slime: {len(LEDGER.seams)} names of an unknown release",
         "set SGLANG_ROUTER_CAPTURE=1",
         "set SGLANG_ROUTER_CAPTURE_FORMAT=sglang",
         "given --use-rollout-routing-replay",
@@ -90,7 +91,7 @@ def test_a_stack_with_another_name_is_told(slime: None, monkeypatch: pytest.Monk
     monkeypatch.delattr(routing_replay, "set_routing_replay")
     result = _run("--stack", "slime")
     assert result.exit_code == 1
-    assert "does not fit slime, the adapter for slime: 1 of 6 names" in result.output
+    assert f"does not fit slime, the adapter for slime: 1 of {len(LEDGER.seams)} names" in result.output
     assert "slime.utils.routing_replay.set_routing_replay: expected parameters (replay)" in result.output
 
 
