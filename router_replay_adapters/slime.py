@@ -71,7 +71,7 @@ LEDGER = Ledger(
         Seam(
             "RoutingReplay.all_routing_replays",
             None,
-            "read by slime.PATCHES",
+            "read by slime._routers_queues",
             "it holds the queues",
             _OWN,
         ),

@@ -137,7 +137,7 @@ QUEUES = _ledger(
         "RoutingReplay.record",
         ("top_indices",),
         "relied on by packed_queues.PackedLayer",
-        "it keeps what has a `materialize_for_routing_replay` as it is",
+        "it keeps what gives experts by a method of its own as it is",
         _OWN,
     ),
 )

@@ -19,8 +19,7 @@ from megatron_router_replay import ledger as megatron
 from megatron_router_replay.refusals import SETTINGS as REPLAY_SETTINGS
 from router_replay.replay.torch_checkpoint import TORCH_LEDGER
 from router_replay.upstream import Attribute, Found, Ledger, Refusal, Seam, check, check_settings, message, require
-from router_replay_adapters.miles import LEDGER as MILES_LEDGER
-from router_replay_adapters.slime import LEDGER as SLIME_LEDGER
+from router_replay_adapters import miles, miles_packed, slime, slime_packed
 from router_replay_adapters.verl import ledger as verl
 from router_replay_adapters.verl.refusals import SETTINGS as VERL_SETTINGS
 from sglang_router_capture import ledger as sglang
@@ -30,7 +29,23 @@ REPOSITORY = Path(__file__).parents[2]
 LEDGERS = (sglang.LEDGER, megatron.LEDGER, megatron.AVERAGES_LEDGER, hf.LEDGER)
 # Of what no extra brings: torch itself, what Megatron-Core can do without, and stacks,
 # which pin other engines.
-OTHERS = (TORCH_LEDGER, megatron.TRANSFORMER_ENGINE_LEDGER, MILES_LEDGER, SLIME_LEDGER, verl.LEDGER)
+STACKS = {
+    "miles": (miles.LEDGER, miles_packed.SAMPLES, miles_packed.GENERATE, miles_packed.TRAINER),
+    "slime": (
+        slime.LEDGER,
+        slime_packed.SAMPLES,
+        slime_packed.CONVERSION,
+        slime_packed.TRAINER,
+        slime_packed.QUEUES,
+    ),
+}
+OTHERS = (
+    TORCH_LEDGER,
+    megatron.TRANSFORMER_ENGINE_LEDGER,
+    *STACKS["miles"],
+    *STACKS["slime"],
+    verl.LEDGER,
+)
 ROWS = [(ledger, row) for ledger in (*LEDGERS, *OTHERS) for row in (*ledger.seams, *ledger.attributes)]
 REFUSALS = [(sglang.LEDGER, row) for row in SETTINGS]
 REFUSALS += [(megatron.LEDGER, row) for row in REPLAY_SETTINGS]
@@ -48,7 +63,7 @@ ENDS = {
 # A clause of its own has a finite verb; "our flags on the command line" or "to a slot" has none.
 FINITE = (
     "is|are|has|have|may|must|can|would|keep|asks|tells|tell|takes|gives|keeps|knows|sets|sees|decides|hands|says|read|reads"
-    "|holds|carries|belong|adds|lets|follow|wrote|limits|loses|happens|report|finds|needs|leaves|returns|names|gets"
+    "|holds|carries|belong|reaches|puts|makes|calls|need|teaches|adds|lets|follow|wrote|limits|loses|happens|report|finds|needs|leaves|returns|names|gets"
 )
 SENTENCES = re.compile(
     r"(?P<path>[\w.]+): expected (that name|that attribute|a function|a function that asks for no parameters"
@@ -187,10 +202,10 @@ def test_every_import_has_its_row(package: str, upstream: str, ledgers: tuple[Le
     assert without == []
 
 
-@pytest.mark.parametrize(("stack", "ledger"), [("miles", MILES_LEDGER), ("slime", SLIME_LEDGER)])
-def test_every_import_of_a_stack_has_its_row(stack: str, ledger: Ledger) -> None:
+@pytest.mark.parametrize(("stack", "ledgers"), STACKS.items(), ids=STACKS)
+def test_every_import_of_a_stack_has_its_row(stack: str, ledgers: tuple[Ledger, ...]) -> None:
     imports = [name for _, name in _upstream_imports("router_replay_adapters", stack)]
-    paths = [ledger.prefix + place.path for seam in ledger.seams for place in seam.places]
+    paths = [ledger.prefix + place.path for ledger in ledgers for seam in ledger.seams for place in seam.places]
     assert imports
     assert [name for name in imports if not any(f"{path}.".startswith(f"{name}.") for path in paths)] == []
 
