@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import os
+import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from router_replay.upstream import Ledger
 from sglang_router_capture.options import ENABLE_VARIABLE, FORMAT_VARIABLE, CaptureOptions
 
 logger = logging.getLogger(__name__)
@@ -170,6 +172,12 @@ STACKS = {
     )
 }
 """Every stack by its name on the command line."""
+
+
+def ledgers_of(package: str) -> tuple[Ledger, ...]:
+    """Those of all adapters to a package, each once."""
+    names = [name for stack in STACKS.values() if stack.package == package for name in stack.ledgers]
+    return tuple({id(ledger): ledger for ledger in map(pkgutil.resolve_name, names)}.values())
 
 
 def say_at_start(stack: Stack, *, asked: bool) -> None:

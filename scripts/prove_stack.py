@@ -19,28 +19,17 @@ from pathlib import Path
 from rich.console import Console
 
 from router_replay.upstream import Ledger, Source, check
-from router_replay_adapters import miles, miles_packed, slime, slime_packed
-from router_replay_adapters.stacks import STACKS
+from router_replay_adapters.stacks import STACKS, ledgers_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TESTS = REPOSITORY / "tests" / "router_replay_adapters"
 OF_ADAPTERS = ("test_unknown_rows.py", "test_starts.py", "test_{}_packed.py")
-LEDGERS: dict[str, tuple[Ledger, ...]] = {
-    "miles": (miles.LEDGER, miles_packed.SAMPLES, miles_packed.GENERATE, miles_packed.TRAINER),
-    "slime": (
-        slime.LEDGER,
-        slime_packed.SAMPLES,
-        slime_packed.CONVERSION,
-        slime_packed.TRAINER,
-        slime_packed.QUEUES,
-    ),
-    "nemo-rl": (),
-}
+NAMES = ("miles", "nemo-rl", "slime")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stack", choices=sorted(LEDGERS), required=True)
+    parser.add_argument("--stack", choices=NAMES, required=True)
     parser.add_argument("--checkout", type=Path, required=True, help="folder that holds the stack's package")
     arguments = parser.parse_args()
     folder, stack = arguments.checkout.resolve(), STACKS[arguments.stack]
@@ -48,7 +37,7 @@ def main() -> int:
         parser.error(f"{folder} holds no package {stack.package}")
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"{stack.title} at {_commit(folder)}")
-    ledgers = LEDGERS[stack.name]
+    ledgers = ledgers_of(stack.package)
     if not ledgers:
         tests = [str(TESTS / f"test_{stack.package}.py")]
     elif _fit(ledgers, folder, console):

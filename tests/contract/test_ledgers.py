@@ -19,7 +19,7 @@ from megatron_router_replay import ledger as megatron
 from megatron_router_replay.refusals import SETTINGS as REPLAY_SETTINGS
 from router_replay.replay.torch_checkpoint import TORCH_LEDGER
 from router_replay.upstream import Attribute, Found, Ledger, Refusal, Seam, check, check_settings, message, require
-from router_replay_adapters import miles, miles_packed, slime, slime_packed
+from router_replay_adapters.stacks import ledgers_of
 from router_replay_adapters.verl import ledger as verl
 from router_replay_adapters.verl.refusals import SETTINGS as VERL_SETTINGS
 from sglang_router_capture import ledger as sglang
@@ -29,16 +29,7 @@ REPOSITORY = Path(__file__).parents[2]
 LEDGERS = (sglang.LEDGER, megatron.LEDGER, megatron.AVERAGES_LEDGER, hf.LEDGER)
 # Of what no extra brings: torch itself, what Megatron-Core can do without, and stacks,
 # which pin other engines.
-STACKS = {
-    "miles": (miles.LEDGER, miles_packed.SAMPLES, miles_packed.GENERATE, miles_packed.TRAINER),
-    "slime": (
-        slime.LEDGER,
-        slime_packed.SAMPLES,
-        slime_packed.CONVERSION,
-        slime_packed.TRAINER,
-        slime_packed.QUEUES,
-    ),
-}
+STACKS = {name: ledgers_of(name) for name in ("miles", "slime")}
 OTHERS = (
     TORCH_LEDGER,
     megatron.TRANSFORMER_ENGINE_LEDGER,
