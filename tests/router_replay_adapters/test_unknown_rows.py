@@ -110,6 +110,15 @@ def test_routers_that_do_not_ask_are_an_error_at_the_end_of_the_step(adapted: St
         adapted.clear()
 
 
+def test_passes_that_look_like_recomputes_are_the_step(adapted: StackHere) -> None:
+    """As those of a schedule are that runs layers of two microbatches in turns."""
+    made, states = _router(adapted), hidden_states(len(RECORDED))
+    adapted.record(RECORDED)
+    adapted.set_stage(RECOMPUTE)
+    made(states)
+    adapted.clear()
+
+
 def test_a_pass_of_old_log_probabilities_is_not_the_step(adapted: StackHere) -> None:
     """A router may ask in evaluation, and not where the captured graph of a training step stands for it."""
     made, states = _router(adapted), hidden_states(len(RECORDED))
