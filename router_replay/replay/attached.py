@@ -118,6 +118,7 @@ class AttachedReplay(abc.ABC):
         *,
         fresh: FreshWeights | None = None,
         partial: bool = False,
+        valid: bool = True,
         shards: Shards | None = None,
     ) -> MicrobatchRoutes:
         """Put the rows of this rank's places of a microbatch on its device, once for all passes over it.
@@ -133,6 +134,8 @@ class AttachedReplay(abc.ABC):
             fresh: which weights' routes are fresh enough to be replayed; all by default.
             partial: accept masks that end before the last token but one of their sequence, whose other tokens the
                 rollout never saw (an environment's last words, say) and the trainer routes itself.
+            valid: whether some row of masks has to be valid. Where a microbatch may be a single sequence, of which the
+                server may know no row, pass False: all of it is native.
             shards: what this rank's routers see of the batch, where the trainer's end cannot find it by itself;
                 `Shards()` for a layout of this rank's places alone.
 
@@ -150,6 +153,7 @@ class AttachedReplay(abc.ABC):
             shards=part,
             fresh=fresh,
             partial=partial,
+            valid=valid,
             spread=self.spread,
         )
 
@@ -161,6 +165,7 @@ class AttachedReplay(abc.ABC):
         *,
         fresh: FreshWeights | None = None,
         partial: bool = False,
+        valid: bool = True,
         shards: Shards | None = None,
     ) -> Iterator[MicrobatchRoutes]:
         """Replay a microbatch in the one forward pass inside the block, and in its recomputes, whenever these happen.
@@ -168,7 +173,7 @@ class AttachedReplay(abc.ABC):
         Args:
             masks: as of `place`, or what `place` or a recording's `routes` gave.
             layout: as of `place`; not with a placement.
-            fresh, partial, shards: as of `place`.
+            fresh, partial, valid, shards: as of `place`.
 
         Yields:
             The rows as bound, with the counts of replayed, native and padding places.
@@ -181,7 +186,7 @@ class AttachedReplay(abc.ABC):
         """
         self._require_attached()
         if isinstance(masks, MicrobatchRoutes):
-            if layout is not None or fresh is not None or partial or shards is not None:
+            if layout is not None or fresh is not None or partial or not valid or shards is not None:
                 raise InputError("a placement has its layout already: pass it alone, or masks with their layout")
             routes = masks
             if not routes.are_of(self.geometry):
@@ -190,7 +195,7 @@ class AttachedReplay(abc.ABC):
                     " of the model that they are bound to"
                 )
         else:
-            routes = self.place(masks, require_layout(layout), fresh=fresh, partial=partial, shards=shards)
+            routes = self.place(masks, require_layout(layout), fresh=fresh, partial=partial, valid=valid, shards=shards)
         self._checks.raise_copied()
         training = torch.is_grad_enabled()
         overlap, compared = self._comparisons.next(training)

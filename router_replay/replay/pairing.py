@@ -73,5 +73,6 @@ def check_pairing(
     if valid and num_rows and not any(bool(one.valid.any()) for _, one in given):
         raise PairingError(
             f"none of the {num_rows} rows of these {len(given)} masks is valid, so nothing would be replayed: look at"
-            " what the server says of them, and pass None in place of masks whose sequence is to be routed natively"
+            " what the server says of them, and pass valid=False if a microbatch as small as this one may be routed"
+            " natively"
         )

@@ -6,6 +6,7 @@ forward passes, which the reference model's is, stays as it is.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
@@ -17,6 +18,7 @@ from router_replay.errors import DataError, UnsupportedError
 from router_replay.replay import BatchLayout
 from router_replay.replay.placement import NATIVE_CAUSES
 from router_replay.upstream import refuse
+from router_replay_adapters.seldom import Seldom
 from router_replay_adapters.verl.ledger import LEDGER
 from router_replay_adapters.verl.packed import KEY, are_asked_for, masks_of
 from router_replay_adapters.verl.refusals import SETTINGS
@@ -24,7 +26,10 @@ from router_replay_adapters.verl.refusals import SETTINGS
 if TYPE_CHECKING:
     from megatron_router_replay import Replay
 
+logger = logging.getLogger(__name__)
+
 _replays: weakref.WeakKeyDictionary[Any, Replay] = weakref.WeakKeyDictionary()
+_nothing_replayed = Seldom()
 
 
 def around_forward_step(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,7 +50,9 @@ def around_forward_step(original: Callable[..., Any]) -> Callable[..., Any]:
                 " keep that field of its samples; unset SGLANG_ROUTER_CAPTURE to train without replay"
             )
         replay = _replay_of(engine, model)
-        with replay.microbatch(masks, _layout(engine, batch["input_ids"], model), partial=True):
+        layout = _layout(engine, batch["input_ids"], model)
+        # A microbatch may be one sequence, and one without a valid row says nothing of a step.
+        with replay.microbatch(masks, layout, partial=True, valid=False):
             return original(engine, iter([batch]), model, *args, **others)
 
     return forward_step
@@ -73,13 +80,29 @@ def around_train_batch(original: Callable[..., Any]) -> Callable[..., Any]:
         replay = _replays.get(engine)
         if replay is not None:
             # Taken on every rank: they begin anew.
-            metrics = _shares(replay.metrics())
+            taken = replay.metrics()
+            _tell_if_nothing_is_known(taken)
             if engine.is_mp_src_rank_with_outputs():
-                # In lists, as those of microbatches are: verl puts them end to end, and logs their mean.
-                outputs["metrics"].update({f"router_replay/{name}": [value] for name, value in metrics.items()})
+                outputs["metrics"].update(_named(_shares(taken)))
         return outputs
 
     return train_batch
+
+
+def _named(metrics: Mapping[str, float]) -> dict[str, list[float]]:
+    """As verl has metrics, in lists as those of microbatches are: it puts them end to end, and logs their mean."""
+    return {f"router_replay/{name}": [value] for name, value in metrics.items()}
+
+
+def _tell_if_nothing_is_known(metrics: Mapping[str, float]) -> None:
+    """Warn, now and then, of a mini-batch whose rows are all unknown, which trains as without replay."""
+    invalid = metrics.get("places/native (invalid)", 0.0)
+    if invalid and not metrics.get("places/replayed", 0.0) and _nothing_replayed.due():
+        logger.warning(
+            "none of the %d places with a row in this rank's mini-batch has a valid one, so that it was trained without"
+            " replay; where that goes on, see r3 doctor --stack verl --server URL",
+            invalid,
+        )
 
 
 def _shares(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -139,11 +139,31 @@ def test_a_layer_that_is_never_asked(model, batch):
 def test_all_rows_invalid(model, geometry, batch):
     nothing = random_batch(geometry, batch.lengths, seed=1, invalid=1.0)
     with attach(model) as replay:
-        with pytest.raises(PairingError, match=r"none of the 23 rows of these 3 masks is valid.*pass None"):
+        with pytest.raises(PairingError, match=r"none of the 23 rows of these 3 masks is valid.*valid=False"):
             replay.place(nothing.masks, nothing.layout)
+        natively = replay.place(nothing.masks, nothing.layout, valid=False)
         # One sequence without a valid row among others is an answer like any other.
         routes = replay.place([nothing.masks[0], *batch.masks[1:]], batch.layout)
+    assert natively.num_replayed == 0 and natively.native_causes["invalid"] == 23
     assert routes.native_causes["invalid"] >= 11
+
+
+def test_a_batch_without_any_valid_row_is_routed_natively_where_that_is_asked_for(model, geometry, batch):
+    """There is nothing to compare with the model's own choice, which the random model is to be judged by here."""
+    nothing = random_batch(geometry, batch.lengths, seed=1, invalid=1.0)
+    with attach(model, overlap_every=1) as replay, dispatched_maps(model) as maps:
+        for _ in range(3):
+            with replay.microbatch(nothing.masks, nothing.layout, valid=False):
+                forward_logits(model, nothing.token_ids)
+        replay.check()
+        with replay.off():
+            forward_logits(model, nothing.token_ids)
+        metrics = replay.metrics()
+    read = [nothing.place(row, position) for row, one in enumerate(nothing.masks) for position in range(one.num_tokens)]
+    for *bound, native in maps.values():
+        assert all(torch.equal(each[read], native[read]) for each in bound)
+    assert metrics["places/native (invalid)"] == 3 * 23
+    assert not metrics["places/replayed"] and "overlap/rollout" not in metrics
 
 
 def test_a_sequence_without_masks_is_routed_natively(model, batch):

@@ -6,7 +6,7 @@ import importlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -51,7 +51,8 @@ def engine_step(
     """Train one step.
 
     Args:
-        masks: "as recorded"; "cut short" by two rows; "of the next microbatch"; "none" in the batch at all.
+        masks: "as recorded"; "cut short" by two rows; "of the next microbatch"; "unknown" rows alone in microbatch 0,
+            of whose samples the last has None; "none" in the batch at all.
         settings: of the engine's configuration; `mode` of verl's own replay; how ranks `cut` a pack.
         environment: of verl's processes.
         judged: look how far the masks, which are random, are the model's own choice.
@@ -167,9 +168,11 @@ def _batch(whole: list[Microbatch], microbatch: Microbatch, masks: str) -> Tenso
 
     of = whole[(microbatch.index + (masks == "of the next microbatch")) % len(whole)]
     kept = [each.num_tokens - (2 if masks == "cut short" else 0) for each in of.masks]
-    given = [
+    given: list[bytes | None] = [
         to_bytes(each.cut(rows, ids)) for each, rows, ids in zip(of.masks, kept, input_ids(of).unbind(), strict=True)
     ]
+    if masks == "unknown" and microbatch.index == 0:
+        given = [to_bytes(replace(one, valid=torch.zeros_like(one.valid))) for one in of.masks[:-1]] + [None]
     count = len(given)
     tensors = {"input_ids": input_ids(microbatch), "loss_mask": torch.ones(count, 1), "temperature": torch.ones(count)}
     batch = TensorDict(tensors, batch_size=[count])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
+
 import pytest
 import torch
 
 from tests.megatron_router_replay.parallel.cases import Case
 from tests.megatron_router_replay.parallel.comparison import TOLERANCE
-from tests.megatron_router_replay.parallel.data import LOSS_SCALE, places
+from tests.megatron_router_replay.parallel.data import LOSS_SCALE, Microbatch, places
 from tests.megatron_router_replay.parallel.pool import RankPool
 from tests.megatron_router_replay.parallel.training import RankStep
 from tests.router_replay_adapters.verl.engine_pass import PACKED, STEPPED, engine_step, fp8_packs, refusal
@@ -108,11 +111,72 @@ def test_a_step_without_any_pass_has_shares_of_nothing() -> None:
     assert "padding" not in shares
 
 
+def test_metrics_of_ranks_and_mini_batches_are_reduced_by_verl() -> None:
+    """As its workers do: lists of all ranks end to end, then those of all mini-batches; a rank may have no overlap."""
+    from verl.utils.metric import reduce_metrics
+    from verl.utils.py_functional import append_to_dict
+
+    from router_replay_adapters.verl.engine import _named, _shares
+
+    first = {"places/replayed": 3.0, "places/native (stale)": 1.0, "overlap/rollout": 0.9}
+    other = {"places/replayed": 1.0, "places/native (invalid)": 1.0}
+    metrics: dict[str, list[float]] = {}
+    for ranks in ((first, other), (other, other)):
+        of_ranks = [_named(_shares(each)) for each in ranks]
+        gathered = {name: [each[name] for each in of_ranks if name in each] for name in of_ranks[0]}
+        append_to_dict(metrics, {name: list(chain.from_iterable(lists)) for name, lists in gathered.items()})
+    reduced = reduce_metrics(metrics)
+    assert reduced["router_replay/replayed"] == pytest.approx((0.75 + 3 * 0.5) / 4)
+    assert reduced["router_replay/native (invalid)"] == pytest.approx(3 * 0.5 / 4)
+    assert reduced["router_replay/native (stale)"] == pytest.approx(0.25 / 4)
+    assert reduced["router_replay/overlap/rollout"] == 0.9
+
+
+def test_a_mini_batch_without_any_valid_row_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    from router_replay_adapters.verl.engine import _tell_if_nothing_is_known
+
+    _tell_if_nothing_is_known({"places/native (no routes)": 5.0})
+    _tell_if_nothing_is_known({"places/native (invalid)": 5.0, "places/replayed": 1.0})
+    assert not caplog.records
+    _tell_if_nothing_is_known({"places/native (invalid)": 5.0, "places/native (no routes)": 2.0})
+    _tell_if_nothing_is_known({"places/native (invalid)": 7.0})
+    (record,) = caplog.records
+    assert "none of the 5 places with a row" in record.getMessage()
+
+
 def test_tokens_behind_the_last_generation_are_routed_natively(engines: dict[int, RankPool]) -> None:
     (found,) = engines[1].run(engine_step, ONE_RANK, "cut short")
     sequences = sum(len(each.masks) for each in microbatches(ONE_RANK))
     read = sum(masks.num_tokens for each in microbatches(ONE_RANK) for masks in each.masks)
     assert found.metrics["router_replay/native (not in the rollout)"] == [pytest.approx(2 * sequences / read)]
+
+
+@pytest.mark.parametrize("recompute", [None, "full"])
+def test_a_microbatch_without_any_valid_row_is_routed_natively(
+    recompute: str | None, engines: dict[int, RankPool]
+) -> None:
+    case = Case(packed=True, recompute=recompute)
+    (found,), (native,) = (
+        engines[1].run(engine_step, case, "unknown"),
+        engines[1].run(engine_step, case, "none", {}, {}),
+    )
+    assert not found.recomputed_otherwise
+    whole = microbatches(case)
+    of_first = [key for key in found.maps if key[1] == 0]
+    read = whole[0].is_read()
+    assert len(of_first) == len(case.moe_layers)
+    for key in of_first:
+        assert torch.equal(found.maps[key][read], native.maps[key][read])
+    assert torch.equal(found.losses[0], native.losses[0])
+    same, all_known = _as_recorded(found, case, whole[1:])
+    assert same == all_known > 0
+    known = sum(int(masks.valid.sum()) for each in whole[1:] for masks in each.masks)
+    without, unknown = whole[0].masks[-1].num_tokens + 1, sum(masks.num_tokens for masks in whole[0].masks[:-1])
+    unknown += sum(int((~masks.valid).sum()) for each in whole[1:] for masks in each.masks)
+    shares = [
+        found.metrics[f"router_replay/{kind}"][0] for kind in ("replayed", "native (invalid)", "native (no routes)")
+    ]
+    assert shares == [pytest.approx(count / (known + unknown + without)) for count in (known, unknown, without)]
 
 
 def test_without_masks_or_capture_it_is_verl_as_ever(engines: dict[int, RankPool]) -> None:
@@ -146,11 +210,14 @@ def test_the_reference_models_engine_is_left_alone(engines: dict[int, RankPool])
     assert same < all_known / 4
 
 
-def _as_recorded(found: RankStep) -> tuple[int, int]:
+def _as_recorded(
+    found: RankStep, case: Case = ONE_RANK, batches: Sequence[Microbatch] | None = None
+) -> tuple[int, int]:
     """Of the (place, layer) pairs that the masks know, those that were dispatched as recorded, and all."""
-    batches, same, all_known = microbatches(ONE_RANK), 0, 0
-    for (layer, index), maps in found.maps.items():
-        for place, experts in batches[index].recorded(ONE_RANK.moe_layers.index(layer)):
-            same += maps[place].nonzero().flatten().tolist() == experts
-            all_known += 1
+    same = all_known = 0
+    for batch in microbatches(case) if batches is None else batches:
+        for ordinal, layer in enumerate(case.moe_layers):
+            for place, experts in batch.recorded(ordinal):
+                same += found.maps[layer, batch.index][place].nonzero().flatten().tolist() == experts
+                all_known += 1
     return same, all_known
