@@ -38,6 +38,8 @@ class LogRatios:
             becomes infinite and meets that.
         sequence: sum over t of log r_t for each sequence, `[S]`, 0 for those without response tokens.
         dropped: int64 0-d, responses that were taken out of `responses` for a token that cannot be used.
+        told: global ranks on which a token that cannot be used is an error wherever it is found; None where none is,
+            since the response is dropped.
     """
 
     trainer: Tensor
@@ -46,6 +48,7 @@ class LogRatios:
     token: Tensor
     sequence: Tensor
     dropped: Tensor
+    told: frozenset[int] | None
 
     @classmethod
     def of(
@@ -86,14 +89,35 @@ class LogRatios:
         if bad_responses == "raise":
             require_log_probabilities(trainer, rollout, responses, names, process_group)
             dropped = responses.lengths.new_zeros(())
+            told = frozenset(() if process_group is None else dist.get_process_group_ranks(process_group))
         else:
             faults = joint_faults(trainer, rollout, responses, names, responses.groups_with(process_group))
             tokens = faults.tokens | (faults.sides[0] == -torch.inf)
             bad = responses.max(tokens.float()) > 0
-            responses, dropped = responses.keep(~responses.expand(bad)), bad.sum()
+            responses, dropped, told = responses.keep(~responses.expand(bad)), bad.sum(), None
         trainer, rollout = trainer.detach(), rollout.detach()
         token = difference(trainer, rollout, responses)
-        return cls(trainer, rollout, responses, token, responses.sum(token), dropped)
+        return cls(trainer, rollout, responses, token, responses.sum(token), dropped, told)
+
+    def groups_with(
+        self, process_group: dist.ProcessGroup | None
+    ) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+        """The data-parallel ranks, and the `context_group`: the two groups over which a batch is joined.
+
+        Raises:
+            InputError: the first have other ranks of the second among them; or they are not those that these ratios
+                were made with, so that a bad token on one of them leaves the others waiting.
+        """
+        groups = self.responses.groups_with(process_group)
+        if process_group is not None and self.told is not None:
+            ranks = dist.get_process_group_ranks(process_group)
+            if not self.told.issuperset(ranks):
+                raise InputError(
+                    f"these ratios were made with ranks {sorted(self.told)}, and are now joined over ranks {ranks}: a"
+                    " token that cannot be used raises on its own rank alone, and the others wait for it; give"
+                    " LogRatios.of the same process_group"
+                )
+        return groups
 
     @cached_property
     def double(self) -> Tensor:

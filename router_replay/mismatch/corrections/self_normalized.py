@@ -38,8 +38,8 @@ def self_normalized_weights(
         Detached weights, tokens' shape. A set whose every ratio is 0 gets weights 0.
 
     Raises:
-        InputError: unknown level or set, a process group with `over="group"` or with other ranks of the context group,
-            or responses whose prompts are not known.
+        InputError: unknown level or set, a process group with `over="group"`, with other ranks of the context group or
+            that the ratios were not made with; or responses whose prompts are not known.
     """
     require_log_ratios(ratios)
     if level not in ("token", "sequence") or over not in ("batch", "group"):
@@ -48,7 +48,7 @@ def self_normalized_weights(
         raise InputError("a process group joins batches: with over='group' every prompt's group is on one rank")
     # In float64: of a logarithm of some tens, few digits would be left for the weight. No weight is above n.
     responses, ratio = ratios.responses, ratios.double
-    _, context_group = responses.groups_with(process_group)
+    _, context_group = ratios.groups_with(process_group)
     by_token = level == "token"
     ratio = ratio.flatten() if by_token else responses.sum(ratio)
     counted = responses.mask.flatten() if by_token else responses.lengths > 0

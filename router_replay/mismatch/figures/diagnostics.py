@@ -160,9 +160,9 @@ def diagnose(
 
     Raises:
         InputError: taus not above 1; routes of one side only; taus or layers that differ between ranks; a process
-            group with other ranks of the context group; nothing to compare.
+            group with other ranks of the context group, or that the ratios were not made with; nothing to compare.
     """
-    groups = require_log_ratios(ratios).responses.groups_with(process_group)
+    groups = require_log_ratios(ratios).groups_with(process_group)
     routes = together(lambda: _route_tally(trainer_routes, rollout_routes, routes_valid), *groups)
     _require_same(tuple(taus), routes, groups)
     tally = Tally.of(ratios, tuple(taus), routes)

@@ -35,6 +35,11 @@ def _ratios(rank: int, bad: Callable[[Tensor], Tensor], bad_ranks: tuple[int, ..
     return LogRatios.of(trainer=trainer, rollout=rollout, responses=responses, process_group=group, **options)
 
 
+def _alone(rank: int) -> LogRatios:
+    trainer, rollout, mask = _batch(rank)
+    return LogRatios.of(trainer=trainer, rollout=rollout, responses=Responses.padded(mask))
+
+
 def _holding(value: float) -> Callable[[Tensor], Tensor]:
     def bad(tensor: Tensor) -> Tensor:
         tensor = tensor.clone()
@@ -102,6 +107,14 @@ CASES: dict[str, tuple[Callable[[int], Any], str]] = {
     "other taus": (
         lambda rank: diagnose(_ratios(rank, _good), taus=[1.1, 2.0][rank:], process_group=dist.group.WORLD),
         "ranks compare different taus, by rank: {0: (1.1, 2.0), 1: (2.0,)}",
+    ),
+    "figures of ratios that were made alone": (
+        lambda rank: diagnose(_alone(rank), process_group=dist.group.WORLD),
+        "these ratios were made with ranks [], and are now joined over ranks [0, 1]",
+    ),
+    "weights of ratios that were made alone": (
+        lambda rank: self_normalized_weights(_alone(rank), over="batch", process_group=dist.group.WORLD),
+        "these ratios were made with ranks [], and are now joined over ranks [0, 1]",
     ),
     "another kind of error": (
         lambda rank: together(lambda: 1 // (1 - rank), dist.group.WORLD),

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from router_replay.errors import InputError
 from router_replay.mismatch import (
+    LogRatios,
     Responses,
     diagnose,
     grpo_loss,
@@ -48,15 +49,15 @@ def _joined() -> dict[str, torch.Tensor]:
 
 def _figures(part: dict[str, torch.Tensor], process_group: dist.ProcessGroup | None) -> dict[str, Any]:
     routes = {name: tensor for name, tensor in part.items() if "routes" in name}
-    given = log_ratios(part["trainer"], part["rollout"], Responses.padded(part["mask"]))
+    given = LogRatios.of(
+        trainer=part["trainer"],
+        rollout=part["rollout"],
+        responses=Responses.padded(part["mask"]),
+        process_group=process_group,
+    )
     found = diagnose(given, taus=TAUS, process_group=process_group, **routes)
     weights = {
-        level: self_normalized_weights(
-            log_ratios(part["trainer"], part["rollout"], Responses.padded(part["mask"])),
-            level=level,
-            over="batch",
-            process_group=process_group,
-        )
+        level: self_normalized_weights(given, level=level, over="batch", process_group=process_group)
         for level in ("token", "sequence")
     }
     _, metrics = grpo_loss(
