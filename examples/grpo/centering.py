@@ -35,7 +35,10 @@ def top_k_of(played: Sequence[Conversation], responses: Responses, count: int, v
         places = torch.tensor(each.sampled).nonzero()[:, 0]
         pairs = torch.tensor(each.top_k, dtype=torch.float64).view(len(places), count, 2)
         logprobs[row, places], ids[row, places] = pairs[..., 0].float(), pairs[..., 1].long()
-    return SamplerTopK.of(token_ids=ids, logprobs=logprobs, responses=responses, vocab_size=vocab_size)
+    device = responses.mask.device
+    return SamplerTopK.of(
+        token_ids=ids.to(device), logprobs=logprobs.to(device), responses=responses, vocab_size=vocab_size
+    )
 
 
 def logprobs_with_top_k(model: GPTModel, token_ids: Tensor, top_k: SamplerTopK | None) -> Tensor:

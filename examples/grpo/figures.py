@@ -114,6 +114,6 @@ def packed_responses(played: Sequence[Conversation], groups: Sequence[int]) -> R
 
 
 def packed_values(rows: Sequence[Tensor], played: Sequence[Conversation]) -> Tensor:
-    """Values `[B, T]` of microbatches, without their padding, as the tokens of all conversations."""
+    """Values `[B, T]` of microbatches, without their padding, as the tokens of all conversations, on the host."""
     of_each = zip((row for padded in rows for row in padded), played, strict=True)
-    return torch.cat([row[: len(each.token_ids)] for row, each in of_each])
+    return torch.cat([row[: len(each.token_ids)] for row, each in of_each]).cpu()

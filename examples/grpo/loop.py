@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -61,6 +62,9 @@ class Microbatch:
         responses: which tokens the rollout sampled.
         rollout: log-probabilities of the tokens by the rollout engine, nats, `[B, T]`.
         advantages: `[B]`.
+        minibatch: number of the optimizer step that it is for.
+        denominator: of the sum over its conversations: those of the minibatch, over the number of its microbatches,
+            since Megatron takes the mean over these.
         routes: whose experts the passes take; None for the trainer's own in each.
         top_k: the rollout engine's most probable tokens, where scores are centred.
         old: log-probabilities by the trainer's weights before the step, `[B, T]`.
@@ -68,8 +72,6 @@ class Microbatch:
         entropies: of the distributions of these weights that the tokens are drawn from, `[B, T]`.
         own_routes: that the trainer took by itself when `old` was made, `[tokens, L, K]`; None where it replays.
         weights: of the loss, `[B, T]`, or None.
-        denominator: of the sum over its conversations: those of the minibatch, over the number of its microbatches,
-            since Megatron takes the mean over these.
     """
 
     token_ids: Tensor
@@ -77,6 +79,8 @@ class Microbatch:
     responses: Responses
     rollout: Tensor
     advantages: Tensor
+    minibatch: int
+    denominator: float
     routes: MicrobatchRoutes | None = None
     top_k: SamplerTopK | None = None
     old_top_k: Tensor | None = None
@@ -84,7 +88,6 @@ class Microbatch:
     entropies: Tensor | None = None
     own_routes: Tensor | None = None
     weights: Tensor | None = None
-    denominator: float = 1.0
 
 
 class Updates:
@@ -111,7 +114,7 @@ class Updates:
         norms: list[float] = []
         drift: list[RouteTally] = []
         first = (number - 1) * self.settings.minibatches
-        for update, minibatch in enumerate(self._minibatches(batches), start=first):
+        for update, minibatch in enumerate(_minibatches(batches), start=first):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.learning_rate * min(1.0, (update + 1) / self.settings.warmup)
             self.optimizer.zero_grad()
@@ -124,36 +127,55 @@ class Updates:
             if not math.isfinite(norms[-1]):
                 raise InputError(
                     f"the gradient of step {number} has the norm {norms[-1]}, and the weights stay as they were: look"
-                    " at the largest ratios of the steps before it, and lower the rate, mask tokens or clip ratios"
+                    " at the largest ratios of the steps before it. A restart takes the same conversations and comes to"
+                    " the same: delete those of this step (rollouts/) to play it anew, or begin a run with a lower rate"
+                    " or with --correction MIS"
                 )
             self.optimizer.step()
         return self._told(number, played, filtered, batches, losses, norms, drift)
 
     def _microbatches(self, played: Sequence[Conversation], groups: Sequence[int]) -> list[Microbatch]:
-        """In the order of the conversations, so that each minibatch has whole groups unless filters took some."""
+        """In the order of the conversations, so that each minibatch has whole groups unless filters took some.
+
+        Minibatches differ by one conversation at most, whatever filters left.
+        """
         rewards = torch.tensor([float(each.correct) for each in played])
-        advantages = group_relative_advantages(rewards, packed_responses(played, groups))
+        advantages = group_relative_advantages(rewards, packed_responses(played, groups)).to(self._device)
+        num_minibatches = min(self.settings.minibatches, len(played))
+        bounds = [len(played) * each // num_minibatches for each in range(num_minibatches + 1)]
         made = []
-        for first in range(0, len(played), self.settings.microbatch):
-            part = slice(first, first + self.settings.microbatch)
-            token_ids = _padded([each.token_ids for each in played[part]], torch.int64)
-            layout = BatchLayout.padded(token_ids, [len(each.token_ids) for each in played[part]])
-            routes = None
-            if self.settings.routes == "R3":
-                routes = self.replay.place([each.masks for each in played[part]], layout)
-            responses = Responses.padded(_padded([each.sampled for each in played[part]], torch.bool))
-            made.append(
-                Microbatch(
-                    token_ids=token_ids,
-                    layout=layout,
-                    responses=responses,
-                    rollout=_padded([each.rollout_logprobs for each in played[part]], torch.float32),
-                    advantages=advantages[part],
-                    routes=routes,
-                    top_k=top_k_of(played[part], responses, self.settings.score_centering, self.model.vocab_size),
+        for minibatch, (start, end) in enumerate(itertools.pairwise(bounds)):
+            firsts = range(start, end, self.settings.microbatch)
+            for first in firsts:
+                part = slice(first, min(first + self.settings.microbatch, end))
+                token_ids = self._padded([each.token_ids for each in played[part]], torch.int64)
+                layout = BatchLayout.padded(token_ids, [len(each.token_ids) for each in played[part]])
+                routes = None
+                if self.settings.routes == "R3":
+                    routes = self.replay.place([each.masks for each in played[part]], layout)
+                responses = Responses.padded(self._padded([each.sampled for each in played[part]], torch.bool))
+                made.append(
+                    Microbatch(
+                        token_ids=token_ids,
+                        layout=layout,
+                        responses=responses,
+                        rollout=self._padded([each.rollout_logprobs for each in played[part]], torch.float32),
+                        advantages=advantages[part],
+                        minibatch=minibatch,
+                        denominator=(end - start) / len(firsts),
+                        routes=routes,
+                        top_k=top_k_of(played[part], responses, self.settings.score_centering, self.model.vocab_size),
+                    )
                 )
-            )
         return made
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _padded(self, rows: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:
+        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)
+        return padded.to(self._device)
 
     def _scored(self, batches: Sequence[Microbatch], advance: Callable[[], Any]) -> list[Microbatch]:
         """With the log-probabilities of the old policy, by the routes that training will take, and weights."""
@@ -176,11 +198,6 @@ class Updates:
 
         with torch.no_grad():
             found = self._run(scoring_step, batches, forward_only=True, collect_non_loss_data=True)
-        denominators = [
-            sum(len(each.token_ids) for each in minibatch) / len(minibatch)
-            for minibatch in self._minibatches(batches)
-            for _ in minibatch
-        ]
         scored = []
         for number, (batch, scores) in enumerate(zip(batches, found, strict=True)):
             old = scores[..., 0]
@@ -193,14 +210,9 @@ class Updates:
                     routes=routes[number],
                     own_routes=own[number],
                     weights=self._weights(LogRatios.of(trainer=old, rollout=batch.rollout, responses=batch.responses)),
-                    denominator=denominators[number],
                 )
             )
         return scored
-
-    def _minibatches(self, batches: Sequence[Microbatch]) -> Iterator[tuple[Microbatch, ...]]:
-        """As many as the settings say, or one for each microbatch where filters left fewer."""
-        return itertools.batched(batches, -(-len(batches) // self.settings.minibatches))
 
     def _weights(self, ratios: LogRatios) -> Tensor | None:
         if self.settings.correction == "TIS":
@@ -306,6 +318,7 @@ def train(
     concurrency: int,
     log: Callable[[dict[str, Any]], None],
     show: Callable[[int, str], Callable[..., Any]],
+    optimizer: torch.optim.Optimizer | None = None,
     for_rollout: Rendered = in_bfloat16,
     for_evaluation: Rendered = in_bfloat16,
 ) -> None:
@@ -317,6 +330,7 @@ def train(
         concurrency: conversations that are played at a time.
         log: called with each step's figures.
         show: called with a step and what it does now; what it returns, after each piece of that.
+        optimizer: of the model's parameters; AdamW by default. Its rate is that of the settings.
         for_rollout: what the rollout engine is given of the weights when it plays.
         for_evaluation: the same when it is evaluated.
 
@@ -327,7 +341,9 @@ def train(
         router_replay.errors.RouterReplayError: masks and model do not belong together.
     """
     run = RunFolder(folder)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    if optimizer is None:
+        rate, betas = settings.learning_rate, (0.9, 0.98)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=betas, weight_decay=0.0)
     done = run.restore(model, optimizer)
     updates = Updates(model, replay, optimizer, settings)
     engine = Engine(url, model, checkpoint, run, settings, for_rollout, for_evaluation)
@@ -364,5 +380,7 @@ def _filtered(played: Sequence[Conversation], settings: Settings) -> FilteredRes
     )
 
 
-def _padded(rows: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)
+def _minibatches(batches: Sequence[Microbatch]) -> Iterator[list[Microbatch]]:
+    """The microbatches of each optimizer step."""
+    for _, minibatch in itertools.groupby(batches, operator.attrgetter("minibatch")):
+        yield list(minibatch)

@@ -141,8 +141,9 @@ def _go_on(run: Run, until: int, model: Any, replay: Any, url: str, out: Path) -
         # What a run that falls apart ends with: log-probabilities or gradients that are not finite. The rest is no
         # result of it, and ends the study until it is mended.
         except InputError as error:
-            # Before its first step nothing of it was seen: the fault is in what it was given.
-            if not RunFolder(folder).figures():
+            # Before its first step is done nothing of it was seen: the fault is in what it was given.
+            lines = RunFolder(folder).figures()
+            if not lines or lines[-1]["step"] < 1:
                 raise
             return f"{type(error).__name__}: {error}"
     return None

@@ -70,6 +70,105 @@ def test_with_matched_routes_the_first_gradients_are_those_without_replay(model,
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("correction", ["TIS", "MIS"])
+def test_a_correction_weighs_each_token(model, tokenizer, correction):
+    """The first update, whose ratios to the old policy are 1: the gradient is that of the weighted log-probabilities.
+
+    Those that the model is least sure of, which have the gradient, are made so unlikely to the sampler, or so likely,
+    that they are beyond the rules' bounds.
+    """
+    with attach(model) as replay:
+        conversations = own_conversations(model, replay, tokenizer, 8, 4, noise=0.3)
+        for each in conversations[:4]:
+            unsure = sorted(
+                (logprob, place) for place, logprob in enumerate(each.rollout_logprobs) if each.sampled[place]
+            )
+            for place in (unsure[0][1], unsure[2][1]):
+                each.rollout_logprobs[place] -= 2.0
+            each.rollout_logprobs[unsure[1][1]] /= 4
+        found = gradients(model, replay, conversations, replace(SETTINGS, routes="own", correction=correction))
+        model.zero_grad()
+        total, bounded = torch.zeros(()), 0
+        for each in conversations:
+            with replay.off():
+                logprobs = token_logprobs(model, torch.tensor([each.token_ids]))[0]
+            ratio = (logprobs.detach() - torch.tensor(each.rollout_logprobs)).exp()
+            own = torch.tensor(each.sampled)
+            weight = ratio.clamp(max=2) if correction == "TIS" else ratio * ((ratio >= 0.5) & (ratio <= 2))
+            bounded += int((weight != ratio)[own].sum())
+            # Every second of four responses is rewarded: advantages of +-sqrt(3) / 2.
+            advantage = (1 if each.correct else -1) * 3**0.5 / 2
+            total = total - advantage * (weight * logprobs)[own].mean() / 8
+        total.backward()
+    assert bounded >= 4
+    for ours, parameter in zip(found, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_the_loss_of_gspo_is_taken(model, tokenizer):
+    """In a second update, where its clipping of whole responses shows: the loop's loss on both sides of it by hand."""
+    settings = replace(SETTINGS, routes="own", algorithm="GSPO")
+    with attach(model) as replay:
+        conversations = own_conversations(model, replay, tokenizer, 8, 4)
+        (batch,) = Updates(model, replay, optimizer_of(model), replace(settings, microbatch=8))._microbatches(
+            conversations, [number // 4 for number in range(8)]
+        )
+    old = batch.rollout
+    shift = torch.linspace(-6e-4, 6e-4, 8)[:, None] * batch.responses.mask
+    current = (old + shift).requires_grad_()
+    updates = Updates(model, replay, optimizer_of(model), settings)
+    loss, _ = updates._loss(replace(batch, old=old), current[..., None])
+    loss.backward()
+    # Within (1 - 3e-4, 1 + 4e-4) a response has its gradient, beyond it only where the advantage says so.
+    ratio = shift.amin(1).where(shift.amin(1) < 0, shift.amax(1)).exp()
+    there = ((ratio <= 1 + 4e-4) | (batch.advantages < 0)) & ((ratio >= 1 - 3e-4) | (batch.advantages > 0))
+    assert 0 < int(there.sum()) < 8
+    assert torch.equal(current.grad.abs().sum(1) > 0, there)
+    per_token = -batch.advantages * ratio / batch.responses.mask.sum(1) / 8 * there
+    torch.testing.assert_close(current.grad, per_token[:, None] * batch.responses.mask, rtol=1e-4, atol=1e-9)
+
+
+def test_under_r2_every_update_takes_the_routes_of_the_scoring_pass(model, tokenizer):
+    """Also the second, whose weights would choose others by themselves.
+
+    Conversations of a group have the same tokens: weights that differ give them a gradient.
+    """
+    settings = replace(SETTINGS, minibatches=2, learning_rate=1e-2, routes="R2", correction="TIS")
+    with attach(model, overlap_every=None) as replay:
+        conversations = own_conversations(model, replay, tokenizer, 8, 4, noise=0.7)
+        updates = Updates(model, replay, optimizer_of(model), settings)
+        with dispatched_maps(model) as maps:
+            updates.step(1, conversations, lambda: None)
+        own = Updates(model, replay, optimizer_of(model), replace(settings, routes="own"))
+        with dispatched_maps(model) as later:
+            own.step(2, conversations, lambda: None)
+    length = len(conversations[4].token_ids)
+    read = [place * 4 + row for row in range(4) for place in range(length - 1)]
+    moved = 0
+    for layer, (_, scored, _, trained) in maps.items():  # two microbatches are scored, then each is trained by
+        assert torch.equal(trained[read], scored[read])
+        moved += int((later[layer][1][read] != scored[read]).sum())
+    assert moved > 100
+
+
+def test_filters_leave_minibatches_of_one_size(model, tokenizer, monkeypatch):
+    """Seven of eight conversations in two optimizer steps are three and four, in microbatches of at most two."""
+    seen = []
+    scored = loop.logprobs_with_top_k
+    monkeypatch.setattr(
+        loop, "logprobs_with_top_k", lambda model, ids, top_k: seen.append(len(ids)) or scored(model, ids, top_k)
+    )
+    with attach(model) as replay:
+        played = own_conversations(model, replay, tokenizer, 8, 4)
+        played[2] = replace(played[2], cut_off=True)
+        settings = replace(SETTINGS, minibatches=2, microbatch=2, drop=("cut-off",))
+        updates = Updates(model, replay, optimizer_of(model), settings)
+        made = updates._microbatches(played[:7], [0] * 7)
+        updates.step(1, played, lambda: None)
+    assert seen == [2, 1, 2, 2]
+    assert [(each.minibatch, each.denominator) for each in made] == [(0, 1.5), (0, 1.5), (1, 2.0), (1, 2.0)]
+
+
 def test_training_takes_the_recorded_experts(model, tokenizer):
     settings = replace(SETTINGS, routes="R3", group_size=2, microbatch=4)
     # Routes at random are none that this model would choose, which is an error otherwise.
@@ -247,7 +346,7 @@ def test_a_step_of_which_nothing_is_left_leaves_the_weights(model, tokenizer, tm
         assert run_step.dynamics.dropped_responses == 8 and not len(run_step.responses.mask)
         assert figures["reward"] == figures["filter/dropped/one_reward"] == 1.0
         assert figures["filter/kept"] == 0.0 and "gradient_norm" not in figures
-        # Fewer microbatches than minibatches: an update for each.
+        # Fewer microbatches than minibatches before: they are cut.
         few = [replace(each, correct=each.correct or number < 4) for number, each in enumerate(played)]
         figures, run_step = Updates(model, replay, optimizer_of(model), replace(settings, minibatches=2)).step(
             2, few, lambda: None

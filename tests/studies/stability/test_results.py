@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 from matplotlib.image import imread
 
-from router_replay.errors import DataError
+from router_replay.errors import DataError, InputError
 from studies.stability import page, plots, results, work
 from studies.stability.protocol import ARMS, Run
 
@@ -137,6 +139,23 @@ def test_a_run_that_failed_is_a_result_of_the_steps_before(folder, tmp_path):
     assert "| R2 | 1 | failed at 31 |" in page.table(folder)
     assert "| R2 | 0.400 | 0.500 |  |  |  |  |" in page.evaluations(folder)
     plots.draw(tmp_path / "stability.png", folder)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_what_ends_a_run_is_its_result_from_its_first_step_on(tmp_path, monkeypatch, steps):
+    def train(*_, **others):
+        (tmp_path / run.name / "figures.jsonl").write_text("".join(f'{{"step": {each}}}\n' for each in range(steps)))
+        raise InputError("the gradient has the norm inf")
+
+    run = Run(ARMS["nothing"], 1)
+    monkeypatch.setitem(sys.modules, "examples.grpo.loop", SimpleNamespace(train=train))
+    monkeypatch.setitem(sys.modules, "cpu_engines.megatron.qwen3_moe", SimpleNamespace(hf_tensors=lambda model: {}))
+    if steps < 2:
+        # Its first score, at step 0, is of the weights that it was given.
+        with pytest.raises(InputError, match="the norm inf"):
+            work._go_on(run, 10, None, None, "", tmp_path)
+    else:
+        assert work._go_on(run, 10, None, None, "", tmp_path) == "InputError: the gradient has the norm inf"
 
 
 def test_a_run_whose_last_step_is_done_still_comes_to_its_result(tmp_path):
