@@ -43,7 +43,7 @@ def _rows() -> Iterator[tuple[str, str]]:
     column = head.split(" | ").index("lines")
     for row in rows:
         cells = row.split(" | ")
-        yield cells[0].split(" ")[0], cells[column]
+        yield re.split(r"[ ,]", cells[0])[0], cells[column]
 
 
 BLOCKS = list(_blocks())

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hf_router_replay import attach
-from tests.hf_router_replay.fsdp_rank import CASES, FAMILIES, NUM_RANKS, batches
-from tests.hf_router_replay.small_models import build, computed_experts, logits_of, loss_of, wrong_rows
+from tests.hf_router_replay.fsdp_rank import CASES, NUM_RANKS, batches
+from tests.hf_router_replay.small_models import FAMILIES, build, computed_experts, logits_of, loss_of, wrong_rows
 from tests.random_batches import gradients
 from tests.rank_processes import run_ranks
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
 
-from hf_router_replay import BatchLayout, Shards, attach, join_parts
+from hf_router_replay import BatchLayout, FreshWeights, Shards, attach, join_parts
 from router_replay.masks.batch import RoutingMasksBatch
 from router_replay.masks.masks import RoutingMasks
 from tests.hf_router_replay.small_models import (
@@ -48,6 +50,30 @@ def test_experts_are_the_recorded_ones(family):
         assert len(recorded) + len(batch.native()) + len(batch.unread()) == len(experts)
     assert bound.num_native == len(batch.native()) > 3
     assert bound.num_padding == len(batch.unread()) == 13
+    metrics = replay.metrics()
+    assert metrics["places/replayed"] == bound.num_replayed and metrics["places/padding"] == 13
+    assert metrics["places/native (invalid)"] == bound.num_native
+
+
+def test_rows_of_older_weights_are_the_trainers_own_choice():
+    """Of each sequence those of its first three tokens."""
+    family = "qwen3_moe"
+    model, batch = build(family), batch_of(family)
+    versions = [replace(one, weight_versions=((0, "7"), (3, "8"))) for one in batch.masks]
+    with (
+        attach(model, overlap_every=None) as replay,
+        computed_experts(model) as seen,
+        router_outputs(model) as outputs,
+        replay.microbatch(versions, batch.layout, fresh=FreshWeights(["7", "8"], max_weight_lag=0)) as bound,
+    ):
+        logits_of(model, batch)
+    old = [batch.place(row, place) for row, one in enumerate(batch.masks) for place in range(3) if one.valid[place]]
+    for layer, (experts,) in seen.items():
+        recorded = dict(batch.recorded(layer))
+        own = own_choice(family, outputs[layer][0][0])
+        assert all(set(experts[place].tolist()) == own[place] for place in [*old, *batch.native(), *batch.unread()])
+        assert all(set(experts[place].tolist()) == recorded[place] for place in recorded.keys() - set(old))
+    assert bound.native_causes["stale"] == replay.metrics()["places/native (stale)"] == len(old) > 4
 
 
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
