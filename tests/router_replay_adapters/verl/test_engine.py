@@ -21,7 +21,10 @@ CASES = (
     ONE_RANK,
     Case(packed=True, dense=(0, 2), recompute="full"),
     Case(packed=True, tp=2, recompute="full"),
+    Case(packed=True, cp=2),
+    Case(packed=True, cp=2, dense=(1,), recompute="full"),
     Case(packed=True, pp=2, dense=(1,), recompute="full"),
+    Case(packed=True, pp=2, vpp=2, recompute="full"),
 )
 
 
