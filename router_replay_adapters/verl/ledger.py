@@ -15,6 +15,7 @@ REPLAY = "utils.megatron.router_replay_patch"
 REPLAY_DATA = "utils.megatron.router_replay_utils"
 AGENT_LOOP = "experimental.agent_loop.agent_loop"
 PADDING_SAMPLES = "trainer.ppo.padding_utils"
+TOOL_LOOP = "experimental.agent_loop.tool_agent_loop"
 ENGINE = "workers.engine.megatron.transformer_impl"
 ANY_ENGINE = "workers.engine.base"
 ENGINE_CONFIG = "workers.config.engine"
@@ -106,6 +107,15 @@ _SEAMS: dict[str, tuple[Seam, ...]] = {
         ),
     ),
     PADDING_SAMPLES: (
+    TOOL_LOOP: (
+        Seam(
+            f"{TOOL_LOOP}.ToolAgentLoop._handle_generating_state",
+            ("agent_data",),
+            "wrapped by answers.around_handle_generating_state",
+            "it puts the routes of an answer in the place of those of the turns before",
+            "verl keeps routes where a turn brings none",
+        ),
+    ),
         Seam(
             f"{PADDING_SAMPLES}.build_padding_routed_experts",
             ("source_routed_experts", "seq_len"),
@@ -282,6 +292,16 @@ _ATTRIBUTES = (
             f"{_TESTS}/test_engine.py::test_masks_are_replayed_in_verls_engine",
         )
         for name in ("module", "engine_config")
+    ),
+    *(
+        Attribute(
+            f"{TOOL_LOOP}.AgentData",
+            name,
+            "read by answers.around_handle_generating_state",
+            "they are what a turn sampled, and the routes of all turns",
+            f"{_TESTS}/test_answers.py::test_a_turn_in_which_nothing_was_sampled_keeps_the_routes_before_it",
+        )
+        for name in ("response_ids", "routed_experts")
     ),
 )
 
