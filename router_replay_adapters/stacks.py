@@ -63,10 +63,16 @@ class Stack:
     def variables_to_set(self, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
         """Variables that an environment does not have as this stack needs them.
 
+        Where it asks for capture, the format is among them if it asks for another one than the stack reads.
+
         Raises:
             InputError: capture is asked for with a format or a codec that does not exist.
         """
-        return {name: value for name, value in self.variables.items() if not _is_set(name, value, environ)}
+        to_set = {name: value for name, value in self.variables.items() if not _is_set(name, value, environ)}
+        options = CaptureOptions.from_environment(environ)
+        if options is not None and options.format != self.format:
+            to_set[FORMAT_VARIABLE] = self.format
+        return to_set
 
     def arguments_to_give(self, given: Sequence[str]) -> list[str]:
         """Arguments that a command line does not have."""

@@ -71,7 +71,7 @@ def _print_variables(console: Console, stack: Stack, environ: Mapping[str, str])
         console.print("  [red]wrong[/]:", end=" ")
         console.print(str(error), markup=False)
         return False
-    for name, value in stack.variables.items():
+    for name, value in {**stack.variables, **to_set}.items():
         if name in to_set:
             console.print(f"  [red]to set[/] {name}={value}, in Ray's runtime_env: every process of a job needs it")
         else:

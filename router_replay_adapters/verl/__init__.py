@@ -39,6 +39,7 @@ _WRAPS: dict[str, dict[str, Wrap]] = {
         "AgentLoopOutput.as_dict": _as_dict,
         "AgentLoopWorker._agent_loop_postprocess": _agent_loop_postprocess,
     },
+    ledger.TOOL_LOOP: {"ToolAgentLoop._handle_generating_state": answers.around_handle_generating_state},
     ledger.PADDING_SAMPLES: {
         "build_padding_routed_experts": padding.around_build_padding_routed_experts,
         "construct_minimal_padding_template": packed.around_construct_minimal_padding_template,

@@ -42,6 +42,23 @@ def around_generate(original: Callable[..., Awaitable[Any]]) -> Callable[..., Aw
     return generate
 
 
+def around_handle_generating_state(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    """Of `ToolAgentLoop._handle_generating_state`: a turn in which nothing was sampled keeps the routes before it.
+
+    Its answer has a row of each token all the same, and none of them is known: a sample of one turn must have some.
+    """
+
+    @wraps(original)
+    async def _handle_generating_state(loop: Any, agent_data: Any, *args: Any, **others: Any) -> Any:
+        before = agent_data.routed_experts
+        state = await original(loop, agent_data, *args, **others)
+        if before is not None and not agent_data.response_ids:
+            agent_data.routed_experts = before
+        return state
+
+    return _handle_generating_state
+
+
 class _Instead:
     """An object whose attributes are another's, but for some."""
 

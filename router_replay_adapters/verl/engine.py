@@ -22,6 +22,7 @@ from router_replay_adapters.seldom import Seldom
 from router_replay_adapters.verl.ledger import LEDGER
 from router_replay_adapters.verl.packed import KEY, are_asked_for, masks_of
 from router_replay_adapters.verl.refusals import SETTINGS
+from router_replay_adapters.verl.unreplayed import refuse_engine_without_replay, refuse_experts_without_replay
 
 if TYPE_CHECKING:
     from megatron_router_replay import Replay
@@ -43,6 +44,7 @@ def around_forward_step(original: Callable[..., Any]) -> Callable[..., Any]:
         masks = masks_of(batch.get(KEY, None))
         # Masks that are there are replayed whatever this process' environment says.
         if masks is None and not are_asked_for():
+            refuse_experts_without_replay(engine, batch)
             return original(engine, iter([batch]), model, *args, **others)
         if masks is None:
             raise DataError(
@@ -72,11 +74,15 @@ def around_optimizer_step(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def around_train_batch(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Of `BaseEngine.train_batch`: what replay logs is among the metrics of the step, as `router_replay/...`."""
+    """Of `BaseEngine.train_batch`: what replay logs is among the metrics of the step, as `router_replay/...`.
+
+    It is every engine's; one of the policy that replays nothing is an error where its batch has routes.
+    """
 
     @wraps(original)
-    def train_batch(engine: Any, *args: Any, **others: Any) -> Any:
-        outputs = original(engine, *args, **others)
+    def train_batch(engine: Any, data: Any, *args: Any, **others: Any) -> Any:
+        refuse_engine_without_replay(engine, data)
+        outputs = original(engine, data, *args, **others)
         replay = _replays.get(engine)
         if replay is not None:
             # Taken on every rank: they begin anew.

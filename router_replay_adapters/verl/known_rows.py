@@ -2,6 +2,9 @@
 
 verl's `RouterReplay` has a mask of the tokens to replay, one for all layers, in which it leaves out the last token of a
 response only. Here what a layer is given says itself what is known of it: by then verl has cut it for this rank.
+
+Nobody knows a row of -1, nor one that has an expert twice, which is no choice of K experts: verl and SGLang's own
+recorder write zeros where nothing was recorded. Dense layers are zeros, too, which no router asks for.
 """
 
 from __future__ import annotations
@@ -14,11 +17,12 @@ from torch import Tensor
 
 
 def around_set_target_indices(original: Callable[..., None]) -> Callable[..., None]:
-    """Of `RouterReplay.set_target_indices`: rows with an expert of -1 are left out of the mask."""
+    """Of `RouterReplay.set_target_indices`: rows with an expert of -1, or one twice, are left out of the mask."""
 
     @wraps(original)
     def set_target_indices(router: Any, topk_indices: Tensor, replay_mask: Tensor | None = None) -> None:
-        known = (topk_indices >= 0).all(-1)
+        experts = topk_indices.sort(-1).values
+        known = (experts[..., 0] >= 0) & (experts[..., 1:] != experts[..., :-1]).all(-1)
         if replay_mask is not None:
             known = known & replay_mask.bool()
         original(router, topk_indices, replay_mask=known)

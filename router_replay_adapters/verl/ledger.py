@@ -9,11 +9,13 @@ from router_replay.upstream import Attribute, Ledger, Seam
 _MASK = "verl's mask says by layer which routes are known"
 _PAD = "verl marks rows that it adds as unknown"
 _PACKED = "verl carries packed routes and has a place for a replay of others"
+_LOUD = "verl itself says that an engine leaves the routes of its batches alone"
 _DECODE = "verl decodes the answers of these releases of SGLang"
 
 REPLAY = "utils.megatron.router_replay_patch"
 REPLAY_DATA = "utils.megatron.router_replay_utils"
 AGENT_LOOP = "experimental.agent_loop.agent_loop"
+TOOL_LOOP = "experimental.agent_loop.tool_agent_loop"
 PADDING_SAMPLES = "trainer.ppo.padding_utils"
 ENGINE = "workers.engine.megatron.transformer_impl"
 ANY_ENGINE = "workers.engine.base"
@@ -105,6 +107,15 @@ _SEAMS: dict[str, tuple[Seam, ...]] = {
             _PACKED,
         ),
     ),
+    TOOL_LOOP: (
+        Seam(
+            f"{TOOL_LOOP}.ToolAgentLoop._handle_generating_state",
+            ("agent_data",),
+            "wrapped by answers.around_handle_generating_state",
+            "it puts the routes of an answer in the place of those of the turns before",
+            "verl keeps routes where a turn brings none",
+        ),
+    ),
     PADDING_SAMPLES: (
         Seam(
             f"{PADDING_SAMPLES}.build_padding_routed_experts",
@@ -149,7 +160,7 @@ _SEAMS: dict[str, tuple[Seam, ...]] = {
             f"{ANY_ENGINE}.BaseEngine.train_batch",
             ("data", "loss_function"),
             "wrapped by engine.around_train_batch",
-            "what a step logs is in what it returns",
+            "what a step logs is in what it returns, and every engine gets its batches there",
             _PACKED,
         ),
         Seam(
@@ -218,6 +229,13 @@ _SEAMS: dict[str, tuple[Seam, ...]] = {
             "numbers of layers and experts are those of the model that SGLang serves",
             _DECODE,
         ),
+        Seam(
+            f"{MODEL_CONFIG}.HFModelConfig.model_type",
+            None,
+            "read by unreplayed.refuse_engine_without_replay",
+            "it tells the policy's engine from a critic's, which gets the same batches",
+            _LOUD,
+        ),
     ),
     PACKS: (
         Seam(
@@ -250,6 +268,8 @@ _SEAMS: dict[str, tuple[Seam, ...]] = {
 
 _ROUTER_REPLAY = f"{REPLAY}.RouterReplay"
 _SERVER = f"{SGLANG_SERVER}.SGLangHttpServer"
+_OF_FSDP = "workers.engine.fsdp.transformer_impl.FSDPEngine"
+_OF_VEOMNI = "workers.engine.veomni.transformer_impl.VeOmniEngine"
 _TESTS = "tests/router_replay_adapters/verl"
 
 _ATTRIBUTES = (
@@ -275,6 +295,16 @@ _ATTRIBUTES = (
     ),
     *(
         Attribute(
+            f"{TOOL_LOOP}.AgentData",
+            name,
+            "read by answers.around_handle_generating_state",
+            "they are what a turn sampled, and the routes of all turns",
+            f"{_TESTS}/test_answers.py::test_a_turn_in_which_nothing_was_sampled_keeps_the_routes_before_it",
+        )
+        for name in ("response_ids", "routed_experts")
+    ),
+    *(
+        Attribute(
             f"{ENGINE}.MegatronEngine",
             name,
             "read by engine.around_forward_step",
@@ -282,6 +312,27 @@ _ATTRIBUTES = (
             f"{_TESTS}/test_engine.py::test_masks_are_replayed_in_verls_engine",
         )
         for name in ("module", "engine_config")
+    ),
+    Attribute(
+        f"{ENGINE}.MegatronEngine",
+        "enable_routing_replay",
+        "read by unreplayed.refuse_experts_without_replay",
+        "it tells whether verl's own replay takes the experts of a batch",
+        f"{_TESTS}/test_engine.py::test_what_could_be_wrong_is_refused",
+    ),
+    Attribute(
+        _OF_VEOMNI,
+        "enable_routing_replay",
+        "read by unreplayed.refuse_engine_without_replay",
+        "that engine has a replay of its own, which takes the experts of a batch",
+        f"{_TESTS}/test_unreplayed.py::test_an_engine_with_a_replay_of_its_own_takes_experts",
+    ),
+    Attribute(
+        _OF_FSDP,
+        "model_config",
+        "read by unreplayed.refuse_engine_without_replay",
+        "what kind of model an engine has is said there",
+        f"{_TESTS}/test_unreplayed.py::test_a_policy_whose_engine_replays_nothing_is_refused",
     ),
 )
 

@@ -9,7 +9,7 @@ import pytest
 
 from router_replay.errors import InputError
 from router_replay.upstream import Ledger
-from router_replay_adapters.stacks import STACKS, Stack
+from router_replay_adapters.stacks import STACKS, Stack, say_at_start
 
 ON = {"SGLANG_ROUTER_CAPTURE": "1", "SGLANG_ROUTER_CAPTURE_FORMAT": "sglang"}
 
@@ -51,6 +51,37 @@ def test_one_of_several_modules_of_verls_variable_is_enough() -> None:
     assert list(STACKS["verl-packed"].variables_to_set({})) == [name, "SGLANG_ROUTER_CAPTURE"]
     assert list(STACKS["verl"].variables_to_set({name: "mine,router_replay_adapters.verl"})) == []
     assert list(STACKS["verl"].variables_to_set({name: "router_replay_adapters.verlmine"})) == [name]
+
+
+@pytest.mark.parametrize(
+    "stack", [stack for stack in STACKS.values() if stack.adapter is not None], ids=lambda s: s.name
+)
+def test_a_format_that_the_stack_does_not_read_is_missing_its_own(stack: Stack) -> None:
+    """Also where the stack names no format: servers that are asked for arrays send no masks, nor these arrays."""
+    own = {**stack.variables, **ON, "SGLANG_ROUTER_CAPTURE_FORMAT": stack.format}
+    assert stack.variables_to_set(own) == {}
+    other = "sglang" if stack.format == "masks" else "masks"
+    of_another = {**own, "SGLANG_ROUTER_CAPTURE_FORMAT": other}
+    assert stack.variables_to_set(of_another) == {"SGLANG_ROUTER_CAPTURE_FORMAT": stack.format}
+
+
+def test_verls_own_servers_need_no_capture() -> None:
+    """A format without it asks for nothing."""
+    verl = {"VERL_USE_EXTERNAL_MODULES": "router_replay_adapters.verl"}
+    assert STACKS["verl"].variables_to_set({**verl, "SGLANG_ROUTER_CAPTURE_FORMAT": "masks"}) == {}
+    assert STACKS["verl"].variables_to_set({**verl, "SGLANG_ROUTER_CAPTURE": "1"}) == {
+        "SGLANG_ROUTER_CAPTURE_FORMAT": "sglang"
+    }
+
+
+def test_the_line_of_a_start_names_a_format_of_another_stage(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in ON.items():
+        monkeypatch.setenv(name, value)
+    say_at_start(STACKS["slime-packed"], asked=True)
+    (record,) = caplog.records
+    assert "This process lacks SGLANG_ROUTER_CAPTURE_FORMAT=masks:" in record.getMessage()
 
 
 def test_a_format_that_does_not_exist_is_an_error() -> None:

@@ -125,6 +125,27 @@ def test_a_format_that_does_not_exist(slime: None, monkeypatch: pytest.MonkeyPat
     assert result.exit_code == 1 and "wrong: router capture format 'sgl' is unknown" in result.output
 
 
+@pytest.mark.parametrize(
+    ("stack", "environ", "told"),
+    [
+        ("slime-packed", VARIABLES, "to set SGLANG_ROUTER_CAPTURE_FORMAT=masks, in Ray's runtime_env"),
+        ("slime-packed", {**VARIABLES, "SGLANG_ROUTER_CAPTURE_FORMAT": "masks"}, None),
+        ("slime-packed", {"SGLANG_ROUTER_CAPTURE": "1"}, None),
+        ("slime", {"SGLANG_ROUTER_CAPTURE": "1"}, "to set SGLANG_ROUTER_CAPTURE_FORMAT=sglang, in Ray's runtime_env"),
+    ],
+)
+def test_a_format_of_another_stage_is_told(
+    stack: str, environ: dict[str, str], told: str | None, slime: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    result = _run("--stack", stack)
+    assert result.exit_code == (told is not None), result.output
+    assert ("SGLANG_ROUTER_CAPTURE_FORMAT" in result.output) == (told is not None)
+    assert told is None or told in result.output
+    assert "set SGLANG_ROUTER_CAPTURE=1\n" in result.output
+
+
 def test_an_unknown_stack() -> None:
     result = _run("--stack", "smile")
     assert result.exit_code == 2

@@ -27,7 +27,7 @@ from tests.megatron_router_replay.parallel.cases import Case
 from tests.megatron_router_replay.parallel.data import Microbatch
 from tests.megatron_router_replay.parallel.model import build_chunks
 from tests.megatron_router_replay.parallel.training import KeepFloat64, RankStep, parallel_layout
-from tests.router_replay_adapters.verl.passes import input_ids, microbatches
+from tests.router_replay_adapters.verl.passes import input_ids, microbatches, routed_experts
 
 PACKED = {"SGLANG_ROUTER_CAPTURE": "1"}
 STEPPED = 0.5
@@ -52,7 +52,7 @@ def engine_step(
 
     Args:
         masks: "as recorded"; "cut short" by two rows; "of the next microbatch"; "unknown" rows alone in microbatch 0,
-            of whose samples the last has None; "none" in the batch at all.
+            of whose samples the last has None; "none" in the batch at all; "experts", verl's own, in their place.
         settings: of the engine's configuration; `mode` of verl's own replay; how ranks `cut` a pack.
         environment: of verl's processes.
         judged: look how far the masks, which are random, are the model's own choice.
@@ -75,7 +75,7 @@ def engine_step(
         engine = _engine(MegatronEngineWithLMHead, wrapped, dict(settings or {}))
         seen = EngineStep(parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank())
         whole, now = microbatches(case), []
-        batches = [_batch(whole, each, masks) for each in whole]
+        batches = [_batch(case, whole, each, masks) for each in whole]
 
         def forward_step(data: Iterator[TensorDict], chunk: nn.Module) -> Any:
             batch = next(data)
@@ -150,6 +150,7 @@ def _engine(kind: type, wrapped: list[nn.Module], settings: dict[str, Any]) -> A
     if cut is not None:
         engine._get_context_parallel_layout = lambda model: cut
     engine.model_config = SimpleNamespace(
+        model_type="language_model",
         mtp=SimpleNamespace(enable=False, enable_train=False),
         hf_config=SimpleNamespace(architectures=["Qwen3MoeForCausalLM"]),
         tokenizer=SimpleNamespace(pad_token_id=0),
@@ -163,7 +164,7 @@ def _engine(kind: type, wrapped: list[nn.Module], settings: dict[str, Any]) -> A
     return engine
 
 
-def _batch(whole: list[Microbatch], microbatch: Microbatch, masks: str) -> TensorDict:
+def _batch(case: Case, whole: list[Microbatch], microbatch: Microbatch, masks: str) -> TensorDict:
     from verl.utils import tensordict_utils as tu
 
     of = whole[(microbatch.index + (masks == "of the next microbatch")) % len(whole)]
@@ -182,7 +183,9 @@ def _batch(whole: list[Microbatch], microbatch: Microbatch, masks: str) -> Tenso
     ]
     batch["weights"] = torch.nested.as_nested_tensor(weights, layout=torch.jagged)
     tu.assign_non_tensor(batch, index=microbatch.index, num_micro_batch=1)
-    if masks != "none":
+    if masks == "experts":
+        batch["routed_experts"] = routed_experts(case, microbatch)
+    elif masks != "none":
         tu.assign_non_tensor_stack(batch, KEY, given)
     return batch
 

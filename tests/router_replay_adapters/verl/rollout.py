@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +53,38 @@ def generate(server: SimpleNamespace, prompt_ids: list[int], *, stock: bool = Fa
     method = SGLangHttpServer.generate
     method = inspect.unwrap(method) if stock else method
     return asyncio.run(method(server, prompt_ids=prompt_ids, sampling_params=sampling, request_id="r"))
+
+
+def tool_loop_turns(answers: Sequence[Any]) -> list[Any]:
+    """Routes of a conversation behind each of these TokenOutputs, by verl's own loop with tools, without any tool."""
+    from verl.experimental.agent_loop.tool_agent_loop import AgentData, ToolAgentLoop
+
+    async def generate(**_: Any) -> Any:
+        return next(waiting)
+
+    async def merge(prompt: list[int], sampled: list[int], mask: list[int], *_: Any, **__: Any) -> tuple[Any, Any, Any]:
+        return SimpleNamespace(token_ids=[*prompt, *sampled]), [*mask, *[1] * len(sampled)], None
+
+    async def extract(*_: Any) -> tuple[str, list[Any]]:
+        return "", []
+
+    async def converse() -> list[Any]:
+        seen = []
+        for _ in answers:
+            await loop._handle_generating_state(data, {})
+            seen.append(data.routed_experts)
+        return seen
+
+    waiting = iter(answers)
+    loop = ToolAgentLoop.__new__(ToolAgentLoop)
+    loop.server_manager, loop.ct_merge_assistant_token = SimpleNamespace(generate=generate), merge
+    loop.tool_parser = SimpleNamespace(stop_token_ids=[], extract_tool_calls=extract)
+    loop.tools, loop.response_length = {}, 100
+    loop.max_assistant_turns = loop.max_user_turns = None
+    loop._build_assistant_message = lambda *_: {}
+    data = AgentData([], [], [], None, None, {}, "r", {})
+    data.prompt_ids = [1, 2, 3]
+    return asyncio.run(converse())
 
 
 def agent_loop_worker(kind: type, small_model: Path) -> Any:

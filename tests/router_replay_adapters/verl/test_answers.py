@@ -14,7 +14,7 @@ from router_replay.errors import DataError, PairingError
 from router_replay.masks import RoutingGeometry
 from router_replay.masks.stores.inline import InlineStore
 from tests.megatron_router_replay.batches import random_batch
-from tests.router_replay_adapters.verl.rollout import generate, sglang_server
+from tests.router_replay_adapters.verl.rollout import generate, sglang_server, tool_loop_turns
 
 # isort: split
 import cpu_engines.megatron  # noqa: F401 (before anything that may import Megatron)
@@ -83,6 +83,17 @@ def test_an_aborted_answer_without_routes_is_unknown_as_a_whole() -> None:
         server = sglang_server(HF_CONFIG, lambda request, finish=finish: answer(None, output=[], finish=finish))
         found = generate(server, PROMPT).routed_experts
         assert found.shape == (len(PROMPT) - 1, 3, 2) and (found == -1).all()
+
+
+def test_a_turn_in_which_nothing_was_sampled_keeps_the_routes_before_it() -> None:
+    """Its answer has unknown rows alone; one that did sample takes the place of what was there."""
+    server = sglang_server(HF_CONFIG, lambda request: answers.pop(0))
+    answers = [answer(routes()), answer(None, output=[], finish="abort"), answer(None, finish="abort")]
+    first, nothing, unknown = (generate(server, PROMPT) for _ in range(3))
+    assert (nothing.routed_experts == -1).all()
+    turns = tool_loop_turns([nothing, first, nothing, unknown])
+    for found, of in zip(turns, (nothing, first, first, unknown), strict=True):
+        assert found is of.routed_experts
 
 
 TEXT = answer(routes())["meta_info"]["routed_experts"]

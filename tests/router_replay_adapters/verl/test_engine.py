@@ -21,7 +21,10 @@ CASES = (
     ONE_RANK,
     Case(packed=True, dense=(0, 2), recompute="full"),
     Case(packed=True, tp=2, recompute="full"),
+    Case(packed=True, cp=2),
+    Case(packed=True, cp=2, dense=(1,), recompute="full"),
     Case(packed=True, pp=2, dense=(1,), recompute="full"),
+    Case(packed=True, pp=2, vpp=2, recompute="full"),
 )
 
 
@@ -56,6 +59,9 @@ def test_losses_and_experts_are_those_of_our_own_loop(engines: dict[int, RankPoo
     [
         (("of the next microbatch",), "masks were recorded for a sequence whose first"),
         (("none",), "a batch of the policy has none under 'routing_masks'"),
+        (("experts", {}, {}), "and verl's own replay is off, so that nobody would replay them"),
+        (("experts", {}, {**PACKED, "SGLANG_ROUTER_CAPTURE_FORMAT": "sglang"}), "and no SGLANG_ROUTER_CAPTURE_FORMAT"),
+        (("experts",), "a batch of the policy has none under 'routing_masks'"),
         (
             ("as recorded", {"mode": "R3"}),
             "its routers would take the place of this package's; set megatron.router_replay.mode='disabled'",
@@ -67,7 +73,17 @@ def test_losses_and_experts_are_those_of_our_own_loop(engines: dict[int, RankPoo
         ),
         (("as recorded", {"cut": "contiguous"}), "but not in packs that are cut in a contiguous way"),
     ],
-    ids=["other masks", "no masks", "verl's replay", "padded", "dynamic", "contiguous"],
+    ids=[
+        "other masks",
+        "no masks",
+        "experts, no capture",
+        "experts, another format",
+        "experts in place of masks",
+        "verl's replay",
+        "padded",
+        "dynamic",
+        "contiguous",
+    ],
 )
 def test_what_could_be_wrong_is_refused(
     engines: dict[int, RankPool], arguments: tuple[object, ...], words: str
@@ -181,6 +197,17 @@ def test_a_microbatch_without_any_valid_row_is_routed_natively(
 
 def test_without_masks_or_capture_it_is_verl_as_ever(engines: dict[int, RankPool]) -> None:
     (found,) = engines[1].run(engine_step, ONE_RANK, "none", {}, {})
+    assert found.metrics == {"grad_norm": STEPPED} and found.losses
+
+
+@pytest.mark.parametrize(
+    "settings", [{"mode": "R2"}, {"mode": "R3"}, {"forward_only": True}], ids=["R2", "R3", "a reference model's engine"]
+)
+def test_experts_that_are_verls_business_are_left_to_it(
+    settings: dict[str, object], engines: dict[int, RankPool]
+) -> None:
+    """Its own replay is set up by its trainer, and takes nothing here."""
+    (found,) = engines[1].run(engine_step, ONE_RANK, "experts", settings, {})
     assert found.metrics == {"grad_norm": STEPPED} and found.losses
 
 

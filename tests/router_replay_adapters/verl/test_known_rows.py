@@ -30,8 +30,8 @@ def own_choice(scores: Tensor, topk: int, num_groups: int | None = None, group_t
     return torch.topk(scores, topk, dim=1)
 
 
-def choose(router: Any, scores: Tensor) -> list[list[int]]:
-    gates, indices = router.get_replay_topk(scores, TOP_K, default_compute_topk=own_choice)
+def choose(router: Any, scores: Tensor, topk: int = TOP_K) -> list[list[int]]:
+    gates, indices = router.get_replay_topk(scores, topk, default_compute_topk=own_choice)
     assert torch.equal(gates, scores.gather(1, indices))
     return indices.tolist()
 
@@ -97,10 +97,30 @@ def test_a_recompute_leaves_the_next_microbatch_alone(router: Any, scores: Tenso
 
 
 def test_routes_that_are_all_known_are_replayed_as_ever(router: Any, scores: Tensor) -> None:
-    routes = torch.tensor([[3, 5], [0, 0], [6, 4], [2, 7], [1, 0]])
+    routes = torch.tensor([[3, 5], [0, 7], [6, 4], [2, 7], [1, 0]])
     router.set_target_indices(routes)
     router.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
     assert choose(router, scores) == routes.tolist()
+
+
+def test_a_row_with_an_expert_twice_is_the_routers_own(router: Any) -> None:
+    """Zeros are what verl and SGLang's own recorder write where nothing was recorded; a recompute takes the same."""
+    scores = torch.rand(6, NUM_EXPERTS, generator=torch.Generator().manual_seed(2))
+    own = own_choice(scores, 4)[1].tolist()
+    routes = [[0, 0, 0, 0], [3, 5, 1, 0], [6, 1, 7, 6], [5, 2, 2, 0], [7, 6, 5, 4], [4, 1, 3, -1]]
+    router.set_target_indices(torch.tensor(routes))
+    expected = [own[0], [3, 5, 1, 0], own[2], own[3], [7, 6, 5, 4], own[5]]
+    router.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+    assert choose(router, scores, 4) == expected
+    router.set_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
+    assert choose(router, scores.flip(1), 4) == expected
+
+
+def test_a_single_expert_is_never_twice(router: Any) -> None:
+    scores = torch.rand(4, NUM_EXPERTS, generator=torch.Generator().manual_seed(3))
+    router.set_target_indices(torch.tensor([[0], [0], [-1], [5]]))
+    router.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
+    assert choose(router, scores, 1) == [[0], [0], own_choice(scores[2:3], 1)[1][0].tolist(), [5]]
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(5, dtype=torch.bool)], ids=["R2", "R3"])

@@ -74,6 +74,14 @@ def test_valid_routes_are_replayed_where_they_belong_and_others_are_native(
     assert native > valid / 3
 
 
+def test_rows_of_zeros_are_native(patched: dict[int, RankPool]) -> None:
+    """What verl and SGLang's own recorder write where nothing was recorded, in forward passes and recomputes."""
+    case = Case(packed=True, recompute="full")
+    replayed, native, wrong = judged(case, patched[1].run(verl_step, case, True, 0))
+    valid = sum(int(masks.valid.sum()) for each in microbatches(case) for masks in each.masks) * len(case.moe_layers)
+    assert wrong == 0 and replayed == valid and native > valid / 3
+
+
 @pytest.fixture(scope="module")
 def ours(unpatched: RankPool) -> dict[tuple[int, int], Tensor]:
     """Dispatched experts of our own replay on one rank."""
