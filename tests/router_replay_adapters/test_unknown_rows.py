@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import weakref
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -221,6 +223,38 @@ def test_an_expert_that_the_router_does_not_have_is_refused(adapted: StackHere, 
     adapted.set_stage(FORWARD)
     with pytest.raises(PairingError, match=rf"row 4 .* \[{strange}, 8, 11, 4\], and the router has experts 0 to 15"):
         made(states)
+
+
+@pytest.mark.parametrize(
+    "twice", [[0, 0, 0, 0], [7, 3, 3, 9], [7, 3, 9, 7], [3, 7, 3, 9]], ids=["zeros", "beside", "ends", "apart"]
+)
+@pytest.mark.parametrize("stage", [FORWARD, RECOMPUTE])
+def test_a_row_with_an_expert_twice_is_refused(adapted: StackHere, stage: str, twice: list[int]) -> None:
+    """Zeros are what SGLang's own recorder has where nothing was recorded; they would send a token to expert 0."""
+    made, states = _router(adapted), hidden_states(len(RECORDED))
+    experts = RECORDED.clone()
+    experts[4] = torch.tensor(twice)
+    adapted.record(experts)
+    adapted.set_stage(stage)
+    with pytest.raises(DataError, match=rf"row 4 of a microbatch with experts \{twice}, and a choice of 4 has none"):
+        made(states)
+
+
+def test_slimes_own_padding_is_replayed(
+    slime_modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, pinned_memory: None
+) -> None:
+    """Its rows are consecutive experts, which begin anew behind the last; miles' own padding is -1."""
+    pad = importlib.import_module("slime.backends.megatron_utils.cp_utils")._pad_routed_experts
+    known = RECORDED[list(KNOWN)]
+    padded = pad(known[:, None].repeat(1, 3, 1), 11, NUM_EXPERTS)
+    slime = Slime(importlib.import_module("slime.utils.routing_replay"), slime_adapter.PATCHES, monkeypatch)
+    with applied(slime.patches):
+        made = _router(slime)
+        slime.record(padded[:, 1])
+        slime.set_stage(FORWARD)
+        assert experts_of(made(hidden_states(len(padded)))[1]) == [set(row) for row in padded[:, 1].tolist()]
+        assert [len(set(row)) for row in padded[:, 1].tolist()] == [TOP_K] * len(padded)
+        slime.clear()
 
 
 @pytest.mark.parametrize("more", [1, -3])
