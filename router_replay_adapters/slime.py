@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from router_replay.upstream import Attribute, Ledger, Patch, Seam
-from router_replay_adapters.asked_queues import around_clear_all, refuse_settings
+from router_replay_adapters.asked_queues import around_clear_all
 from router_replay_adapters.native_rows import NativeRows, replays
+from router_replay_adapters.refusals import refuse_settings
 from router_replay_adapters.stacks import STACKS, say_at_start
 
 _OWN = "slime gives rows that are unknown to the router"
@@ -162,7 +163,7 @@ def init(args: Any) -> None:
         args: slime's own arguments.
 
     Raises:
-        SeamError: the installed slime does not fit the ledger.
+        SeamError: the installed slime does not fit the ledger, or lacks an argument that is looked at.
         UnsupportedError: an argument under which replay would be passed by, or wrong.
     """
     if asked := bool(getattr(args, "use_rollout_routing_replay", False)):
