@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
@@ -25,6 +26,7 @@ from tests.router_replay_adapters.routers import (
     SCORES,
     TOP_K,
     UNKNOWN,
+    TopK,
     expected_experts,
     experts_of,
     gradients_of,
@@ -110,6 +112,51 @@ def test_routers_that_do_not_ask_are_an_error_at_the_end_of_the_step(adapted: St
     adapted.record(RECORDED)
     with pytest.raises(CallOrderError, match=f"1 of 1 routers of {adapted.name} did not ask"):
         adapted.clear()
+
+
+def test_routers_that_ask_past_the_adapter_are_an_error_at_the_end_of_the_step(stack: StackHere) -> None:
+    """As those of a Megatron that got the stack's top-k before `init`; the stack counts what they take."""
+    earlier = router(_topk_as_it_is_now(stack))
+    with applied(stack.patches):
+        stack.register(earlier)
+        for _ in range(2):
+            stack.record(RECORDED[list(KNOWN)])
+            stack.set_stage(FORWARD)
+            earlier(hidden_states(len(KNOWN)))
+            with pytest.raises(CallOrderError, match=f"1 of 1 routers of {stack.name} took .* past router_replay_adap"):
+                stack.clear()
+            stack.forget()
+
+
+def _topk_as_it_is_now(stack: StackHere) -> Callable[[TopK], TopK]:
+    if isinstance(stack, Miles):
+        return functools.partial(stack.manager.get_topk_fn, return_probs=True)
+    assert isinstance(stack, Slime)
+    return stack.module.get_routing_replay_compute_topk
+
+
+def test_a_router_that_asked_in_one_step_has_to_in_the_next(adapted: StackHere) -> None:
+    made, states = _router(adapted), hidden_states(len(RECORDED))
+    adapted.record(RECORDED)
+    adapted.set_stage(FORWARD)
+    made(states)
+    adapted.clear()
+    adapted.record(RECORDED)
+    made.routing_replay.pop_forward()
+    with pytest.raises(CallOrderError, match=f"1 of 1 routers of {adapted.name} took"):
+        adapted.clear()
+
+
+def test_queues_of_token_positions_end_no_step_of_routers(miles_replay_base: ModuleType, pinned_memory: None) -> None:
+    """Miles empties the queues of each of its managers; these have nothing to do with each other."""
+    miles = Miles(miles_replay_base, miles_adapter.PATCHES)
+    with applied(miles.patches):
+        made = _router(miles)
+        miles.record(RECORDED)
+        miles.set_stage(FORWARD)
+        made(hidden_states(len(RECORDED)))
+        miles_replay_base.BaseReplayManager().clear_all()
+        miles.clear()
 
 
 def test_passes_that_look_like_recomputes_are_the_step(adapted: StackHere) -> None:
