@@ -6,72 +6,63 @@ a CUDA graph repeats what it did when the graph was captured.
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
+from weakref import WeakSet
 
-from router_replay.errors import CallOrderError, UnsupportedError
+from router_replay.errors import CallOrderError
 
 Queues = Callable[..., Iterable[Any]]
 """The queues of a stack's routers, by what its `clear_all` is called with."""
 
 
-def around_clear_all(stack: str, queues: Queues) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Of what a stack calls at the end of a step: it refuses queues that are not taken to their end.
+class AskedQueues:
+    """The queues of a stack that its routers asked for in a step, by what this package's wrapper has seen.
 
-    A pass of old log-probabilities does not count, behind which a stack begins its queues anew.
+    The stack's own indices count what was taken, also by whoever goes past that wrapper.
     """
 
-    def wrap(clear_all: Callable[..., None]) -> Callable[..., None]:
+    def __init__(self, stack: str, queues: Queues) -> None:
+        self._stack = stack
+        self._queues = queues
+        self._seen: WeakSet[Any] = WeakSet()
+
+    def note(self, queue: Any) -> None:
+        """A router asks for experts of this queue, and may be given its own in unknown rows."""
+        self._seen.add(queue)
+
+    def around_clear_all(self, clear_all: Callable[..., None]) -> Callable[..., None]:
+        """Of what a stack calls at the end of a step: it refuses queues that are not taken to their end, and by us.
+
+        A pass of old log-probabilities does not count, behind which a stack begins its queues anew.
+        """
+
         @wraps(clear_all)
         def wrapped(*args: Any) -> None:
+            queues = list(self._queues(*args))
             try:
-                _require_taken(stack, queues(*args))
+                self._require_taken([queue for queue in queues if queue.top_indices_list])
             finally:
+                self._seen.difference_update(queues)
                 clear_all(*args)
 
         return wrapped
 
-    return wrap
-
-
-def _require_taken(stack: str, queues: Iterable[Any]) -> None:
-    filled = [queue for queue in queues if queue.top_indices_list]
-    # Where a schedule's forward passes look like recomputes it is the other index that counts them.
-    left = sum(max(queue.forward_index, queue.backward_index) < len(queue.top_indices_list) for queue in filled)
-    if left:
-        raise CallOrderError(
-            f"{left} of {len(filled)} routers of {stack} did not ask for all experts that were recorded for them, and"
-            " chose by themselves: turn off what keeps their top-k from being called, such as moe_router_fusion and"
-            " CUDA graphs around MoE layers"
-        )
-
-
-def refuse_settings(stack: str, args: Namespace) -> None:
-    """Refuse a stack's arguments under which routers take no recorded experts, or those of other tokens.
-
-    Raises:
-        UnsupportedError: such an argument.
-    """
-    if getattr(args, "moe_router_fusion", False):
-        raise UnsupportedError(
-            f"{stack} cannot replay with --moe-router-fusion: a fused router asks for no recorded experts; take the"
-            " flag away"
-        )
-    # By releases of Megatron-Core: the last two are of older ones.
-    impl = getattr(args, "cuda_graph_impl", None)
-    older = [name for name in ("enable_cuda_graph", "external_cuda_graph") if getattr(args, name, False)]
-    if impl not in (None, "none") or older:
-        given = f"--cuda-graph-impl {impl}" if impl not in (None, "none") else older[0]
-        raise UnsupportedError(
-            f"{stack} cannot replay with {given}: a captured router repeats the routes of the capture; take the flag"
-            " away"
-        )
-    padded, of_several = getattr(args, "qkv_format", "thd") == "bshd", getattr(args, "micro_batch_size", 1) != 1
-    if padded and of_several:
-        raise UnsupportedError(
-            f"{stack} cannot replay with --qkv-format bshd and --micro-batch-size {args.micro_batch_size}: it lays rows"
-            " out sequence by sequence, where the model's routers see position by position; take a micro-batch size of"
-            " 1, or thd"
-        )
+    def _require_taken(self, filled: list[Any]) -> None:
+        # Where a schedule's forward passes look like recomputes it is the other index that counts them.
+        left = sum(max(queue.forward_index, queue.backward_index) < len(queue.top_indices_list) for queue in filled)
+        if left:
+            raise CallOrderError(
+                f"{left} of {len(filled)} routers of {self._stack} did not ask for all experts that were recorded for"
+                " them, and chose by themselves: turn off what keeps their top-k from being called, such as"
+                " moe_router_fusion and CUDA graphs around MoE layers"
+            )
+        past = sum(queue not in self._seen for queue in filled)
+        if past:
+            raise CallOrderError(
+                f"{past} of {len(filled)} routers of {self._stack} took what was recorded for them past"
+                f" router_replay_adapters.{self._stack}, which gives them their own experts in unknown rows: something"
+                f" got {self._stack}'s top-k before the adapter was there; have it look it up in each call, or after"
+                " --custom-megatron-init-path was called"
+            )

@@ -14,8 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from router_replay.upstream import Attribute, Ledger, Patch, Seam
-from router_replay_adapters.asked_queues import around_clear_all, refuse_settings
+from router_replay_adapters.asked_queues import AskedQueues
 from router_replay_adapters.native_rows import NativeRows, replays
+from router_replay_adapters.refusals import refuse_settings
 from router_replay_adapters.stacks import STACKS, say_at_start
 
 _OWN = "miles gives rows that are unknown to the router"
@@ -57,7 +58,7 @@ LEDGER = Ledger(
         Seam(
             f"{_MANAGER}.clear_all",
             (),
-            "wrapped by asked_queues.around_clear_all",
+            "wrapped by asked_queues.AskedQueues.around_clear_all",
             "it is called at the end of a step, whose queues it empties",
             _OWN,
         ),
@@ -107,6 +108,15 @@ LEDGER = Ledger(
 TopK = Callable[..., Any]
 
 
+def _routers_queues(manager: Any) -> list[Any]:
+    from miles.utils.replay_base import routing_replay_manager
+
+    return list(manager.replays) if manager is routing_replay_manager else []
+
+
+_asked = AskedQueues("miles", _routers_queues)
+
+
 def with_native_rows(get_topk_fn: Callable[..., TopK]) -> Callable[..., TopK]:
     """Wrapper of `BaseReplayManager.get_topk_fn`: routers are given their own experts in unknown rows."""
     rows = NativeRows("miles")
@@ -128,6 +138,7 @@ def with_native_rows(get_topk_fn: Callable[..., TopK]) -> Callable[..., TopK]:
                 chosen = old_topk_fn(scores, topk, *args, **kwargs)
                 return chosen[1] if return_probs else chosen
 
+            _asked.note(queue)
             manager.set_current(rows.filled(queue, manager.stage, scores, topk, own_topk))
             try:
                 return topk_fn(scores, topk, *args, **kwargs)
@@ -139,15 +150,9 @@ def with_native_rows(get_topk_fn: Callable[..., TopK]) -> Callable[..., TopK]:
     return wrapped
 
 
-def _routers_queues(manager: Any) -> list[Any]:
-    from miles.utils.replay_base import routing_replay_manager
-
-    return list(manager.replays) if manager is routing_replay_manager else []
-
-
 PATCHES = (
     Patch(LEDGER, f"{_MANAGER}.get_topk_fn", with_native_rows),
-    Patch(LEDGER, f"{_MANAGER}.clear_all", around_clear_all("miles", _routers_queues)),
+    Patch(LEDGER, f"{_MANAGER}.clear_all", _asked.around_clear_all),
 )
 """What `init` applies."""
 
@@ -159,7 +164,7 @@ def init(args: Any) -> None:
         args: miles' own arguments.
 
     Raises:
-        SeamError: the installed miles does not fit the ledger.
+        SeamError: the installed miles does not fit the ledger, or lacks an argument that is looked at.
         UnsupportedError: an argument under which replay would be passed by, or wrong.
     """
     if asked := bool(getattr(args, "use_rollout_routing_replay", False)):

@@ -22,7 +22,6 @@ from router_replay.errors import UnsupportedError
 from router_replay.masks import masks_from_meta_info
 from router_replay.upstream import Attribute, Ledger, Patch, Seam
 from router_replay_adapters import miles
-from router_replay_adapters.asked_queues import refuse_settings
 from router_replay_adapters.on_import import wrap_on_import
 from router_replay_adapters.packed_queues import (
     KEY,
@@ -34,6 +33,7 @@ from router_replay_adapters.packed_queues import (
     masks_of,
     numbered_rows,
 )
+from router_replay_adapters.refusals import refuse_settings
 from router_replay_adapters.stacks import STACKS, say_at_start
 
 logger = logging.getLogger(__name__)
@@ -237,7 +237,7 @@ def init(args: Namespace) -> None:
         args: miles' own arguments.
 
     Raises:
-        SeamError: the installed miles does not fit the ledgers.
+        SeamError: the installed miles does not fit the ledgers, or lacks an argument that is looked at.
         UnsupportedError: a dense model, or an argument under which replay would be passed by, or wrong.
     """
     if asked := bool(getattr(args, "use_rollout_routing_replay", False)):

@@ -121,7 +121,7 @@ class NativeRows:
             own_topk: the router's own choice, called only where a row is unknown.
 
         Raises:
-            DataError: a row is known in part.
+            DataError: a row is known in part, or has an expert twice, as no choice has.
             PairingError: a row names an expert that the router does not have.
         """
         index = queue.forward_index if stage == FORWARD else queue.backward_index
@@ -143,27 +143,39 @@ class NativeRows:
         return _Filled(queue, native)
 
     def _unknown_places(self, recorded: Tensor, num_experts: int) -> Tensor:
-        unknown = recorded == UNKNOWN
-        whole = unknown.all(1)
-        mixed = unknown.any(1) & ~whole
-        if mixed.any():
-            row = int(mixed.nonzero()[0])
-            raise DataError(
-                f"{self._stack} replays row {row} of a microbatch with experts {recorded[row].tolist()}, of which only"
-                f" a part is known: a row is {UNKNOWN} as a whole where the server does not know it; look for what"
-                " writes rows between the server and the trainer"
-            )
-        strange = ~whole & ((recorded < 0) | (recorded >= num_experts)).any(1)
-        if strange.any():
-            row = int(strange.nonzero()[0])
-            raise PairingError(
-                f"{self._stack} replays row {row} of a microbatch with experts {recorded[row].tolist()}, and the router"
-                f" has experts 0 to {num_experts - 1}: the rollout ran another model than the trainer has"
-            )
+        columns = recorded.T.contiguous()
+        strange = (columns < 0) | (columns >= num_experts)
+        # Turned by up to half of K, every column meets every other.
+        for turn in range(1, len(columns) // 2 + 1):
+            strange |= columns == columns.roll(turn, 0)
+        whole = (columns == UNKNOWN).all(0)
+        wrong = strange.any(0) & ~whole
+        if wrong.any():
+            self._refuse(recorded, int(wrong.nonzero()[0]), num_experts)
         places = whole.nonzero().flatten()
         if len(places) == len(recorded) > 0:
             self._warn(len(recorded))
         return places
+
+    def _refuse(self, recorded: Tensor, row: int, num_experts: int) -> None:
+        experts = recorded[row].tolist()
+        found = f"{self._stack} replays row {row} of a microbatch with experts {experts}"
+        if UNKNOWN in experts:
+            raise DataError(
+                f"{found}, of which only a part is known: a row is {UNKNOWN} as a whole where the server does not know"
+                " it; look for what writes rows between the server and the trainer"
+            )
+        if not all(0 <= expert < num_experts for expert in experts):
+            raise PairingError(
+                f"{found}, and the router has experts 0 to {num_experts - 1}: the rollout ran another model than the"
+                " trainer has"
+            )
+        raise DataError(
+            f"{found}, and a choice of {len(experts)} has none of them twice. SGLang's own recorder leaves zeros where"
+            " it recorded nothing, and every server does in layers that are dense for it: have all servers capture by"
+            f" this package's recorder (r3 doctor --stack {self._stack} --server URL), compare their model's dense"
+            " layers with the trainer's --moe-layer-freq, and look for what else fills rows between the two"
+        )
 
     def _warn(self, num_rows: int) -> None:
         if not self._warning.due():

@@ -15,8 +15,9 @@ from typing import Any
 from torch import Tensor
 
 from router_replay.upstream import Attribute, Ledger, Patch, Seam
-from router_replay_adapters.asked_queues import around_clear_all, refuse_settings
+from router_replay_adapters.asked_queues import AskedQueues
 from router_replay_adapters.native_rows import NativeRows, replays
+from router_replay_adapters.refusals import refuse_settings
 from router_replay_adapters.stacks import STACKS, say_at_start
 
 _OWN = "slime gives rows that are unknown to the router"
@@ -64,7 +65,7 @@ LEDGER = Ledger(
         Seam(
             "RoutingReplay.clear_all",
             (),
-            "wrapped by asked_queues.around_clear_all",
+            "wrapped by asked_queues.AskedQueues.around_clear_all",
             "it is called at the end of a step, whose queues it empties",
             _OWN,
         ),
@@ -104,6 +105,15 @@ LEDGER = Ledger(
 TopK = Callable[..., tuple[Tensor, Tensor]]
 
 
+def _routers_queues() -> list[Any]:
+    from slime.utils.routing_replay import RoutingReplay
+
+    return list(RoutingReplay.all_routing_replays)
+
+
+_asked = AskedQueues("slime", _routers_queues)
+
+
 def with_native_rows(get_compute_topk: Callable[[TopK], TopK]) -> Callable[[TopK], TopK]:
     """Wrapper of `get_routing_replay_compute_topk`: routers are given their own experts in unknown rows."""
     rows = NativeRows("slime")
@@ -126,6 +136,7 @@ def with_native_rows(get_compute_topk: Callable[[TopK], TopK]) -> Callable[[TopK
             def own_topk(scores: Tensor) -> Tensor:
                 return routing_replay._compute_topk_for_current_router(old_compute_topk, scores, topk, **groups)[1]
 
+            _asked.note(queue)
             routing_replay.set_routing_replay(rows.filled(queue, stage, scores, topk, own_topk))
             try:
                 return compute_topk(scores, topk, **groups)
@@ -142,15 +153,9 @@ def _stage() -> str | None:
     return os.environ.get("ROUTING_REPLAY_STAGE") if os.environ.get("ENABLE_ROUTING_REPLAY") == "1" else None
 
 
-def _routers_queues() -> list[Any]:
-    from slime.utils.routing_replay import RoutingReplay
-
-    return list(RoutingReplay.all_routing_replays)
-
-
 PATCHES = (
     Patch(LEDGER, "get_routing_replay_compute_topk", with_native_rows),
-    Patch(LEDGER, "RoutingReplay.clear_all", around_clear_all("slime", _routers_queues)),
+    Patch(LEDGER, "RoutingReplay.clear_all", _asked.around_clear_all),
 )
 """What `init` applies."""
 
@@ -162,7 +167,7 @@ def init(args: Any) -> None:
         args: slime's own arguments.
 
     Raises:
-        SeamError: the installed slime does not fit the ledger.
+        SeamError: the installed slime does not fit the ledger, or lacks an argument that is looked at.
         UnsupportedError: an argument under which replay would be passed by, or wrong.
     """
     if asked := bool(getattr(args, "use_rollout_routing_replay", False)):

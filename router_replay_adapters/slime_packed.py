@@ -25,7 +25,6 @@ from router_replay.masks import masks_from_meta_info
 from router_replay.masks.masks import RoutingMasks
 from router_replay.upstream import Attribute, Ledger, Patch, Seam, require
 from router_replay_adapters import slime
-from router_replay_adapters.asked_queues import refuse_settings
 from router_replay_adapters.on_import import wrap_on_import
 from router_replay_adapters.packed_queues import (
     KEY,
@@ -37,6 +36,7 @@ from router_replay_adapters.packed_queues import (
     numbered_rows,
     require_trained_rows,
 )
+from router_replay_adapters.refusals import refuse_settings
 from router_replay_adapters.stacks import STACKS, say_at_start
 
 logger = logging.getLogger(__name__)
@@ -244,7 +244,7 @@ def init(args: Namespace) -> None:
         args: slime's own arguments.
 
     Raises:
-        SeamError: the installed slime does not fit the ledgers.
+        SeamError: the installed slime does not fit the ledgers, or lacks an argument that is looked at.
         UnsupportedError: a dense model, or an argument under which replay would be passed by, or wrong.
     """
     if asked := bool(getattr(args, "use_rollout_routing_replay", False)):

@@ -38,6 +38,7 @@ class Stack:
         arguments: of its command line, each as one would type it.
         remark: what else there is to say, as sentences.
         format: of the routes that it reads.
+        not_with: arguments with which it never loads the adapter, each as one would type it.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Stack:
     arguments: tuple[str, ...] = ()
     remark: str = ""
     format: str = FORMAT
+    not_with: tuple[str, ...] = ()
 
     def installed(self) -> tuple[str, str] | None:
         """Name and release of the distribution that is installed; None where there is none."""
@@ -78,6 +80,14 @@ class Stack:
         """Arguments that a command line does not have."""
         return [argument for argument in self.arguments if not _is_given(argument.split(), given)]
 
+    def arguments_to_take_away(self, given: Sequence[str]) -> list[str]:
+        """Arguments that a command line has, and with which the adapter is never loaded."""
+        return [argument for argument in self.not_with if _is_given(argument.split(), given)]
+
+
+# miles' FSDP backend calls no --custom-megatron-init-path.
+_NOT_WITH = {"miles": ("--train-backend fsdp",)}
+
 
 def _of_megatron_init(name: str, title: str, distributions: tuple[str, ...], ledger: str) -> Stack:
     adapter = f"router_replay_adapters.{name}"
@@ -91,6 +101,7 @@ def _of_megatron_init(name: str, title: str, distributions: tuple[str, ...], led
         _CAPTURE,
         ("--use-rollout-routing-replay", f"--custom-megatron-init-path {adapter}.init"),
         f"With an initialisation of your own behind --custom-megatron-init-path, call {adapter}.init(args) in it.",
+        not_with=_NOT_WITH.get(name, ()),
     )
 
 
@@ -114,6 +125,7 @@ def _of_packed_queues(
         f"With an initialisation of your own, call {adapter}.init(args) in it; with a function of your own behind"
         f" {flag}, {of_ones_own.format(adapter)}.",
         format="masks",
+        not_with=_NOT_WITH.get(stack, ()),
     )
 
 

@@ -87,4 +87,7 @@ def _print_arguments(console: Console, stack: Stack, given: Sequence[str]) -> bo
         else:
             # Whoever asks without a command line asks what belongs into it.
             console.print(f"  [red]to give[/] {argument}" if given else f"  to give: {argument}")
-    return not (given and to_give)
+    to_take_away = stack.arguments_to_take_away(given)
+    for argument in to_take_away:
+        console.print(f"  [red]to take away[/] {argument}, with which {stack.title} never loads the adapter")
+    return not (given and to_give) and not to_take_away

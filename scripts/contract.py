@@ -24,6 +24,8 @@ from megatron_router_replay.ledger import LEDGER as REPLAY_LEDGER
 from megatron_router_replay.refusals import SETTINGS as REPLAY_SETTINGS
 from router_replay.upstream import Ledger, Refusal, Source, check, check_settings
 from router_replay_adapters.miles import LEDGER as MILES_LEDGER
+from router_replay_adapters.refusals import MEGATRON as QUEUES_MEGATRON
+from router_replay_adapters.refusals import SETTINGS as QUEUES_SETTINGS
 from router_replay_adapters.verl.ledger import LEDGER as VERL_LEDGER
 from router_replay_adapters.verl.refusals import SETTINGS as VERL_SETTINGS
 from sglang_router_capture.ledger import LEDGER as CAPTURE_LEDGER
@@ -52,6 +54,7 @@ CONTRACTS = (
     Contract((REPLAY_LEDGER, AVERAGES_LEDGER), REPLAY_SETTINGS, refused=("0.16.1",)),
     Contract((HF_LEDGER,), (), refused=("5.10.4",)),
     Contract((MILES_LEDGER,), ()),
+    Contract((QUEUES_MEGATRON,), QUEUES_SETTINGS),
     Contract((VERL_LEDGER,), VERL_SETTINGS),
 )
 

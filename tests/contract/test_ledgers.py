@@ -19,6 +19,8 @@ from megatron_router_replay import ledger as megatron
 from megatron_router_replay.refusals import SETTINGS as REPLAY_SETTINGS
 from router_replay.replay.torch_checkpoint import TORCH_LEDGER
 from router_replay.upstream import Attribute, Found, Ledger, Refusal, Seam, check, check_settings, message, require
+from router_replay_adapters.refusals import MEGATRON as QUEUES_MEGATRON
+from router_replay_adapters.refusals import SETTINGS as QUEUES_SETTINGS
 from router_replay_adapters.stacks import ledgers_of
 from router_replay_adapters.verl import ledger as verl
 from router_replay_adapters.verl.refusals import SETTINGS as VERL_SETTINGS
@@ -40,6 +42,7 @@ OTHERS = (
 ROWS = [(ledger, row) for ledger in (*LEDGERS, *OTHERS) for row in (*ledger.seams, *ledger.attributes)]
 REFUSALS = [(sglang.LEDGER, row) for row in SETTINGS]
 REFUSALS += [(megatron.LEDGER, row) for row in REPLAY_SETTINGS]
+REFUSALS += [(QUEUES_MEGATRON, row) for row in QUEUES_SETTINGS]
 REFUSALS += [(verl.LEDGER, row) for row in VERL_SETTINGS]
 ENDS = {
     "sglang": "sglang_router_capture",

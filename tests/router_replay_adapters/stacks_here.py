@@ -9,10 +9,15 @@ from typing import Any, Protocol
 
 import pytest
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from router_replay.upstream import Patch
+from router_replay_adapters.refusals import SETTINGS
 from tests.router_replay_adapters.routers import TopK
+
+MEGATRON_ARGS = {row.setting: getattr(TransformerConfig, row.setting) for row in SETTINGS}
+"""Of a stack's arguments those of Megatron that adapters look at, each as it is by itself."""
 
 
 class StackHere(Protocol):

@@ -37,12 +37,13 @@ from tests.router_replay_adapters.packed_batches import (
     routers_of,
 )
 from tests.router_replay_adapters.routers import NUM_EXPERTS, TOP_K
-from tests.router_replay_adapters.stacks_here import Miles, remove
+from tests.router_replay_adapters.stacks_here import MEGATRON_ARGS, Miles, remove
 from tests.router_replay_adapters.stand_ins import miles_replay_data as stand_in
 from tests.router_replay_adapters.stand_ins.miles_replay_data import DataIterator
 from tests.stack_packages import checkout
 
 ARGS = Namespace(
+    **MEGATRON_ARGS,
     num_layers=NUM_LAYERS,
     moe_layer_freq=[0, 1, 1, 1],
     num_experts=NUM_EXPERTS,

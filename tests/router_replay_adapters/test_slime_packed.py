@@ -37,9 +37,10 @@ from tests.router_replay_adapters.packed_batches import (
     routers_of,
 )
 from tests.router_replay_adapters.routers import NUM_EXPERTS, TOP_K
-from tests.router_replay_adapters.stacks_here import Slime, remove
+from tests.router_replay_adapters.stacks_here import MEGATRON_ARGS, Slime, remove
 
 ARGS = Namespace(
+    **MEGATRON_ARGS,
     num_layers=NUM_LAYERS,
     moe_layer_freq=[0, 1, 1, 1],
     num_experts=NUM_EXPERTS,

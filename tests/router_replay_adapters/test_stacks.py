@@ -104,6 +104,15 @@ def test_arguments_that_are_missing(given: list[str], to_give: list[int]) -> Non
     assert stack.arguments_to_give(given) == [stack.arguments[index] for index in to_give]
 
 
+@pytest.mark.parametrize("name", ["miles", "miles-packed"])
+def test_an_argument_with_which_the_adapter_is_never_loaded(name: str) -> None:
+    for given in (["--train-backend", "fsdp"], ["--train-backend=fsdp"]):
+        assert STACKS[name].arguments_to_take_away(given) == ["--train-backend fsdp"]
+    for given in ([], ["--train-backend", "megatron"]):
+        assert STACKS[name].arguments_to_take_away(given) == []
+    assert STACKS["slime"].arguments_to_take_away(["--train-backend", "fsdp"]) == []
+
+
 def test_hydras_plus_is_no_part_of_a_name() -> None:
     stack = STACKS["verl"]
     assert stack.arguments_to_give([f"+{stack.arguments[0]}", f"++{stack.arguments[1]}"]) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 from argparse import Namespace
 from collections.abc import Iterator
@@ -11,12 +12,14 @@ import pytest
 import torch
 
 from router_replay.errors import SeamError, UnsupportedError
+from router_replay.upstream import Installed, check_settings
 from router_replay_adapters import miles as miles_adapter
 from router_replay_adapters import slime as slime_adapter
 from router_replay_adapters.native_rows import FORWARD
-from tests.router_replay_adapters.stacks_here import applied, remove
+from router_replay_adapters.refusals import MEGATRON, SETTINGS
+from tests.router_replay_adapters.stacks_here import MEGATRON_ARGS, applied, remove
 
-ASKED = Namespace(use_rollout_routing_replay=True)
+ASKED = Namespace(**MEGATRON_ARGS, use_rollout_routing_replay=True)
 
 
 @pytest.fixture(params=["miles", "slime"])
@@ -71,20 +74,55 @@ def test_a_stack_that_does_not_replay_is_told(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"moe_router_fusion": True}, "cannot replay with --moe-router-fusion"),
-        ({"cuda_graph_impl": "local"}, "cannot replay with --cuda-graph-impl local"),
-        ({"cuda_graph_impl": "none", "external_cuda_graph": True}, "cannot replay with external_cuda_graph"),
-        ({"qkv_format": "bshd", "micro_batch_size": 2}, "--qkv-format bshd and --micro-batch-size 2"),
+        ({"moe_router_fusion": True}, "--moe-router-fusion is True: a fused router asks"),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, "--moe-router-load-balancing-type is 'sinkhorn'"),
+        ({"moe_router_load_balancing_type": ["aux_loss", "quantile_balancing"]}, "this balancing chooses"),
+        ({"cuda_graph_impl": "local"}, "--cuda-graph-impl is 'local'"),
+        ({"enable_cuda_graph": True}, "--enable-cuda-graph is True"),
+        ({"external_cuda_graph": True}, "--external-cuda-graph is True"),
+        ({"moe_expert_capacity_factor": 1.0}, "--moe-expert-capacity-factor is 1.0: tokens over"),
+        ({"moe_router_force_load_balancing": True}, "--moe-router-force-load-balancing is True: gates would come"),
+        ({"moe_router_force_biased": 0.0}, "--moe-router-force-biased is 0.0: gates would come"),
+        ({"moe_flex_dispatcher_backend": "hybridep"}, "--moe-flex-dispatcher-backend is 'hybridep'"),
+        ({"qkv_format": "bshd", "micro_batch_size": 2}, "--qkv-format is bshd and --micro-batch-size is 2"),
     ],
+    ids=lambda part: "" if isinstance(part, str) else "-".join(part),
 )
-def test_arguments_under_which_replay_is_none_stop_the_start(
+def test_arguments_under_which_replay_is_none_or_undone_stop_the_start(
     adapter: ModuleType, variables: None, arguments: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(UnsupportedError, match=message):
+    with pytest.raises(UnsupportedError, match=rf"^replay by \w+'s own queues cannot run where .*{message}"):
         adapter.init(Namespace(**{**vars(ASKED), **arguments}))
-    adapter.init(Namespace(**{**arguments, "use_rollout_routing_replay": False}))
+    adapter.init(Namespace(**{**vars(ASKED), **arguments, "use_rollout_routing_replay": False}))
     remove(adapter.PATCHES)
-    adapter.init(Namespace(**vars(ASKED), moe_router_fusion=False, qkv_format="bshd", micro_batch_size=1))
+
+
+def test_arguments_that_change_no_route_are_left_alone(adapter: ModuleType, variables: None) -> None:
+    own = {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"], "qkv_format": "bshd", "micro_batch_size": 1}
+    adapter.init(Namespace(**{**vars(ASKED), **own, "moe_token_dispatcher_type": "flex"}))
+
+
+def test_an_argument_that_is_gone_is_not_taken_for_one_that_is_off(adapter: ModuleType, variables: None) -> None:
+    """Stacks bring forks of Megatron, whose numbers do not say which of the newer and older names are there."""
+    in_some_releases = {row.setting for row in SETTINGS if row.releases}
+    adapter.init(Namespace(**{name: value for name, value in vars(ASKED).items() if name not in in_some_releases}))
+    remove(adapter.PATCHES)
+    for gone in MEGATRON_ARGS.keys() - in_some_releases:
+        with pytest.raises(SeamError, match=f"expected a setting '{gone}', found none"):
+            adapter.init(Namespace(**{name: value for name, value in vars(ASKED).items() if name != gone}))
+
+
+def test_a_fork_is_judged_by_what_it_has_and_not_by_its_number(
+    adapter: ModuleType, variables: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As miles' own Megatron, which is 0.16.0rc0 and has what others have since 0.17."""
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.16.0rc0")
+    with pytest.raises(UnsupportedError, match=r"--moe-router-force-biased is 0\.5"):
+        adapter.init(Namespace(**{**vars(ASKED), "moe_router_force_biased": 0.5}))
+
+
+def test_megatron_has_every_setting_that_is_looked_at() -> None:
+    assert check_settings(MEGATRON, SETTINGS, Installed(MEGATRON.distribution)) == []
 
 
 def test_a_name_with_other_parameters_stops_the_start(

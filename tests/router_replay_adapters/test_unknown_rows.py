@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ from tests.router_replay_adapters.routers import (
     SCORES,
     TOP_K,
     UNKNOWN,
+    TopK,
     expected_experts,
     experts_of,
     gradients_of,
@@ -108,6 +112,51 @@ def test_routers_that_do_not_ask_are_an_error_at_the_end_of_the_step(adapted: St
     adapted.record(RECORDED)
     with pytest.raises(CallOrderError, match=f"1 of 1 routers of {adapted.name} did not ask"):
         adapted.clear()
+
+
+def test_routers_that_ask_past_the_adapter_are_an_error_at_the_end_of_the_step(stack: StackHere) -> None:
+    """As those of a Megatron that got the stack's top-k before `init`; the stack counts what they take."""
+    earlier = router(_topk_as_it_is_now(stack))
+    with applied(stack.patches):
+        stack.register(earlier)
+        for _ in range(2):
+            stack.record(RECORDED[list(KNOWN)])
+            stack.set_stage(FORWARD)
+            earlier(hidden_states(len(KNOWN)))
+            with pytest.raises(CallOrderError, match=f"1 of 1 routers of {stack.name} took .* past router_replay_adap"):
+                stack.clear()
+            stack.forget()
+
+
+def _topk_as_it_is_now(stack: StackHere) -> Callable[[TopK], TopK]:
+    if isinstance(stack, Miles):
+        return functools.partial(stack.manager.get_topk_fn, return_probs=True)
+    assert isinstance(stack, Slime)
+    return stack.module.get_routing_replay_compute_topk
+
+
+def test_a_router_that_asked_in_one_step_has_to_in_the_next(adapted: StackHere) -> None:
+    made, states = _router(adapted), hidden_states(len(RECORDED))
+    adapted.record(RECORDED)
+    adapted.set_stage(FORWARD)
+    made(states)
+    adapted.clear()
+    adapted.record(RECORDED)
+    made.routing_replay.pop_forward()
+    with pytest.raises(CallOrderError, match=f"1 of 1 routers of {adapted.name} took"):
+        adapted.clear()
+
+
+def test_queues_of_token_positions_end_no_step_of_routers(miles_replay_base: ModuleType, pinned_memory: None) -> None:
+    """Miles empties the queues of each of its managers; these have nothing to do with each other."""
+    miles = Miles(miles_replay_base, miles_adapter.PATCHES)
+    with applied(miles.patches):
+        made = _router(miles)
+        miles.record(RECORDED)
+        miles.set_stage(FORWARD)
+        made(hidden_states(len(RECORDED)))
+        miles_replay_base.BaseReplayManager().clear_all()
+        miles.clear()
 
 
 def test_passes_that_look_like_recomputes_are_the_step(adapted: StackHere) -> None:
@@ -221,6 +270,38 @@ def test_an_expert_that_the_router_does_not_have_is_refused(adapted: StackHere, 
     adapted.set_stage(FORWARD)
     with pytest.raises(PairingError, match=rf"row 4 .* \[{strange}, 8, 11, 4\], and the router has experts 0 to 15"):
         made(states)
+
+
+@pytest.mark.parametrize(
+    "twice", [[0, 0, 0, 0], [7, 3, 3, 9], [7, 3, 9, 7], [3, 7, 3, 9]], ids=["zeros", "beside", "ends", "apart"]
+)
+@pytest.mark.parametrize("stage", [FORWARD, RECOMPUTE])
+def test_a_row_with_an_expert_twice_is_refused(adapted: StackHere, stage: str, twice: list[int]) -> None:
+    """Zeros are what SGLang's own recorder has where nothing was recorded; they would send a token to expert 0."""
+    made, states = _router(adapted), hidden_states(len(RECORDED))
+    experts = RECORDED.clone()
+    experts[4] = torch.tensor(twice)
+    adapted.record(experts)
+    adapted.set_stage(stage)
+    with pytest.raises(DataError, match=rf"row 4 of a microbatch with experts \{twice}, and a choice of 4 has none"):
+        made(states)
+
+
+def test_slimes_own_padding_is_replayed(
+    slime_modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, pinned_memory: None
+) -> None:
+    """Its rows are consecutive experts, which begin anew behind the last; miles' own padding is -1."""
+    pad = importlib.import_module("slime.backends.megatron_utils.cp_utils")._pad_routed_experts
+    known = RECORDED[list(KNOWN)]
+    padded = pad(known[:, None].repeat(1, 3, 1), 11, NUM_EXPERTS)
+    slime = Slime(importlib.import_module("slime.utils.routing_replay"), slime_adapter.PATCHES, monkeypatch)
+    with applied(slime.patches):
+        made = _router(slime)
+        slime.record(padded[:, 1])
+        slime.set_stage(FORWARD)
+        assert experts_of(made(hidden_states(len(padded)))[1]) == [set(row) for row in padded[:, 1].tolist()]
+        assert [len(set(row)) for row in padded[:, 1].tolist()] == [TOP_K] * len(padded)
+        slime.clear()
 
 
 @pytest.mark.parametrize("more", [1, -3])

@@ -85,6 +85,18 @@ def test_an_argument_that_is_missing_is_enough_for_the_status(slime: None, monke
     assert _run("--stack", "slime", *ARGUMENTS).exit_code == 0
 
 
+def test_an_argument_with_which_the_adapter_is_never_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("router_replay_cli.stack._print_package", lambda console, stack: True)
+    monkeypatch.setattr("router_replay_cli.stack._print_names", lambda console, ledger: True)
+    arguments = [each.replace("slime", "miles") for each in ARGUMENTS]
+    result = _run("--stack", "miles", *arguments, "--train-backend", "fsdp")
+    assert result.exit_code == 1
+    assert "to take away --train-backend fsdp, with which miles never loads the adapter" in result.output
+    assert _run("--stack", "miles", *arguments, "--train-backend", "megatron").exit_code == 0
+
+
 def test_a_stack_with_another_name_is_told(slime: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from slime.utils import routing_replay
 
