@@ -17,6 +17,7 @@ from cpu_engines.megatron.logprobs import forward_logits, token_logprobs
 from cpu_engines.megatron.qwen3_moe import hf_tensors, load_qwen3_moe
 from examples.grpo import loop
 from examples.grpo.loop import Updates
+from examples.grpo.rollouts import _require_version
 from examples.grpo.settings import Settings
 from examples.grpo.state import RunFolder
 from examples.grpo.weights import export
@@ -286,6 +287,19 @@ def test_a_run_that_goes_on_is_the_same_to_the_last_bit(model, tokenizer, tmp_pa
     assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
     assert first == second
     assert (first["reward"], first["groups_of_one_reward"]) == (0.5, 0.0)
+
+
+def test_masks_of_other_weights_than_the_server_was_given_are_refused(model, tokenizer):
+    def of(*versions):
+        runs = tuple(enumerate(versions))
+        return [replace(each, masks=replace(each.masks, weight_versions=runs)) for each in played]
+
+    with attach(model) as replay:
+        played = own_conversations(model, replay, tokenizer, 4, 4)
+    _require_version(of("run-1"), "run-1")
+    for other in (of("run-0"), of("run-1", "run-0"), of(), [*of("run-1"), *of("run-2")]):
+        with pytest.raises(RolloutError, match="the server was given the weights 'run-1', and the masks name"):
+            _require_version(other, "run-1")
 
 
 def test_a_bad_token_of_a_pass_is_told_before_the_weights_change(model, tokenizer, monkeypatch):
