@@ -174,7 +174,8 @@ class NativeRows:
             f"{found}, and a choice of {len(experts)} has none of them twice. SGLang's own recorder leaves zeros where"
             " it recorded nothing, and every server does in layers that are dense for it: have all servers capture by"
             f" this package's recorder (r3 doctor --stack {self._stack} --server URL), compare their model's dense"
-            " layers with the trainer's --moe-layer-freq, and look for what else fills rows between the two"
+            " layers with the trainer's --moe-layer-freq, and look for what else fills rows between the two: one of a"
+            f" token that no server saw, such as a tool's, is {UNKNOWN} in every expert"
         )
 
     def _warn(self, num_rows: int) -> None:

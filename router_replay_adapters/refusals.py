@@ -67,7 +67,8 @@ SETTINGS = (
     Refusal(
         "expert capacity limits",
         f"{_CONFIG}.moe_expert_capacity_factor",
-        lambda value: value is None,
+        # Megatron takes a negative one for none, once it has made a configuration of its arguments.
+        lambda value: value is None or value < 0,
         "tokens over an expert's capacity are dropped after the replay",
         "turn it off",
         flag="--moe-expert-capacity-factor",

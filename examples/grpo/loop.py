@@ -135,9 +135,9 @@ class Updates:
         return self._told(number, played, filtered, batches, losses, norms, drift)
 
     def _microbatches(self, played: Sequence[Conversation], groups: Sequence[int]) -> list[Microbatch]:
-        """In the order of the conversations, so that each minibatch has whole groups unless filters took some.
+        """In the order of the conversations; minibatches differ by one at most, whatever filters left.
 
-        Minibatches differ by one conversation at most, whatever filters left.
+        They are of whole groups where their number divides that of the problems, and filters took none.
         """
         rewards = torch.tensor([float(each.correct) for each in played])
         advantages = group_relative_advantages(rewards, packed_responses(played, groups)).to(self._device)

@@ -111,7 +111,7 @@ class LogRatios:
         groups = self.responses.groups_with(process_group)
         if process_group is not None and self.told is not None:
             ranks = dist.get_process_group_ranks(process_group)
-            if not self.told.issuperset(ranks):
+            if len(ranks) > 1 and not self.told.issuperset(ranks):
                 raise InputError(
                     f"these ratios were made with ranks {sorted(self.told)}, and are now joined over ranks {ranks}: a"
                     " token that cannot be used raises on its own rank alone, and the others wait for it; give"

@@ -24,7 +24,7 @@ def refuse_experts_without_replay(engine: Any, batch: Any) -> None:
             f"a batch of the policy has {_EXPERTS!r} and no {KEY!r}, and verl's own replay is off, so that nobody"
             " would replay them: set actor_rollout_ref.actor.megatron.router_replay.mode=R3 for verl's own replay of"
             " them; or, for packed rows, SGLANG_ROUTER_CAPTURE=1 in every process, and no SGLANG_ROUTER_CAPTURE_FORMAT"
-            f" in any; take {_ASKED_BY} away to train without replay"
+            f" in any; take {_ASKED_BY} away to train without replay, and without verl's load-balance metrics"
         )
 
 

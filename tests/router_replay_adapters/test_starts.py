@@ -99,6 +99,8 @@ def test_arguments_under_which_replay_is_none_or_undone_stop_the_start(
 
 def test_arguments_that_change_no_route_are_left_alone(adapter: ModuleType, variables: None) -> None:
     own = {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"], "qkv_format": "bshd", "micro_batch_size": 1}
+    # Megatron's own way to say that there is none.
+    own["moe_expert_capacity_factor"] = -1.0
     adapter.init(Namespace(**{**vars(ASKED), **own, "moe_token_dispatcher_type": "flex"}))
 
 

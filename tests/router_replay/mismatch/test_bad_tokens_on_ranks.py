@@ -160,10 +160,13 @@ def _rank(rank: int) -> dict[str, Any]:
         found = together(lambda: rank, first_alone)
     except RouterReplayError as error:
         found = str(error)
+    # A group of one rank leaves nobody waiting.
+    by_itself = None if rank else diagnose(_alone(rank), process_group=first_alone).flat()
     dropping = _ratios(rank, _holding(math.nan), bad_responses="drop")
     return {
         "raised": raised,
         "alone": found,
+        "by itself": by_itself,
         "dropped": _measured(dropping, dist.group.WORLD),
         "none bad": _measured(_ratios(rank, _good), dist.group.WORLD),
     }
@@ -180,6 +183,10 @@ def test_both_ranks_raise_the_same(name, ranks):
     assert first is not None and first == second
     kind = RouterReplayError if name == "another kind of error" else InputError
     assert first[0] is kind and first[1].startswith(CASES[name][1]), first[1]
+
+
+def test_ratios_that_were_made_alone_have_figures_in_a_group_of_one(ranks):
+    assert ranks[0]["by itself"] == diagnose(_alone(0)).flat()
 
 
 def test_a_rank_is_told_of_a_group_that_it_is_not_in(ranks):
