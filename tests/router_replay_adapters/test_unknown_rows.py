@@ -290,7 +290,10 @@ def test_a_row_with_an_expert_twice_is_refused(adapted: StackHere, stage: str, t
 def test_slimes_own_padding_is_replayed(
     slime_modules: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, pinned_memory: None
 ) -> None:
-    """Its rows are consecutive experts, which begin anew behind the last, without a checkout a stand-in's; miles' padding is -1."""
+    """Its rows are consecutive experts, which begin anew behind the last; without a checkout they are a stand-in's.
+
+    miles pads with -1.
+    """
     pad = importlib.import_module("slime.backends.megatron_utils.cp_utils")._pad_routed_experts
     known = RECORDED[list(KNOWN)]
     padded = pad(known[:, None].repeat(1, 3, 1), 11, NUM_EXPERTS)
