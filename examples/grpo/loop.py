@@ -129,7 +129,7 @@ class Updates:
                     f"the gradient of step {number} has the norm {norms[-1]}, and the weights stay as they were: look"
                     " at the largest ratios of the steps before it. A restart takes the same conversations and comes to"
                     " the same: delete those of this step (rollouts/) to play it anew, or begin a run with a lower rate"
-                    " or with --correction MIS"
+                    " or with --correction TIS"
                 )
             self.optimizer.step()
         return self._told(number, played, filtered, batches, losses, norms, drift)

@@ -106,7 +106,7 @@ def _tell_if_nothing_is_known(metrics: Mapping[str, float]) -> None:
     if invalid and not metrics.get("places/replayed", 0.0) and _nothing_replayed.due():
         logger.warning(
             "none of the %d places with a row in this rank's mini-batch has a valid one, so that it was trained without"
-            " replay; where that goes on, see r3 doctor --stack verl --server URL",
+            " replay; where that goes on, see r3 doctor --stack verl-packed --server URL",
             invalid,
         )
 
