@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import socket
 import tempfile
 import time
 import urllib.error
@@ -20,6 +19,7 @@ import psutil
 from benchmarks.transport import detokenizer, reader, scheduler, server
 from benchmarks.transport.reader import Ask
 from benchmarks.transport.ways import HOPS, TRIM, Places
+from cpu_engines.sglang.ports import free_port
 
 SCHEDULER, DETOKENIZER, SERVER, READER, RAYS = PROCESSES = ("scheduler", "detokenizer", "server", "trainer", "Ray's")
 
@@ -122,7 +122,7 @@ def chain(models: dict[str, int]) -> Iterator[Chain]:
     spawn = multiprocessing.get_context("spawn")
     hops = spawn.RawArray("Q", len(HOPS))
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-        places = Places(Path(folder), _free_port(), ray.get_runtime_context().gcs_address)
+        places = Places(Path(folder), free_port(), ray.get_runtime_context().gcs_address)
         for each in (places.handles, places.served):
             each.mkdir()
         ends = {name: spawn.Pipe() for name in PROCESSES if name != RAYS}
@@ -184,9 +184,3 @@ def _wait_until_served(url: str) -> None:
             return
         time.sleep(0.1)
     raise RuntimeError(f"nobody answers at {url}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -7,7 +7,6 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import psutil
+
+from cpu_engines.sglang.ports import free_port
 
 STAND_INS = Path(__file__).parent / "stand_ins"
 STAND_IN_PLUGIN = "sglang_cpu_engine"
@@ -146,7 +147,7 @@ def serve(
     """
     with tempfile.TemporaryDirectory(prefix="sglang-cpu-") as folder:
         log_file = Path(folder) / "server.log"
-        port = _free_port()
+        port = free_port()
         base_flags = CPU_FLAGS if cpu else ()
         with log_file.open("wb") as output:
             process = start(
@@ -191,12 +192,6 @@ def base_environment(added: Mapping[str, str] | None = None, *, model_package: s
 
 def _paths(*paths: str) -> str:
     return os.pathsep.join(filter(None, paths))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def end_with_parent() -> None:

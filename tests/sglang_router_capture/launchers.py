@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import pkgutil
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,8 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import publish
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils import kill_process_tree
+
+from cpu_engines.sglang.ports import free_port
 
 SETTINGS = {
     "device": "cpu",
@@ -52,9 +53,7 @@ REQUEST = {
 def slime_and_miles(model: str) -> None:
     """A process of its own for `launch_server`, and requests over HTTP; the settings ask for routes."""
     multiprocessing.set_start_method("spawn", force=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server_args = ServerArgs(
         model_path=model, port=port, enable_return_routed_experts=True, tokenizer_worker_num=2, **SETTINGS
     )
