@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from examples.grpo.centering import RULES, logprobs_with_top_k, scores_with_top_k, top_k_of
+from examples.grpo.centering import RULES, logprobs_with_top_k, scores_with_top_k
 from examples.grpo.engine import Engine
 from examples.grpo.figures import (
     dynamics_of,
@@ -27,21 +25,20 @@ from examples.grpo.figures import (
     run_step,
     update_figures,
 )
+from examples.grpo.microbatches import Microbatch, microbatches, minibatches
 from examples.grpo.settings import Settings
 from examples.grpo.state import RunFolder
 from examples.grpo.weights import Rendered, in_bfloat16
 from examples.multi_turn_replay.rollout import Conversation
-from megatron_router_replay import BatchLayout, Replay
+from megatron_router_replay import Replay
 from router_replay.errors import InputError
 from router_replay.masks.agreement import RouteTally
 from router_replay.mismatch import (
     FilteredResponses,
     LogRatios,
     LossMetrics,
-    Responses,
     SamplerTopK,
     filter_responses,
-    group_relative_advantages,
     grpo_loss,
     gspo_loss,
     masked_importance_weights,
@@ -50,44 +47,6 @@ from router_replay.mismatch import (
 )
 from router_replay.replay.microbatch import MicrobatchRoutes
 from router_replay.run import Dynamics, RunStep, write_step
-
-
-@dataclass(frozen=True, eq=False)
-class Microbatch:
-    """B conversations of up to T tokens, padded behind: what one forward pass takes, and what its loss needs.
-
-    Attributes:
-        token_ids: int64 `[B, T]`.
-        layout: the same for replay.
-        responses: which tokens the rollout sampled.
-        rollout: log-probabilities of the tokens by the rollout engine, nats, `[B, T]`.
-        advantages: `[B]`.
-        minibatch: number of the optimizer step that it is for.
-        denominator: of the sum over its conversations: those of the minibatch, over the number of its microbatches,
-            since Megatron takes the mean over these.
-        routes: whose experts the passes take; None for the trainer's own in each.
-        top_k: the rollout engine's most probable tokens, where scores are centred.
-        old: log-probabilities by the trainer's weights before the step, `[B, T]`.
-        old_top_k: the same of `top_k`, `[B, T, K]`.
-        entropies: of the distributions of these weights that the tokens are drawn from, `[B, T]`.
-        own_routes: that the trainer took by itself when `old` was made, `[tokens, L, K]`; None where it replays.
-        weights: of the loss, `[B, T]`, or None.
-    """
-
-    token_ids: Tensor
-    layout: BatchLayout
-    responses: Responses
-    rollout: Tensor
-    advantages: Tensor
-    minibatch: int
-    denominator: float
-    routes: MicrobatchRoutes | None = None
-    top_k: SamplerTopK | None = None
-    old_top_k: Tensor | None = None
-    old: Tensor | None = None
-    entropies: Tensor | None = None
-    own_routes: Tensor | None = None
-    weights: Tensor | None = None
 
 
 class Updates:
@@ -109,12 +68,12 @@ class Updates:
             return self._told_of_nothing(number, played, filtered)
         kept = [played[each] for each in filtered.kept]
         groups = [each // self.settings.group_size for each in filtered.kept]
-        batches = self._scored(self._microbatches(kept, groups), advance)
+        batches = self._scored(microbatches(kept, groups, self.model, self.replay, self.settings), advance)
         losses: list[LossMetrics] = []
         norms: list[float] = []
         drift: list[RouteTally] = []
         first = (number - 1) * self.settings.minibatches
-        for update, minibatch in enumerate(_minibatches(batches), start=first):
+        for update, minibatch in enumerate(minibatches(batches), start=first):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.settings.learning_rate * min(1.0, (update + 1) / self.settings.warmup)
             self.optimizer.zero_grad()
@@ -133,49 +92,6 @@ class Updates:
                 )
             self.optimizer.step()
         return self._told(number, played, filtered, batches, losses, norms, drift)
-
-    def _microbatches(self, played: Sequence[Conversation], groups: Sequence[int]) -> list[Microbatch]:
-        """In the order of the conversations; minibatches differ by one at most, whatever filters left.
-
-        They are of whole groups where their number divides that of the problems, and filters took none.
-        """
-        rewards = torch.tensor([float(each.correct) for each in played])
-        advantages = group_relative_advantages(rewards, packed_responses(played, groups)).to(self._device)
-        num_minibatches = min(self.settings.minibatches, len(played))
-        bounds = [len(played) * each // num_minibatches for each in range(num_minibatches + 1)]
-        made = []
-        for minibatch, (start, end) in enumerate(itertools.pairwise(bounds)):
-            firsts = range(start, end, self.settings.microbatch)
-            for first in firsts:
-                part = slice(first, min(first + self.settings.microbatch, end))
-                token_ids = self._padded([each.token_ids for each in played[part]], torch.int64)
-                layout = BatchLayout.padded(token_ids, [len(each.token_ids) for each in played[part]])
-                routes = None
-                if self.settings.routes == "R3":
-                    routes = self.replay.place([each.masks for each in played[part]], layout)
-                responses = Responses.padded(self._padded([each.sampled for each in played[part]], torch.bool))
-                made.append(
-                    Microbatch(
-                        token_ids=token_ids,
-                        layout=layout,
-                        responses=responses,
-                        rollout=self._padded([each.rollout_logprobs for each in played[part]], torch.float32),
-                        advantages=advantages[part],
-                        minibatch=minibatch,
-                        denominator=(end - start) / len(firsts),
-                        routes=routes,
-                        top_k=top_k_of(played[part], responses, self.settings.score_centering, self.model.vocab_size),
-                    )
-                )
-        return made
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def _padded(self, rows: Sequence[Sequence[Any]], dtype: torch.dtype) -> Tensor:
-        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)
-        return padded.to(self._device)
 
     def _scored(self, batches: Sequence[Microbatch], advance: Callable[[], Any]) -> list[Microbatch]:
         """With the log-probabilities of the old policy, by the routes that training will take, and weights."""
@@ -378,9 +294,3 @@ def _filtered(played: Sequence[Conversation], settings: Settings) -> FilteredRes
         flags={reason: flags[reason] for reason in settings.drop if reason in flags},
         one_reward="one-reward" in settings.drop,
     )
-
-
-def _minibatches(batches: Sequence[Microbatch]) -> Iterator[list[Microbatch]]:
-    """The microbatches of each optimizer step."""
-    for _, minibatch in itertools.groupby(batches, operator.attrgetter("minibatch")):
-        yield list(minibatch)
