@@ -3,7 +3,7 @@
     python -m studies.stability run                  # goes on where it stands, until every run has its result
     python -m studies.stability run --minutes 60     # for an hour: no further piece of ten steps begins after it
     python -m studies.stability status
-    python -m studies.stability picture              # docs/stability.png, from the results that are there
+    python -m studies.stability picture              # docs/stability*.png, from the results that are there
 
 docs/stability.md has the design and what was seen.
 """
@@ -63,13 +63,14 @@ def status(out: Out = DEFAULT_OUT) -> None:
 
 @app.command()
 def picture(
-    to: Annotated[Path, typer.Option(help="The PNG that is written.")] = Path("docs/stability.png"),
+    to: Annotated[Path, typer.Option(help="The folder that the PNGs are written to.")] = Path("docs"),
 ) -> None:
     """Draw how training went in each arm that has a result."""
-    from studies.stability.plots import draw
+    from studies.stability.plots import PICTURES, draw
 
-    draw(to)
-    Console().print(f"written: {to}", soft_wrap=True)
+    for name, arms in PICTURES.items():
+        draw(to / name, arms)
+        Console().print(f"written: {to / name}", soft_wrap=True)
 
 
 if __name__ == "__main__":

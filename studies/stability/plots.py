@@ -1,4 +1,4 @@
-"""The picture of docs/stability.md: how training went in each arm."""
+"""The pictures of docs/stability.md: how training went in each arm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from router_replay.files import write_whole
 from router_replay.run.collapse import window_means
-from studies.stability.protocol import ARMS
+from studies.stability.protocol import FIRST, LATER, Arm
 from studies.stability.results import RESULTS, Result, finished
 
 _PANELS: tuple[tuple[str, bool, Callable[[Result], Sequence[float | None]]], ...] = (
@@ -23,16 +23,19 @@ _PANELS: tuple[tuple[str, bool, Callable[[Result], Sequence[float | None]]], ...
     ("tokens of a response", False, lambda result: result.series("response_tokens")),
 )
 
-_SMALLEST = 1e-8
-"""What a logarithmic axis begins with: the control's k3 is rounding, and some steps have no gradient."""
+_SMALLEST = 1e-6
+"""What a logarithmic axis begins with: the controls' k3 is rounding, and some steps have no gradient."""
+
+PICTURES: dict[str, Sequence[Arm]] = {"stability.png": FIRST, "stability-others.png": (FIRST[0], *LATER)}
+"""Which arms are drawn into which file; the control into both, as all are read beside it."""
 
 
-def draw(path: Path, folder: Path = RESULTS) -> None:
-    """Write a PNG: score on held-out problems and five figures over the steps, a line for each arm.
+def draw(path: Path, arms: Sequence[Arm], folder: Path = RESULTS) -> None:
+    """Write a PNG: score on held-out problems and five figures over the steps, a line for each arm that has a result.
 
     A line is the median over an arm's runs; what lies between all of them is shaded. A cross is where a run collapsed.
     """
-    found = {name: [each for each in finished(arm, folder) if each.steps] for name, arm in ARMS.items()}
+    found = {arm.name: [each for each in finished(arm, folder) if each.steps] for arm in arms}
     found = {name: runs for name, runs in found.items() if runs}
     figure = Figure(figsize=(12, 6.4), layout="constrained")
     first, *others = figure.subplots(2, 3).flat
@@ -58,7 +61,9 @@ def draw(path: Path, folder: Path = RESULTS) -> None:
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=max(len(found), 1), fontsize=9, frameon=False)
+    # Two lines, where one would be wider than the picture.
+    columns = len(found) if len(found) <= 5 else math.ceil(len(found) / 2)
+    figure.legend(loc="outside lower center", ncols=max(columns, 1), fontsize=9, frameon=False)
     write_whole(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
 
 

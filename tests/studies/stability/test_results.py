@@ -106,9 +106,23 @@ def test_what_was_published_stands_beside_what_was_seen(folder):
     assert all(cells[-1] == "not run" for cells in rows[3:])
 
 
-def test_the_picture_is_drawn_of_what_is_there(folder, tmp_path):
-    plots.draw(tmp_path / "stability.png", folder)
-    assert imread(tmp_path / "stability.png").std() > 0.01
+@pytest.mark.parametrize("name", plots.PICTURES)
+def test_a_picture_is_drawn_of_what_is_there(folder, tmp_path, name):
+    plots.draw(tmp_path / name, plots.PICTURES[name], folder)
+    assert imread(tmp_path / name).std() > 0.01
+
+
+def test_every_arm_is_in_a_picture():
+    assert {arm.name for arms in plots.PICTURES.values() for arm in arms} == ARMS.keys()
+
+
+def test_a_picture_has_room_for_all_arms(tmp_path):
+    for arm in ARMS.values():
+        results.write(Run(arm, 1), lines_of(FALLING, SCORES, 1e-3), tmp_path / "results")
+    plots.draw(tmp_path / "all.png", tuple(ARMS.values()), tmp_path / "results")
+    drawn = imread(tmp_path / "all.png")
+    # A legend that is wider than the picture is cut at its edges.
+    assert all((edge == 1).all() for edge in (drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]))
 
 
 @pytest.mark.parametrize(
@@ -138,7 +152,7 @@ def test_a_run_that_failed_is_a_result_of_the_steps_before(folder, tmp_path):
     assert found is not None and found.failed is not None and len(found.steps) == 30 and found.last == 0.5
     assert "| R2 | 1 | failed at 31 |" in page.table(folder)
     assert "| R2 | 0.400 | 0.500 |  |  |  |  |" in page.evaluations(folder)
-    plots.draw(tmp_path / "stability.png", folder)
+    plots.draw(tmp_path / "stability.png", tuple(ARMS.values()), folder)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
@@ -179,4 +193,4 @@ def test_what_is_no_result_is_refused(folder, text):
 def test_a_run_that_failed_in_its_first_step_is_named_and_nothing_more(folder, tmp_path):
     results.write(Run(ARMS["R2"], 1), lines_of([], {0: 0.4}, 1e-3), folder, failed="InputError: NaN")
     assert "| R2 | 1 | failed at 1 |  |" in page.table(folder)
-    plots.draw(tmp_path / "stability.png", folder)
+    plots.draw(tmp_path / "stability.png", tuple(ARMS.values()), folder)
