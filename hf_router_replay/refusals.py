@@ -89,4 +89,7 @@ def _replaced(module: nn.Module, stock_module: str, stock_name: str) -> str | No
     forward = type(module).forward
     if (forward.__module__, forward.__qualname__) != (stock_module, f"{stock_name}.forward"):
         return f"with the forward {forward.__module__}.{forward.__qualname__}"
+    # A decorator passes the name on that it decorates.
+    if hasattr(forward, "__wrapped__"):
+        return f"whose forward is wrapped, by {forward.__code__.co_filename}"
     return None

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from router_replay.errors import UnsupportedError
+from router_replay.errors import DataError, UnsupportedError
 from router_replay.masks import masks_from_meta_info
 from router_replay.upstream import Attribute, Ledger, Patch, Seam
 from router_replay_adapters import miles
@@ -43,6 +43,7 @@ _TESTS = "tests/router_replay_adapters/test_miles_packed.py"
 _FILL = "backends.megatron_utils.actor.fill_replay_data"
 _RECORD = "utils.replay_base.Replay.record"
 _UPDATE = "Sample.update_from_meta_info"
+_LOSS_MASKS = "loss_masks"
 _OLDER_ROLLOUT = "MILES_USE_LEGACY_ROLLOUT_V1"
 
 
@@ -161,16 +162,23 @@ _packed = PackedQueues()
 
 
 class _Numbered:
-    """miles' iterator of microbatches, which gives the numbers of rows in the place of packed rows, and keeps these."""
+    """miles' iterator of microbatches, which gives the numbers of rows in the place of packed rows, and keeps these.
+
+    miles itself has a row of every token but the last, or stops; numbers always are as many. So it has to be looked at
+    here whether the tokens that teach have rows.
+    """
 
     def __init__(self, iterator: Any) -> None:
         self._iterator = iterator
         self.containers: list[Any] = []
         self.tokens: list[Tensor] = []
+        self.loss_masks: list[Tensor] | None = []
 
     def get_next(self, keys: Iterable[str]) -> dict[str, Any]:
-        batch = self._iterator.get_next(keys)
-        self.containers, self.tokens = batch[KEY], batch["tokens"]
+        batch = self._iterator.get_next([*keys, _LOSS_MASKS])
+        self.containers, self.tokens, self.loss_masks = batch[KEY], batch["tokens"], batch.pop(_LOSS_MASKS)
+        if self.loss_masks is None:
+            raise DataError(f"a batch of miles has routes and no {_LOSS_MASKS!r}, which tell what tokens teach")
         return {**batch, KEY: numbered_rows(self.tokens)}
 
     def reset(self) -> _Numbered:
@@ -196,7 +204,7 @@ def around_fill_replay_data(original: Callable[..., None]) -> Callable[..., None
         numbered = _Numbered(data_iterator[0])
 
         def register(replay_list: list[Any], numbers: Tensor, **more: Any) -> None:
-            microbatch = _packed.microbatch(numbered.containers, numbered.tokens, numbers)
+            microbatch = _packed.microbatch(numbered.containers, numbered.tokens, numbers, numbered.loss_masks)
             register_replay_list_func(replay_list, microbatch, **more)
 
         original(

@@ -28,6 +28,7 @@ from router_replay.replay.layout import BatchLayout
 from router_replay.replay.microbatch import MicrobatchRoutes
 from router_replay.replay.placement import place, to_device
 from router_replay_adapters.seldom import Seldom
+from router_replay_adapters.trained_rows import require_trained_rows
 
 logger = logging.getLogger(__name__)
 
@@ -87,27 +88,13 @@ def after_answer(before: RoutingMasks | None, masks: RoutingMasks, token_ids: Se
     return RoutingMasks.join([kept, masks], ids)
 
 
-def require_trained_rows(masks: RoutingMasks | None, num_tokens: int, trained: Sequence[int]) -> None:
-    """Refuse a sample that teaches tokens whose routes are not in its masks.
-
-    Args:
-        num_tokens: of the whole sample.
-        trained: its response's loss mask.
-
-    Raises:
-        DataError: tokens that teach, and no rows of the tokens in front of the last of them.
-    """
-    last = max((index for index, teaches in enumerate(trained) if teaches), default=None)
-    if last is None:
-        return
-    position, end = num_tokens - len(trained) + last, 0 if masks is None else masks.end
-    if end < position:
-        raise DataError(
-            f"a sample teaches its token {position}, and has routes of {end} of the {position} tokens in front of it:"
-            " every answer has to come from a server with SGLANG_ROUTER_CAPTURE=1 that was asked for"
-            " return_routed_experts, and its meta_info has to reach the sample; set the loss mask of such tokens to 0"
-            " to go without them"
-        )
+def require_trained(masks: RoutingMasks | None, num_tokens: int, trained: Sequence[int]) -> None:
+    """`require_trained_rows` of a sample that has these masks."""
+    way_out = (
+        "every answer has to come from a server with SGLANG_ROUTER_CAPTURE=1 that was asked for return_routed_experts,"
+        " and its meta_info has to reach the sample"
+    )
+    require_trained_rows(0 if masks is None else masks.end, num_tokens, trained, way_out)
 
 
 def geometry_of(args: Namespace) -> RoutingGeometry:
@@ -146,16 +133,23 @@ class PackedQueues:
         self._places: Counter[str] = Counter()
         self._warning = Seldom()
 
-    def microbatch(self, containers: Sequence[Any], tokens: Sequence[Tensor], numbers: Tensor) -> PackedMicrobatch:
+    def microbatch(
+        self,
+        containers: Sequence[Any],
+        tokens: Sequence[Tensor],
+        numbers: Tensor,
+        trained: Sequence[Tensor] | None = None,
+    ) -> PackedMicrobatch:
         """Check masks against their tokens and the model, and put rows in this rank's places, on the host.
 
         Args:
             containers: of each sequence, as of `container_of`.
             tokens: int `[n]` for each sequence, whole; routers are on their device.
             numbers: `numbered_rows(tokens)` as the stack laid them out for this rank.
+            trained: the loss mask of each response; None where samples were looked at before.
 
         Raises:
-            DataError: as of `masks_of`.
+            DataError: as of `masks_of`, and of `require_trained_rows`.
             PairingError: masks of other tokens or another model.
         """
         assert self.geometry is not None
@@ -163,6 +157,9 @@ class PackedQueues:
         masks = [masks_of(container) for container in containers]
         # A microbatch may be one sequence, and one without a valid row says nothing of a step.
         routes = place(masks, layout, self.geometry, torch.device("cpu"), partial=True, valid=False)
+        if trained is not None:
+            for one, ids, loss_mask in zip(masks, tokens, trained, strict=True):
+                require_trained(one, len(ids), loss_mask.tolist())
         self._tell(routes)
         return PackedMicrobatch(routes, tokens[0].device, self._on_device)
 

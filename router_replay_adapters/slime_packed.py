@@ -34,7 +34,7 @@ from router_replay_adapters.packed_queues import (
     container_of,
     geometry_of,
     numbered_rows,
-    require_trained_rows,
+    require_trained,
 )
 from router_replay_adapters.refusals import refuse_settings
 from router_replay_adapters.stacks import STACKS, say_at_start
@@ -193,7 +193,7 @@ def _routes_of(sample: Any) -> RoutingMasks | None:
         masks.check_tokens(sample.tokens)
     if not sample.remove_sample:
         trained = [1] * sample.response_length if sample.loss_mask is None else sample.loss_mask
-        require_trained_rows(masks, len(sample.tokens), trained)
+        require_trained(masks, len(sample.tokens), trained)
     return masks
 
 

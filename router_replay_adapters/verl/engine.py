@@ -44,7 +44,7 @@ def around_forward_step(original: Callable[..., Any]) -> Callable[..., Any]:
         masks = masks_of(batch.get(KEY, None))
         # Masks that are there are replayed whatever this process' environment says.
         if masks is None and not are_asked_for():
-            refuse_experts_without_replay(engine, batch)
+            refuse_experts_without_replay(engine, batch, model)
             return original(engine, iter([batch]), model, *args, **others)
         if masks is None:
             raise DataError(

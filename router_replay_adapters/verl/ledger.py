@@ -72,6 +72,13 @@ _SEAMS: dict[str, tuple[Seam, ...]] = {
             "the last token of a sequence, which no rollout has a route of, is left out there",
             _MASK,
         ),
+        Seam(
+            f"{REPLAY_DATA}.iter_model_routers",
+            ("model",),
+            "called by unreplayed.refuse_experts_without_replay",
+            "it gives the routers of a chunk, which know whether they replay",
+            _LOUD,
+        ),
     ),
     AGENT_LOOP: (
         Seam(
@@ -98,6 +105,16 @@ _SEAMS: dict[str, tuple[Seam, ...]] = {
             )
             for name in ("AgentLoopOutput", "_InternalAgentLoopOutput")
             for field in ("prompt_ids", "routed_experts")
+        ),
+        *(
+            Seam(
+                f"{AGENT_LOOP}.AgentLoopOutput.{field}",
+                None,
+                "read by padding.require_trained",
+                "they tell which tokens teach, whose rows have to be there",
+                _PAD,
+            )
+            for field in ("response_ids", "response_mask")
         ),
         Seam(
             f"{AGENT_LOOP}._InternalAgentLoopOutput.extra_fields",

@@ -17,6 +17,7 @@ import numpy as np
 from router_replay.errors import DataError, InputError
 from router_replay.masks.container import from_bytes, to_bytes
 from router_replay.masks.masks import RoutingMasks
+from router_replay_adapters.verl.padding import require_trained
 from sglang_router_capture.options import CaptureOptions
 
 KEY = "routing_masks"
@@ -121,7 +122,7 @@ def _taken_out(output: Any) -> tuple[bytes | None, Any]:
     """A sample's masks as bytes, and the sample without them; None where no token was sampled.
 
     Raises:
-        DataError: the sample has routes of another kind, or sampled tokens and no routes.
+        DataError: the sample has routes of another kind, or sampled tokens and no routes of them.
     """
     routes = output.routed_experts
     if routes is None and any(output.response_mask):
@@ -137,6 +138,7 @@ def _taken_out(output: Any) -> tuple[bytes | None, Any]:
             f"this run's servers send masks, but a sample of verl has routes that are a {type(routes).__name__}: unset"
             " SGLANG_ROUTER_CAPTURE where the rollout is not SGLang with this package"
         )
+    require_trained(routes.masks.end, output)
     return to_bytes(routes.masks), output.model_copy(update={"routed_experts": None})
 
 

@@ -12,17 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from router_replay_adapters.trained_rows import require_trained_rows
 from router_replay_adapters.unknown import UNKNOWN
 from router_replay_adapters.verl.unknown_rows import UnknownRows
 
 _unknown_rows = UnknownRows()
 
 
+def require_trained(known: int, output: Any) -> None:
+    """`require_trained_rows` of verl's `AgentLoopOutput`, whose first `known` tokens have routes."""
+    way_out = (
+        "an agent loop of your own keeps `routed_experts` of a sample's last answer, which has the rows of its whole"
+        " conversation"
+    )
+    require_trained_rows(known, len(output.prompt_ids) + len(output.response_ids), output.response_mask, way_out)
+
+
 def around_as_dict(original: Callable[[Any], dict[str, Any]]) -> Callable[[Any], dict[str, Any]]:
-    """Of `AgentLoopOutput.as_dict`: `routed_experts` has a row for every token, `int16 [prompt + response, L, K]`."""
+    """Of `AgentLoopOutput.as_dict`: `routed_experts` has a row for every token, `int16 [prompt + response, L, K]`.
+
+    Raises:
+        DataError: tokens that teach, behind the last row.
+    """
 
     @wraps(original)
     def as_dict(output: Any) -> dict[str, Any]:
+        if output.routed_experts is not None:
+            require_trained(len(output.routed_experts), output)
         result = original(output)
         if output.routed_experts is not None:
             rows = len(output.routed_experts)
@@ -34,10 +50,16 @@ def around_as_dict(original: Callable[[Any], dict[str, Any]]) -> Callable[[Any],
 
 
 def around_agent_loop_postprocess(original: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-    """Of `AgentLoopWorker._agent_loop_postprocess`: `int16 [1, padded prompt + padded response, L, K]`."""
+    """Of `AgentLoopWorker._agent_loop_postprocess`: `int16 [1, padded prompt + padded response, L, K]`.
+
+    Raises:
+        DataError: tokens that teach, behind the last row.
+    """
 
     @wraps(original)
     async def _agent_loop_postprocess(worker: Any, output: Any, *args: Any, **others: Any) -> Any:
+        if output.routed_experts is not None:
+            require_trained(len(output.routed_experts), output)
         padded = await original(worker, output, *args, **others)
         if output.routed_experts is not None:
             # Prompts are padded on the left.

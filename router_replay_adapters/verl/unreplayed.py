@@ -13,18 +13,34 @@ _EXPERTS = "routed_experts"
 _ASKED_BY = "actor_rollout_ref.rollout.enable_rollout_routing_replay"
 
 
-def refuse_experts_without_replay(engine: Any, batch: Any) -> None:
+def refuse_experts_without_replay(engine: Any, batch: Any, model: Any) -> None:
     """Of a batch without masks, in a Megatron engine of the policy: its experts need verl's own replay.
 
+    That a run has it says little of a pass: verl's routers replay where the worker's method flagged the batch.
+
+    Args:
+        model: the chunk that is called with the batch.
+
     Raises:
-        DataError: the batch has experts, and verl's replay is off.
+        DataError: the batch has experts, and verl's replay is off, or its routers were told of none.
     """
-    if batch.get(_EXPERTS, None) is not None and not engine.enable_routing_replay:
+    if batch.get(_EXPERTS, None) is None:
+        return
+    if not engine.enable_routing_replay:
         raise DataError(
             f"a batch of the policy has {_EXPERTS!r} and no {KEY!r}, and verl's own replay is off, so that nobody"
             " would replay them: set actor_rollout_ref.actor.megatron.router_replay.mode=R3 for verl's own replay of"
             " them; or, for packed rows, SGLANG_ROUTER_CAPTURE=1 in every process, and no SGLANG_ROUTER_CAPTURE_FORMAT"
             f" in any; take {_ASKED_BY} away to train without replay, and without verl's load-balance metrics"
+        )
+    from verl.utils.megatron.router_replay_utils import iter_model_routers
+    from verl.utils.megatron_utils import unwrap_model
+
+    if any(router.router_replay_action is None for _, router in iter_model_routers(unwrap_model(model))):
+        raise DataError(
+            f"a batch of the policy has {_EXPERTS!r}, and verl's routers were not told to replay them in this pass: a"
+            " worker of your own marks such batches as verl's compute_log_prob and update_actor do, by"
+            " tu.assign_non_tensor(data, enable_routing_replay=True)"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 
 import pytest
@@ -112,7 +113,12 @@ def _subclassed(monkeypatch, module):
     module.__class__ = type("Other", (type(module),), {"forward": lambda self, hidden: None})
 
 
-@pytest.mark.parametrize("change", [_replaced_on_the_object, _replaced_on_the_class, _subclassed])
+def _decorated(monkeypatch, module):
+    own = type(module).forward
+    monkeypatch.setattr(type(module), "forward", functools.wraps(own)(lambda self, hidden: own(self, hidden)))
+
+
+@pytest.mark.parametrize("change", [_replaced_on_the_object, _replaced_on_the_class, _subclassed, _decorated])
 @pytest.mark.parametrize("which", [router_of, lambda block: block], ids=["router", "block"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_forwards_that_are_not_transformers_own(family, which, change, monkeypatch):

@@ -90,6 +90,7 @@ class Here:
         data = {
             "tokens": [torch.tensor(sample.tokens) for sample in samples],
             KEY: [torch.from_numpy(each) for each in routes],
+            "loss_masks": [torch.ones(len(sample.tokens) - 1, dtype=torch.int) for sample in samples],
         }
         self.fill_data(data, microbatches, **args)
         return data
@@ -254,6 +255,25 @@ def test_runs_without_replay_keep_what_miles_makes_of_answers(here: Here) -> Non
     assert sample.rollout_routed_experts is None
 
 
+def _one(of: Recorded, container: np.ndarray, untaught: int = 0) -> dict[str, Any]:
+    """A batch of one sample whose last tokens do not teach."""
+    loss_mask = torch.ones(len(of.tokens) - 1, dtype=torch.int)
+    loss_mask[len(loss_mask) - untaught :] = 0
+    return {"tokens": [torch.tensor(of.tokens)], KEY: [container], "loss_masks": [loss_mask]}
+
+
+def test_tokens_that_teach_have_rows(here: Here) -> None:
+    """As where a generate function of one's own adds sampled tokens to a sample without their answer."""
+    short = container_of(BATCH[0].masks(end=6))
+    with pytest.raises(DataError, match="teaches its token 8, and has routes of 6 of the 8 tokens in front of it"):
+        here.fill_data(_one(BATCH[0], short), [[0]])
+    here.fill_data(_one(BATCH[0], short, untaught=2), [[0]])
+    unmasked = _one(BATCH[0], short)
+    del unmasked["loss_masks"]
+    with pytest.raises(DataError, match="routes and no 'loss_masks'"):
+        here.fill_data(unmasked, [[0]])
+
+
 @pytest.mark.parametrize(
     ("container", "error", "message"),
     [
@@ -276,7 +296,7 @@ def test_what_belongs_to_another_batch_is_refused(
     here: Here, container: np.ndarray, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        here.fill_data({"tokens": [torch.tensor(BATCH[0].tokens)], KEY: [container]}, [[0]])
+        here.fill_data(_one(BATCH[0], container), [[0]])
 
 
 def test_miles_generates_as_by_itself(modules: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

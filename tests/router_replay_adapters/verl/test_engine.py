@@ -92,6 +92,13 @@ def test_what_could_be_wrong_is_refused(
     assert words in told
 
 
+def test_a_pass_that_verls_routers_were_told_nothing_of_is_refused(engines: dict[int, RankPool]) -> None:
+    """As of a worker that calls the engine without the flag of verl's own."""
+    case = Case(packed=True, config=(("moe_enable_routing_replay", True),))
+    (told,) = engines[1].run(refusal, case, "experts", {"mode": "R3"}, {})
+    assert "verl's routers were not told to replay them in this pass: a worker of your own marks such batches" in told
+
+
 def test_what_the_device_found_is_raised_before_weights_change(engines: dict[int, RankPool]) -> None:
     """Of the last microbatch, which no later one follows."""
     case = Case(packed=True, num_microbatches=2)

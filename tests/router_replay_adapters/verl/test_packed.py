@@ -199,6 +199,10 @@ def test_they_go_through_a_sample(batch: Batch, monkeypatch: pytest.MonkeyPatch)
     found = output.as_dict()
     assert all_same(masks_of([found[KEY]]), [batch.masks[0]]) and "routed_experts" not in found
     assert output.routed_experts is not None
+    whole = output.routed_experts
+    output.routed_experts = whole[: len(ids) - 2]
+    with pytest.raises(DataError, match=f"teaches its token {len(ids) - 1}, and has routes of {len(ids) - 2} of"):
+        output.as_dict()
     output.routed_experts = None
     output.response_mask = [1] + [0] * len(ids[5:])
     with pytest.raises(DataError, match="sampled tokens and no routes"):

@@ -18,6 +18,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopO
 from verl.trainer.ppo import padding_utils
 
 import router_replay_adapters.verl  # noqa: F401
+from router_replay.errors import DataError
 from router_replay_adapters.verl import padding
 from router_replay_adapters.verl.unknown_rows import UnknownRows
 from tests.router_replay_adapters.verl.rollout import PROMPT_LENGTH, RESPONSE_LENGTH
@@ -61,6 +62,17 @@ def test_rows_that_a_padded_sample_gets_are_unknown(worker: AgentLoopWorker, row
     known[start : start + rows] = True
     assert torch.equal(routes[0, known], torch.from_numpy(output(rows).routed_experts).to(torch.int16))
     assert (routes[0, ~known] == -1).all()
+
+
+@pytest.mark.parametrize("as_type", [np.asarray, torch.from_numpy], ids=["array", "tensor"])
+def test_tokens_that_teach_have_rows(worker: AgentLoopWorker, as_type: Any) -> None:
+    """As where an agent loop keeps the routes of an answer that is not its last."""
+    for made in (lambda given: given.as_dict(), lambda given: padded(worker, given)):
+        with pytest.raises(DataError, match="teaches its token 5, and has routes of 4 of the 5 tokens in front of it"):
+            made(output(4, as_type))
+        given = output(4, as_type)
+        given.response_mask = [1, 1, 0, 0, 0]
+        made(given)
 
 
 def test_samples_without_routes_get_none(worker: AgentLoopWorker) -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from router_replay.errors import UnsupportedError
+from router_replay.errors import DataError, UnsupportedError
 from router_replay_adapters.verl.packed import KEY
+from router_replay_adapters.verl.unreplayed import refuse_experts_without_replay
 
 # isort: split
 import cpu_engines.megatron  # noqa: F401 (before anything that may import Megatron)
@@ -19,7 +20,9 @@ import cpu_engines.megatron  # noqa: F401 (before anything that may import Megat
 import router_replay_adapters.verl  # noqa: F401
 
 # isort: split
+from megatron.core.transformer.moe.router import TopKRouter
 from verl.utils import tensordict_utils as tu
+from verl.utils.megatron.router_replay_patch import RouterReplayAction
 from verl.workers import engine_workers
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.config.engine import FSDPEngineConfig, McoreEngineConfig
@@ -99,6 +102,30 @@ def test_an_engine_with_a_replay_of_its_own_takes_experts() -> None:
         train(OwnReplay, batch("routed_experts"), enable_routing_replay=False)
     with pytest.raises(UnsupportedError, match="has 'routing_masks', and its engine, verl's OwnReplay, replays none"):
         train(OwnReplay, batch(KEY), enable_routing_replay=True)
+
+
+class Chunk(torch.nn.Module):
+    """A model chunk with a router for each action, as verl finds them."""
+
+    def __init__(self, *actions: RouterReplayAction | None) -> None:
+        super().__init__()
+        self.decoder = torch.nn.ModuleList()
+        for number, action in enumerate(actions, 1):
+            router = TopKRouter.__new__(TopKRouter)
+            torch.nn.Module.__init__(router)
+            router.layer_number = number
+            router.router_replay = SimpleNamespace(router_replay_action=action)
+            self.decoder.append(router)
+
+
+def test_verls_own_replay_has_to_be_on_in_every_pass() -> None:
+    engine = SimpleNamespace(enable_routing_replay=True)
+    told = (RouterReplayAction.REPLAY_FORWARD, RouterReplayAction.REPLAY_BACKWARD, RouterReplayAction.RECORD)
+    for model in (Chunk(*told), Chunk()):
+        refuse_experts_without_replay(engine, batch("routed_experts"), model)
+    refuse_experts_without_replay(engine, batch(), Chunk(None))
+    with pytest.raises(DataError, match="verl's routers were not told to replay them in this pass"):
+        refuse_experts_without_replay(engine, batch("routed_experts"), Chunk(*told, None))
 
 
 @pytest.mark.parametrize("config", [FSDPEngineConfig, McoreEngineConfig])
