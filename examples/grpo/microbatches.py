@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
 from examples.grpo.centering import top_k_of
@@ -69,11 +70,12 @@ def microbatches(
 
     Args:
         groups: number of the group of each conversation.
-        model: that trains on them, on whose device they are made.
+        model: that trains on them, on whose device they are made; wrapped or not.
     """
     device = next(model.parameters()).device
     padded = partial(_padded, device=device)
     rewards = torch.tensor([float(each.correct) for each in played])
+    vocab_size = get_attr_wrapped_model(model, "vocab_size")
     advantages = group_relative_advantages(rewards, packed_responses(played, groups)).to(device)
     num_minibatches = min(settings.minibatches, len(played))
     bounds = [len(played) * each // num_minibatches for each in range(num_minibatches + 1)]
@@ -98,7 +100,7 @@ def microbatches(
                     minibatch=minibatch,
                     denominator=(end - start) / len(firsts),
                     routes=routes,
-                    top_k=top_k_of(played[part], responses, settings.score_centering, model.vocab_size),
+                    top_k=top_k_of(played[part], responses, settings.score_centering, vocab_size),
                 )
             )
     return made

@@ -62,6 +62,23 @@ def test_filters_leave_minibatches_of_one_size(model, tokenizer, monkeypatch):
     assert [(each.minibatch, each.denominator) for each in made] == [(0, 1.5), (0, 1.5), (1, 2.0), (1, 2.0)]
 
 
+def test_microbatches_are_made_for_a_wrapped_model(model, tokenizer):
+    """As Megatron's data-parallel wrapper has it, which hands on no attribute of what is in it."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = model
+
+    with attach(model) as replay:
+        played = own_conversations(model, replay, tokenizer, 4, 4, top_k=4)
+        settings = replace(SETTINGS, score_centering=4)
+        (bare,) = microbatches(played, [0] * 4, model, replay, settings)
+        (wrapped,) = microbatches(played, [0] * 4, Wrapper(), replay, settings)
+    assert torch.equal(wrapped.token_ids, bare.token_ids)
+    assert torch.equal(wrapped.top_k.token_ids, bare.top_k.token_ids)
+
+
 def test_training_takes_the_recorded_experts(model, tokenizer):
     settings = replace(SETTINGS, routes="R3", group_size=2, microbatch=4)
     # Routes at random are none that this model would choose, which is an error otherwise.
